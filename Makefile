@@ -1,0 +1,65 @@
+# Everything needs only Python >= 3.11 and make. `make help` lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+
+# The first interpreter that runs and is new enough; a name on the PATH may be a shim that does not run.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+PYTEST_ARGS ?=
+
+$(READY): requirements/dev.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -c '' 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || \
+		{ echo "This Python cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 1; }; }
+	@echo "Installing the locked packages into $(VENV) (a minute or two, once)"
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+.PHONY: setup
+setup: $(READY)  ## make .venv with the locked packages and the project
+	@echo "Ready: $(BIN)/agentcore-tools"
+
+.PHONY: run
+run: $(READY)  ## start the service on http://127.0.0.1:8001 (ARGS="--port 8002")
+	@exec $(BIN)/agentcore-tools serve $(ARGS)
+
+.PHONY: test
+test: $(READY)  ## run every test against real servers that it starts itself (PYTEST_ARGS="-k jsonrpc")
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: check
+check: $(READY)  ## format, lint, types, import floors
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_house.py
+
+.PHONY: fix
+fix: $(READY)  ## format, and mend what lint can mend by itself
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+.PHONY: load
+load: $(READY)  ## headless Locust, against HOST=... or a service of its own (USERS, RATE, DURATION)
+	@$(BIN)/python -m load.run $(if $(HOST),--host $(HOST)) $(if $(USERS),--users $(USERS)) \
+		$(if $(RATE),--spawn-rate $(RATE)) $(if $(DURATION),--run-time $(DURATION))
+
+.PHONY: lock
+lock:  ## write requirements/*.txt anew from pyproject.toml (needs uv)
+	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml \
+		-o requirements/runtime.txt
+	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml \
+		--extra load --group dev -c requirements/runtime.txt -o requirements/dev.txt
+
+.PHONY: clean
+clean:  ## remove the environment and every cache
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.PHONY: help
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

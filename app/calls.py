@@ -1,0 +1,130 @@
+"""The nouns that travel through every room: who calls, what is called, what came of it. All immutable."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import orjson
+
+from app.errors import Failure, ToolServiceError
+
+Status = Literal["success", "failed", "timeout", "cancelled", "skipped"]
+STATUSES: tuple[Status, ...] = ("success", "failed", "timeout", "cancelled", "skipped")
+
+DEFAULT_SCOPES = frozenset({"tools:execute", "tools:read", "executions:read"})
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls. Limits and permissions follow this, never an `agent_id` in a request."""
+
+    tenant: str
+    subject: str
+    scopes: frozenset[str] = DEFAULT_SCOPES
+
+
+LOCAL_CALLER = Caller(tenant="local", subject="local")
+"""Everyone, where authentication is off."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One request to run one tool. Times are `time.perf_counter()` seconds.
+
+    `deadline` is the end of the plan that the call belongs to, if any; the tool's own timeout is applied later.
+    """
+
+    execution_id: str
+    tool_id: str
+    parameters: Any
+    caller: Caller
+    received_at: float
+    agent_id: str | None = None
+    trace_id: str | None = None
+    session_id: str | None = None
+    metadata: Mapping[str, Any] | None = None
+    timeout_override_s: float | None = None
+    deadline: float | None = None
+    call_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What came of a call. `result` is JSON bytes, already bounded and checked; times are seconds.
+
+    Exactly one of three: it succeeded (`error` and `refusal` are None), the tool ran and failed (`error`),
+    or the call was refused before a tool ran (`refusal`).
+    """
+
+    execution_id: str
+    tool_id: str
+    status: Status
+    result: bytes | None
+    error: Failure | None
+    refusal: ToolServiceError | None
+    run_s: float
+    overhead_s: float
+    finished_at: float
+    attempts: int
+    trace_id: str
+    cached: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The wire shape, for `orjson.dumps`."""
+        return {
+            "execution_id": self.execution_id,
+            "tool_id": self.tool_id,
+            "status": self.status,
+            "result": None if self.result is None else orjson.Fragment(self.result),
+            "error": None if self.error is None else self.error.as_dict(),
+            "execution_time_ms": round(self.run_s * 1e3, 3),
+            "overhead_ms": round(self.overhead_s * 1e3, 3),
+            "timestamp": rfc3339(self.finished_at),
+            "attempts": self.attempts,
+            "cached": self.cached,
+            "trace_id": self.trace_id,
+        }
+
+    def as_json(self) -> bytes:
+        return orjson.dumps(self.as_dict())
+
+
+def new_execution_id() -> str:
+    """A UUIDv7 (RFC 9562, section 5.7): 48 bits of Unix milliseconds, then 74 random bits."""
+    random_bits = int.from_bytes(os.urandom(10), "big")
+    milliseconds = time.time_ns() // 1_000_000
+    # version 7 in the high nibble of the third group, variant 0b10 on top of the fourth
+    value = (
+        (milliseconds & 0xFFFFFFFFFFFF) << 80
+        | 0x7000_0000_0000_0000_0000
+        | (random_bits & 0x0FFF_0000_0000_0000_0000)
+        | 0x8000_0000_0000_0000
+        | (random_bits & 0x3FFF_FFFF_FFFF_FFFF)
+    )
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+@dataclass(slots=True)
+class _SecondPrefix:
+    """The formatted second, kept: calls of one second share all but their milliseconds."""
+
+    second: int = -1
+    text: str = field(default="")
+
+
+_prefix = _SecondPrefix()
+
+
+def rfc3339(unix_s: float) -> str:
+    """UTC with milliseconds, as `2026-11-20T15:00:00.000Z`."""
+    second = int(unix_s)
+    if second != _prefix.second:
+        _prefix.text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        _prefix.second = second
+    return f"{_prefix.text}.{int((unix_s - second) * 1000):03d}Z"

@@ -1,0 +1,242 @@
+"""Everything that can go wrong, once: the word, the JSON-RPC code, the HTTP status, and whether to try again.
+
+Two families. A refusal (`ToolServiceError`) means that the call did not run; it travels as a JSON-RPC or REST error.
+A failure (`ToolError` and the runner's own) means that the tool ran; it travels inside an Execution.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class ErrorKind(NamedTuple):
+    """One line of the error table: names and numbers that clients branch on."""
+
+    error_type: str
+    rpc_code: int
+    http_status: int
+    retryable: bool
+
+
+PARSE_ERROR = ErrorKind("parse_error", -32700, 400, False)
+INVALID_REQUEST = ErrorKind("invalid_request", -32600, 400, False)
+METHOD_NOT_FOUND = ErrorKind("method_not_found", -32601, 404, False)
+INVALID_PARAMS = ErrorKind("invalid_params", -32602, 422, False)
+INTERNAL = ErrorKind("internal", -32603, 500, False)
+RATE_LIMIT = ErrorKind("rate_limit", -32001, 429, True)
+UNAUTHENTICATED = ErrorKind("unauthenticated", -32002, 401, False)
+PERMISSION_DENIED = ErrorKind("permission_denied", -32003, 403, False)
+TOOL_NOT_FOUND = ErrorKind("tool_not_found", -32004, 404, False)
+QUOTA = ErrorKind("quota", -32005, 429, True)
+OVERLOADED = ErrorKind("overloaded", -32006, 503, True)
+IDEMPOTENCY_CONFLICT = ErrorKind("idempotency_conflict", -32007, 409, True)
+DEPENDENCY_UNAVAILABLE = ErrorKind("dependency_unavailable", -32008, 503, True)
+DRAINING = ErrorKind("draining", -32009, 503, True)
+
+REFUSALS = (
+    PARSE_ERROR,
+    INVALID_REQUEST,
+    METHOD_NOT_FOUND,
+    INVALID_PARAMS,
+    INTERNAL,
+    RATE_LIMIT,
+    UNAUTHENTICATED,
+    PERMISSION_DENIED,
+    TOOL_NOT_FOUND,
+    QUOTA,
+    OVERLOADED,
+    IDEMPOTENCY_CONFLICT,
+    DEPENDENCY_UNAVAILABLE,
+    DRAINING,
+)
+
+
+class FailureKind(NamedTuple):
+    """How a run can end badly. `category` is what metrics and alerts count; `code` is what agents branch on."""
+
+    code: str
+    category: str
+    retryable: bool
+
+
+TOOL_TIMEOUT = FailureKind("TOOL_TIMEOUT", "timeout", True)
+TOOL_CANCELLED = FailureKind("TOOL_CANCELLED", "cancelled", False)
+TOOL_ERROR = FailureKind("TOOL_ERROR", "tool_error", False)
+TOOL_CRASHED = FailureKind("TOOL_CRASHED", "tool_crash", False)
+RESULT_INVALID = FailureKind("TOOL_RESULT_INVALID", "result_invalid", False)
+RESULT_TOO_LARGE = FailureKind("TOOL_RESULT_TOO_LARGE", "result_too_large", False)
+DEPENDENCY_SKIPPED = FailureKind("DEPENDENCY_FAILED", "skipped", False)
+
+FAILURES = (
+    TOOL_TIMEOUT,
+    TOOL_CANCELLED,
+    TOOL_ERROR,
+    TOOL_CRASHED,
+    RESULT_INVALID,
+    RESULT_TOO_LARGE,
+    DEPENDENCY_SKIPPED,
+)
+
+ERROR_TYPES = tuple(kind.error_type for kind in REFUSALS) + tuple(kind.category for kind in FAILURES)
+"""Every value that the label `error_type` can take."""
+
+
+class ToolServiceError(Exception):
+    """A refusal. `data` holds what a client can act on and never holds a rejected value."""
+
+    kind: ErrorKind = INTERNAL
+
+    def __init__(self, message: str, *, retry_after_ms: int | None = None, **data: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_ms = retry_after_ms
+        self.data = data
+        self.http_status = self.kind.http_status
+
+    def as_data(self, execution_id: str | None = None) -> dict[str, Any]:
+        """The error's `data` member: what is the same for every error, then what this one adds."""
+        data: dict[str, Any] = {"error_type": self.kind.error_type, "retryable": self.kind.retryable}
+        if execution_id is not None:
+            data["execution_id"] = execution_id
+        if self.retry_after_ms is not None:
+            data["retry_after_ms"] = self.retry_after_ms
+        data.update(self.data)
+        return data
+
+    def as_error(self, execution_id: str | None = None) -> dict[str, Any]:
+        """The error object of JSON-RPC 2.0, section 5.1; REST wraps the same object."""
+        return {"code": self.kind.rpc_code, "message": self.message, "data": self.as_data(execution_id)}
+
+
+class ParseError(ToolServiceError):
+    kind = PARSE_ERROR
+
+
+class InvalidRequest(ToolServiceError):
+    kind = INVALID_REQUEST
+
+
+class BodyTooLarge(InvalidRequest):
+    """The body passes MAX_REQUEST_BYTES: HTTP 413 on every door."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"Request body is over {limit_bytes} bytes; send less or raise MAX_REQUEST_BYTES")
+        self.http_status = 413
+
+
+class BodyTooSlow(InvalidRequest):
+    """The body did not arrive within REQUEST_READ_TIMEOUT_S: HTTP 408 on every door."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"Request body did not arrive within {timeout_s:g} s")
+        self.http_status = 408
+
+
+class MethodNotFound(ToolServiceError):
+    kind = METHOD_NOT_FOUND
+
+
+class InvalidParams(ToolServiceError):
+    """`errors` is `[{path, message, type}]`, one entry per violation."""
+
+    kind = INVALID_PARAMS
+
+    def __init__(self, message: str, errors: list[dict[str, str]] | None = None) -> None:
+        super().__init__(message, errors=errors or [])
+
+    @classmethod
+    def at(cls, path: str, message: str, error_type: str = "value_error") -> InvalidParams:
+        """One violation, where no validator ran."""
+        return cls("Invalid params", [{"path": path, "message": message, "type": error_type}])
+
+
+class InternalError(ToolServiceError):
+    """Our bug. The message says nothing; the log has the traceback under the same execution id."""
+
+    kind = INTERNAL
+
+    def __init__(self) -> None:
+        super().__init__("Internal error")
+
+
+class PermissionDenied(ToolServiceError):
+    kind = PERMISSION_DENIED
+
+
+class ToolNotFound(ToolServiceError):
+    """Unknown or not visible to the caller: the two look the same."""
+
+    kind = TOOL_NOT_FOUND
+
+    def __init__(self) -> None:
+        super().__init__("Tool not found; tools.list shows what you may call")
+
+
+class Overloaded(ToolServiceError):
+    kind = OVERLOADED
+
+
+class Draining(ToolServiceError):
+    kind = DRAINING
+
+    def __init__(self) -> None:
+        super().__init__("Shutting down; call another replica", retry_after_ms=1000)
+
+
+_CODE = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+MESSAGE_CHARACTERS_MAX = 2_000
+"""An agent reads the message as part of its prompt: long enough to explain, too short to flood."""
+
+
+def clean_text(text: str) -> str:
+    """Text for an agent: bounded, without control or bidirectional characters, without lone surrogates."""
+    return _UNPRINTABLE.sub("", text[:MESSAGE_CHARACTERS_MAX])
+
+
+class ToolError(Exception):
+    """What a tool raises to tell the agent what went wrong. Its text reaches the agent, so it holds no secret.
+
+    `code` is upper snake case and stable. `retryable` says whether the same call may succeed later.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = TOOL_ERROR.code,
+        retryable: bool = False,
+        retry_after_ms: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code if _CODE.fullmatch(code) else TOOL_ERROR.code
+        self.retryable = retryable
+        self.retry_after_ms = retry_after_ms
+
+
+class Failure(NamedTuple):
+    """The `error` member of an Execution that did not succeed."""
+
+    code: str
+    category: str
+    message: str
+    retryable: bool
+    retry_after_ms: int | None = None
+
+    def as_dict(self) -> Mapping[str, Any]:
+        return self._asdict()
+
+
+def failure(kind: FailureKind, message: str) -> Failure:
+    return Failure(kind.code, kind.category, message, kind.retryable)
+
+
+class RunFailed(Exception):
+    """The tool was started and did not succeed; carries what the Execution will say."""
+
+    def __init__(self, status: str, cause: Failure) -> None:
+        super().__init__(cause.message)
+        self.status = status
+        self.cause = cause

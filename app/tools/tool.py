@@ -1,0 +1,241 @@
+"""What a tool is: a Python function and its declaration.
+
+Tool authors import `tool`, `ToolContext` and `ToolError` from here and nothing else. Knows no HTTP and no run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import time
+import typing
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, overload
+
+from pydantic.fields import FieldInfo
+
+from app.calls import Caller
+from app.egress import EgressClient
+from app.errors import ToolError
+from app.tools.schema import ParameterSchema, ResultSchema
+
+__all__ = ["CATEGORIES", "FunctionTool", "Tool", "ToolContext", "ToolDeclarationError", "ToolError", "ToolSpec", "tool"]
+
+Category = Literal[
+    "utility",
+    "search",
+    "code_execution",
+    "api_client",
+    "data_processing",
+    "communication",
+    "file_system",
+    "database",
+    "monitoring",
+    "security",
+    "custom",
+]
+CATEGORIES: tuple[str, ...] = typing.get_args(Category)
+
+_ID = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+"""The intersection of what model providers accept as a function's name."""
+
+
+class ToolDeclarationError(TypeError):
+    """The declaration is wrong; says which tool and what to change."""
+
+
+Progress = Callable[[float, float | None, str | None], Awaitable[None]]
+
+
+async def _unheard(done: float, total: float | None, message: str | None) -> None:
+    """Progress where nobody listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolContext:
+    """What a tool may know of the call that runs it. Injected where a parameter is annotated with this type."""
+
+    execution_id: str
+    caller: Caller
+    deadline: float
+    """`time.perf_counter()` seconds; the run is cancelled then."""
+    http: EgressClient
+    """The only way out: guarded, bounded, shared."""
+    agent_id: str | None = None
+    trace_id: str | None = None
+    session_id: str | None = None
+    metadata: Mapping[str, Any] | None = None
+    on_progress: Progress = _unheard
+
+    def remaining_s(self) -> float:
+        """Seconds until the deadline, never below 0."""
+        return max(0.0, self.deadline - time.perf_counter())
+
+    async def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
+        """Tell whoever listens how far the run is; costs nothing when nobody does."""
+        await self.on_progress(done, total, message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolSpec:
+    """A tool's declaration, as agents and operators see it."""
+
+    id: str
+    name: str
+    description: str
+    version: str = "1.0.0"
+    category: str = "custom"
+    tags: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()
+    timeout: float | None = None
+    """Seconds; None is the service's ceiling."""
+    read_only: bool = False
+    idempotent: bool = False
+    destructive: bool = False
+    title: str | None = None
+    retries: int = 0
+    rate_limits: tuple[str, ...] = ()
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    max_concurrent: int | None = None
+    cache_ttl: float | None = None
+    cache_shared: bool = False
+    cancel_on_disconnect: bool = False
+    log_mode: str | None = None
+    log_payloads: str | None = None
+    required_scopes: frozenset[str] = frozenset()
+    cost: int = 1
+
+    def __post_init__(self) -> None:
+        problem = next((text for holds, text in self._problems() if holds), None)
+        if problem:
+            raise ToolDeclarationError(f"tool {self.id!r}: {problem}")
+
+    def _problems(self) -> list[tuple[bool, str]]:
+        return [
+            (not _ID.fullmatch(self.id), f"id must match ^{_ID.pattern}$"),
+            (not self.description.strip(), "needs a docstring or a description; agents choose by it"),
+            (self.category not in CATEGORIES, f"category must be one of {', '.join(CATEGORIES)}"),
+            (self.timeout is not None and not self.timeout > 0, "timeout must be over 0 seconds"),
+            (self.max_concurrent is not None and self.max_concurrent < 1, "max_concurrent must be at least 1"),
+            (self.retries < 0, "retries must be at least 0"),
+            (self.cost < 0, "cost must be at least 0"),
+            (self.cache_ttl is not None and not self.read_only, "cache_ttl needs read_only=True"),
+            (self.read_only and self.destructive, "a tool cannot be both read_only and destructive"),
+        ]
+
+
+class Tool(Protocol):
+    """What the registry keeps and the runner runs. `FunctionTool` is one way to be it."""
+
+    @property
+    def spec(self) -> ToolSpec: ...
+    @property
+    def parameters(self) -> ParameterSchema: ...
+    @property
+    def result(self) -> ResultSchema: ...
+    @property
+    def blocking(self) -> bool:
+        """True: `invoke` returns the value and may block, so it runs in a thread. False: it returns a coroutine."""
+
+    def invoke(self, arguments: dict[str, Any], context: ToolContext) -> Any: ...
+    def rebuilt(self) -> Tool:
+        """The same tool with its schemas built anew, for ENABLE_PARAMETER_VALIDATION_CACHE=false."""
+
+
+class FunctionTool:
+    """A decorated function. Calling it calls the function, so that a tool's own tests need no service."""
+
+    __slots__ = ("_context_parameter", "_hints", "blocking", "function", "parameters", "result", "spec")
+
+    def __init__(self, function: Callable[..., Any], spec: ToolSpec) -> None:
+        self.function = function
+        self.spec = spec
+        self.blocking = not inspect.iscoroutinefunction(function)
+        try:
+            self._hints = typing.get_type_hints(function, include_extras=True)
+        except NameError as error:
+            raise ToolDeclarationError(f"tool {spec.id!r}: type hint {error.name!r} is not a global name") from error
+        self._context_parameter = next((name for name, hint in self._hints.items() if hint is ToolContext), None)
+        self._build_schemas()
+
+    def _build_schemas(self) -> None:
+        self.parameters = ParameterSchema(dict(self._fields()))
+        self.result = ResultSchema(self._hints.get("return", Any))
+
+    def _fields(self) -> typing.Iterator[tuple[str, tuple[Any, FieldInfo | Any]]]:
+        for name, parameter in inspect.signature(self.function).parameters.items():
+            if name == self._context_parameter:
+                continue
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise ToolDeclarationError(f"tool {self.spec.id!r}: parameter {name!r} must be nameable, not * or /")
+            if name not in self._hints:
+                raise ToolDeclarationError(f"tool {self.spec.id!r}: parameter {name!r} needs a type hint")
+            yield name, (self._hints[name], ... if parameter.default is parameter.empty else parameter.default)
+
+    def rebuilt(self) -> FunctionTool:
+        return FunctionTool(self.function, self.spec)
+
+    def invoke(self, arguments: dict[str, Any], context: ToolContext) -> Any:
+        if self._context_parameter is not None:
+            return self.function(**arguments, **{self._context_parameter: context})
+        return self.function(**arguments)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+@overload
+def tool(function: Callable[..., Any], /) -> FunctionTool: ...
+@overload
+def tool(
+    *,
+    id: str | None = None,
+    name: str | None = None,
+    description: str | None = None,
+    version: str = "1.0.0",
+    category: Category = "custom",
+    tags: Sequence[str] = (),
+    capabilities: Sequence[str] = (),
+    timeout: float | None = None,
+    read_only: bool = False,
+    idempotent: bool = False,
+    destructive: bool = False,
+    title: str | None = None,
+    retries: int = 0,
+    rate_limits: Sequence[str] = (),
+    quotas: Mapping[str, int] | None = None,
+    max_concurrent: int | None = None,
+    cache_ttl: float | None = None,
+    cache_shared: bool = False,
+    cancel_on_disconnect: bool = False,
+    log_mode: str | None = None,
+    log_payloads: str | None = None,
+    required_scopes: Sequence[str] = (),
+    cost: int = 1,
+) -> Callable[[Callable[..., Any]], FunctionTool]: ...
+def tool(function: Callable[..., Any] | None = None, /, **declared: Any) -> Any:
+    """Declare a function as a tool: type hints and pydantic `Field` constraints are its schema.
+
+    `id` defaults to the function's name, `description` to its docstring. Async functions run on the event loop,
+    sync functions in a bounded pool of threads. Raises ToolDeclarationError when the declaration cannot hold.
+    """
+
+    def declare(target: Callable[..., Any]) -> FunctionTool:
+        return FunctionTool(target, _spec(target, dict(declared)))
+
+    return declare if function is None else declare(function)
+
+
+def _spec(function: Callable[..., Any], declared: dict[str, Any]) -> ToolSpec:
+    tool_id = declared.pop("id", None) or getattr(function, "__name__", "")
+    for sequence in ("tags", "capabilities", "rate_limits"):
+        declared[sequence] = tuple(declared.get(sequence, ()))
+    return ToolSpec(
+        id=tool_id,
+        name=declared.pop("name", None) or tool_id.replace("_", " ").title(),
+        description=declared.pop("description", None) or inspect.getdoc(function) or "",
+        required_scopes=frozenset(declared.pop("required_scopes", ())),
+        quotas=dict(declared.pop("quotas", None) or {}),
+        **declared,
+    )
