@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -51,6 +51,9 @@ class ToolCall:
     timeout_override_s: float | None = None
     deadline: float | None = None
     call_id: str | None = None
+    idempotency_key: str | None = None
+    client_gone: Callable[[], Awaitable[None]] | None = None
+    """Returns once the client has closed its connection; None where that cannot be seen."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,20 +94,22 @@ class ToolServiceError(Exception):
         self.retry_after_ms = retry_after_ms
         self.data = data
         self.http_status = self.kind.http_status
+        self.execution_id: str | None = None
+        """Set by the executor when it was a call of a tool that was refused."""
 
-    def as_data(self, execution_id: str | None = None) -> dict[str, Any]:
+    def as_data(self) -> dict[str, Any]:
         """The error's `data` member: what is the same for every error, then what this one adds."""
         data: dict[str, Any] = {"error_type": self.kind.error_type, "retryable": self.kind.retryable}
-        if execution_id is not None:
-            data["execution_id"] = execution_id
+        if self.execution_id is not None:
+            data["execution_id"] = self.execution_id
         if self.retry_after_ms is not None:
             data["retry_after_ms"] = self.retry_after_ms
         data.update(self.data)
         return data
 
-    def as_error(self, execution_id: str | None = None) -> dict[str, Any]:
+    def as_error(self) -> dict[str, Any]:
         """The error object of JSON-RPC 2.0, section 5.1; REST wraps the same object."""
-        return {"code": self.kind.rpc_code, "message": self.message, "data": self.as_data(execution_id)}
+        return {"code": self.kind.rpc_code, "message": self.message, "data": self.as_data()}
 
 
 class ParseError(ToolServiceError):
@@ -236,7 +238,6 @@ def failure(kind: FailureKind, message: str) -> Failure:
 class RunFailed(Exception):
     """The tool was started and did not succeed; carries what the Execution will say."""
 
-    def __init__(self, status: str, cause: Failure) -> None:
+    def __init__(self, cause: Failure) -> None:
         super().__init__(cause.message)
-        self.status = status
         self.cause = cause

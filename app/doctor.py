@@ -1,0 +1,72 @@
+"""What `agentcore-tools doctor` looks at: each finding says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from app.service import Service
+from app.settings import SettingsError, check_bind
+
+OPEN_FILES_MIN = 4096
+"""Two sockets a call at the default of 1,500 calls, and room for idle clients."""
+
+RELEASED_UNIX_S = 1_700_000_000
+"""A clock before this (2023) is wrong: execution ids carry the time and must sort by it."""
+
+
+class Finding(NamedTuple):
+    what: str
+    ok: bool
+    says: str
+
+
+def examine(service: Service, host: str, port: int) -> Iterator[Finding]:
+    """Every check, in the order in which one would mend things."""
+    yield Finding("settings", True, f"profile {service.settings.profile}")
+    yield _bind(service, host)
+    yield _listen(host, port)
+    yield Finding("tools", bool(len(service.registry)), f"{len(service.registry)} registered")
+    for problem in service.load_problems:
+        yield Finding(
+            f"tools from {problem.source}", False, f"{problem.reason}; mend it or take it out of TOOL_MODULES"
+        )
+    yield _open_files()
+    yield _clock()
+
+
+def _bind(service: Service, host: str) -> Finding:
+    try:
+        check_bind(service.settings, host)
+    except SettingsError as error:
+        return Finding("access", False, str(error))
+    return Finding("access", True, f"AUTH_MODE {service.settings.auth_mode} may serve on {host}")
+
+
+def _listen(host: str, port: int) -> Finding:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host.strip("[]"), port))
+    except OSError as error:
+        return Finding("address", False, f"{host}:{port} cannot be bound ({error.strerror}); choose another --port")
+    return Finding("address", True, f"{host}:{port} is free")
+
+
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES_MIN:
+        return Finding(
+            "open files", False, f"the limit is {soft}; raise it to {OPEN_FILES_MIN}: ulimit -n {OPEN_FILES_MIN}"
+        )
+    return Finding("open files", True, f"{soft} of {hard}")
+
+
+def _clock() -> Finding:
+    if time.time() < RELEASED_UNIX_S:
+        return Finding("clock", False, "the system clock is in the past; set it, for example by NTP")
+    return Finding("clock", True, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))

@@ -1,0 +1,305 @@
+"""The pipeline that every tool call walks, in one straight line with one epilogue.
+
+Cheapest refusal first. Whatever happens, `execute` returns an Execution, and `_finish` runs once and never awaits.
+Called by the transport's methods and by plans; knows neither HTTP nor JSON-RPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from app.calls import Caller, Execution, Status, ToolCall
+from app.egress import EgressClient
+from app.errors import (
+    TOOL_CANCELLED,
+    TOOL_TIMEOUT,
+    Draining,
+    Failure,
+    InternalError,
+    InvalidParams,
+    RunFailed,
+    ToolServiceError,
+)
+from app.executor.runner import CANCELLED, Abandoned, Interrupt, Runner
+from app.limits.concurrency import QUEUE_PATIENCE_S, Slots
+from app.telemetry.metrics import Metrics, ToolSeries
+from app.tools.registry import Registry
+from app.tools.tool import Tool, ToolContext
+
+logger = logging.getLogger("app.executor")
+
+_STATUS: dict[str, Status] = {TOOL_TIMEOUT.category: "timeout", TOOL_CANCELLED.category: "cancelled"}
+"""What an Execution's status says of a failure's category; any other failure is `failed`."""
+
+
+class ToolState:
+    """What the executor keeps for one tool between calls."""
+
+    __slots__ = ("abandoned", "series", "slots")
+
+    def __init__(self, tool: Tool, series: ToolSeries) -> None:
+        self.series = series
+        self.abandoned = Abandoned()
+        self.slots = None if tool.spec.max_concurrent is None else Slots(tool.spec.max_concurrent)
+
+
+class Run:
+    """One call while it is on its way: what the epilogue needs, and the way to cancel it."""
+
+    __slots__ = ("attempts", "call", "interrupt", "run_s", "state")
+
+    def __init__(self, call: ToolCall) -> None:
+        self.call = call
+        self.interrupt = Interrupt()
+        self.state: ToolState | None = None
+        self.attempts = 0
+        self.run_s = 0.0
+
+    def ended(
+        self,
+        status: Status,
+        result: bytes | None = None,
+        error: Failure | None = None,
+        refusal: ToolServiceError | None = None,
+    ) -> Execution:
+        call = self.call
+        if refusal is not None:
+            refusal.execution_id = call.execution_id
+        return Execution(
+            execution_id=call.execution_id,
+            tool_id=call.tool_id,
+            status=status,
+            result=result,
+            error=error,
+            refusal=refusal,
+            run_s=self.run_s,
+            overhead_s=max(0.0, time.perf_counter() - call.received_at - self.run_s),
+            finished_at=time.time(),
+            attempts=self.attempts,
+            trace_id=call.trace_id or call.execution_id.replace("-", ""),
+        )
+
+
+class Executor:
+    """Executes tool calls. One per service; everything it needs comes in by the constructor."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        runner: Runner,
+        slots: Slots,
+        http: EgressClient,
+        metrics: Metrics,
+        *,
+        timeout_ceiling_s: float,
+        rebuild_validators: bool = False,
+    ) -> None:
+        self.registry = registry
+        self.timeout_ceiling_s = timeout_ceiling_s
+        self._runner = runner
+        self._slots = slots
+        self._http = http
+        self._metrics = metrics
+        self._rebuild_validators = rebuild_validators
+        self._states: dict[str, ToolState] = {}
+        self._running: dict[str, Run] = {}
+        self._call_ids: dict[tuple[str, str, str], Run] = {}
+        self._accepting = True
+
+    @property
+    def concurrency(self) -> int:
+        """Calls between their arrival and their answer."""
+        return len(self._running)
+
+    @property
+    def queue_depth(self) -> int:
+        """Calls waiting for a slot of the process or of their tool."""
+        return self._slots.queued + sum(state.slots.queued for state in self._states.values() if state.slots)
+
+    @property
+    def abandoned(self) -> int:
+        """Runs that were given up and still live."""
+        return sum(state.abandoned.active for state in self._states.values())
+
+    def stop_accepting(self) -> None:
+        """From now on every new call is refused as draining; what runs goes on."""
+        self._accepting = False
+
+    async def execute(self, call: ToolCall) -> Execution:
+        """Run one call to its end. Raises nothing but CancelledError, when the whole request is cancelled."""
+        run = Run(call)
+        try:
+            self._enter(run)
+            try:
+                execution = run.ended("success", await self._perform(call, run))
+            except asyncio.CancelledError:
+                execution = run.ended("cancelled", error=CANCELLED)
+                if not run.interrupt.requested:
+                    self._finish(run, execution)
+                    raise
+            finally:
+                self._leave(run)
+        except RunFailed as failed:
+            execution = run.ended(_STATUS.get(failed.cause.category, "failed"), error=failed.cause)
+        except ToolServiceError as refusal:
+            execution = run.ended("failed", refusal=refusal)
+        except Exception:
+            logger.exception("call failed inside", extra={"execution_id": call.execution_id})
+            execution = run.ended("failed", refusal=InternalError())
+        self._finish(run, execution)
+        return execution
+
+    async def _perform(self, call: ToolCall, run: Run) -> bytes:
+        stages = self._metrics.stages
+        begin = time.perf_counter()
+        tool = self.registry.lookup(call.tool_id, call.caller)
+        run.state = state = self._states.get(call.tool_id) or self._state_of(tool)
+        found = time.perf_counter()
+        self._metrics.lookup.observe(found - begin)
+        stages["registry"].observe(found - call.received_at)
+        arguments = (tool.rebuilt() if self._rebuild_validators else tool).parameters.validate(call.parameters)
+        _check_idempotency(call, tool)
+        validated = time.perf_counter()
+        stages["validation"].observe(validated - found)
+        timeout_s = self._timeout_s(call, tool)
+        release = await self._take_slots(state, run, timeout_s)
+        started = time.perf_counter()
+        stages["limits"].observe(started - validated)
+        watcher: asyncio.Task[None] | None = None
+        try:
+            run.attempts = 1
+            context = self._context(call, started + timeout_s)
+            if tool.spec.cancel_on_disconnect and call.client_gone is not None:
+                watcher = asyncio.create_task(
+                    _cancel_when_gone(call.client_gone, run.interrupt), name=f"client-watch:{call.execution_id}"
+                )
+            value = await self._runner.run(tool, arguments, context, run.interrupt, state.abandoned)
+        finally:
+            if watcher is not None:
+                watcher.cancel()
+            ended = time.perf_counter()
+            run.run_s = ended - started
+            release()
+        result = self._runner.encode(tool, value)
+        stages["serialisation"].observe(time.perf_counter() - ended)
+        return result
+
+    def _enter(self, run: Run) -> None:
+        if not self._accepting:
+            raise Draining
+        call = run.call
+        if call.call_id is not None:
+            key = (call.caller.tenant, call.caller.subject, call.call_id)
+            if key in self._call_ids:
+                raise InvalidParams.at("call_id", "A running call of yours has this call_id")
+            self._call_ids[key] = run
+        self._running[call.execution_id] = run
+
+    def _leave(self, run: Run) -> None:
+        call = run.call
+        del self._running[call.execution_id]
+        if call.call_id is not None:
+            del self._call_ids[call.caller.tenant, call.caller.subject, call.call_id]
+
+    def _state_of(self, tool: Tool) -> ToolState:
+        state = ToolState(tool, self._metrics.for_tool(tool.spec.id))
+        self._states[tool.spec.id] = state
+        return state
+
+    def _timeout_s(self, call: ToolCall, tool: Tool) -> float:
+        """The smallest of the tool's timeout, the caller's, the service's and what is left of the plan."""
+        timeout_s = self.timeout_ceiling_s
+        if tool.spec.timeout is not None and tool.spec.timeout < timeout_s:
+            timeout_s = tool.spec.timeout
+        if call.timeout_override_s is not None and call.timeout_override_s < timeout_s:
+            timeout_s = call.timeout_override_s
+        if call.deadline is not None:
+            timeout_s = min(timeout_s, max(0.0, call.deadline - time.perf_counter()))
+        return timeout_s
+
+    async def _take_slots(self, state: ToolState, run: Run, timeout_s: float) -> Callable[[], None]:
+        """Wait for the tool's slot, then for the process's; the way to give both back."""
+        if state.slots is None:
+            await self._take_slot(self._slots, run, timeout_s)
+            return self._slots.release
+        await self._take_slot(state.slots, run, timeout_s)
+        try:
+            await self._take_slot(self._slots, run, timeout_s)
+        except BaseException:
+            state.slots.release()
+            raise
+        return _both(state.slots.release, self._slots.release)
+
+    async def _take_slot(self, slots: Slots, run: Run, timeout_s: float) -> None:
+        if slots.take_now():
+            return
+        turn = slots.wait()
+        run.interrupt.watch(turn)
+        await slots.take(turn, min(QUEUE_PATIENCE_S, timeout_s))
+
+    def _context(self, call: ToolCall, deadline: float) -> ToolContext:
+        return ToolContext(
+            execution_id=call.execution_id,
+            caller=call.caller,
+            deadline=deadline,
+            http=self._http,
+            agent_id=call.agent_id,
+            trace_id=call.trace_id,
+            session_id=call.session_id,
+            metadata=call.metadata,
+        )
+
+    def cancel(self, caller: Caller, execution_id: str | None, call_id: str | None) -> bool:
+        """Cancel a running call of the caller's own, or anyone's for an admin. False: there is none."""
+        if execution_id is not None:
+            run = self._running.get(execution_id)
+        else:
+            run = self._call_ids.get((caller.tenant, caller.subject, call_id or ""))
+        if run is None or not _may_cancel(caller, run.call.caller):
+            return False
+        run.interrupt.cancel()
+        return True
+
+    def _finish(self, run: Run, execution: Execution) -> None:
+        """The epilogue of every call. Never awaits: a slow sink must not slow a call."""
+        metrics = self._metrics
+        begin = time.perf_counter()
+        if run.attempts and run.state is not None:
+            series = run.state.series
+            series.executions[execution.status] += 1
+            series.duration.observe(run.run_s)
+            metrics.busy_s += run.run_s
+            metrics.stages["execution"].observe(run.run_s)
+        if execution.error is not None:
+            metrics.errors[execution.error.category] += 1
+        elif execution.refusal is not None:
+            metrics.errors[execution.refusal.kind.error_type] += 1
+        metrics.stages["metrics"].observe(time.perf_counter() - begin)
+
+
+def _check_idempotency(call: ToolCall, tool: Tool) -> None:
+    """A key is a promise that nothing runs twice. Where a repeat is harmless it holds by itself; elsewhere a
+    store must remember the key, and while there is none the promise is refused rather than broken."""
+    if call.idempotency_key is not None and not (tool.spec.read_only or tool.spec.idempotent):
+        raise InvalidParams.at("idempotency_key", "Not supported for tools that are neither read_only nor idempotent")
+
+
+async def _cancel_when_gone(client_gone: Callable[[], Awaitable[None]], interrupt: Interrupt) -> None:
+    await client_gone()
+    interrupt.cancel()
+
+
+def _may_cancel(caller: Caller, owner: Caller) -> bool:
+    own = caller.tenant == owner.tenant and caller.subject == owner.subject
+    return own or "admin" in caller.scopes
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def release() -> None:
+        second()
+        first()
+
+    return release

@@ -1,0 +1,237 @@
+"""Many calls from one request: a batch, a plan with dependencies, a chain of fallbacks.
+
+Each call walks the executor by itself, so limits count every one. What is wrong with a plan is said before anything
+runs. Knows no wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import orjson
+
+from app.calls import Execution, ToolCall
+from app.errors import (
+    DEPENDENCY_SKIPPED,
+    DRAINING,
+    INVALID_PARAMS,
+    TOOL_TIMEOUT,
+    InvalidParams,
+    failure,
+)
+
+Execute = Callable[[ToolCall], Awaitable[Execution]]
+
+REFERENCE = "$from"
+
+
+async def run_bounded(work: Iterable[Callable[[], Awaitable[None]]], at_once: int) -> None:
+    """Run all of `work`, at most `at_once` at a time, started in order; cancels the rest when cancelled."""
+    remaining = iter(work)
+
+    async def worker() -> None:
+        for item in remaining:
+            await item()
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(at_once):
+            group.create_task(worker(), name="batch-worker")
+
+
+async def run_batch(execute: Execute, calls: Sequence[ToolCall], max_concurrent: int) -> list[Execution]:
+    """Every call's Execution, in the order of the calls."""
+    results: dict[int, Execution] = {}
+
+    async def run_one(position: int, call: ToolCall) -> None:
+        results[position] = await execute(_received_now(call))
+
+    work = [_bind(run_one, position, call) for position, call in enumerate(calls)]
+    await run_bounded(work, min(max_concurrent, len(calls)))
+    return [results[position] for position in range(len(calls))]
+
+
+def _bind(function: Callable[..., Awaitable[None]], *arguments: Any) -> Callable[[], Awaitable[None]]:
+    return lambda: function(*arguments)
+
+
+def _received_now(call: ToolCall) -> ToolCall:
+    """A call's clock starts when it is its turn, not when the request around it came."""
+    return replace(call, received_at=time.perf_counter())
+
+
+async def run_fallback(execute: Execute, calls: Sequence[ToolCall]) -> list[Execution]:
+    """Every attempt, the last one being what the chain came to. Stops at the first success, and where no other
+    tool can help: the caller's own mistake, a cancellation, a replica that is shutting down."""
+    attempts: list[Execution] = []
+    for call in calls:
+        attempts.append(await execute(_received_now(call)))
+        if not _another_tool_can_help(attempts[-1]):
+            break
+    return attempts
+
+
+def _another_tool_can_help(execution: Execution) -> bool:
+    if execution.refusal is not None:
+        return execution.refusal.kind not in (INVALID_PARAMS, DRAINING)
+    return execution.status not in ("success", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanTask:
+    """One node of a plan."""
+
+    task_id: str
+    call: ToolCall
+    dependencies: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanResult:
+    """What a plan came to; `started` is the order in which its tasks began."""
+
+    executions: dict[str, Execution]
+    started: list[str]
+
+
+class Plan:
+    """A checked graph of tasks. A task starts the moment its last dependency has ended.
+
+    Raises InvalidParams for duplicate ids, unknown dependencies, cycles, and references to what is no dependency.
+    """
+
+    def __init__(self, tasks: Sequence[PlanTask], max_concurrent: int, deadline: float) -> None:
+        self._tasks = {task.task_id: task for task in tasks}
+        self._slots = asyncio.Semaphore(max_concurrent)
+        self._deadline = deadline
+        self._dependents: dict[str, list[str]] = {task.task_id: [] for task in tasks}
+        self._missing = {task.task_id: len(set(task.dependencies)) for task in tasks}
+        self._executions: dict[str, Execution] = {}
+        self._started: list[str] = []
+        self._check(tasks)
+
+    def _check(self, tasks: Sequence[PlanTask]) -> None:
+        if len(self._tasks) != len(tasks):
+            raise InvalidParams.at("tasks", "task_id must be unique")
+        for position, task in enumerate(tasks):
+            for dependency in dict.fromkeys(task.dependencies):
+                if dependency not in self._tasks:
+                    raise InvalidParams.at(f"tasks.{position}.dependencies", "Names a task that is not in the plan")
+                self._dependents[dependency].append(task.task_id)
+            _check_references(task, position)
+        if not self._ends():
+            raise InvalidParams.at("tasks", "The dependencies form a cycle")
+
+    def _ends(self) -> bool:
+        """Kahn's algorithm: whether every task can have its turn."""
+        missing = dict(self._missing)
+        ready = [task_id for task_id, count in missing.items() if count == 0]
+        for task_id in ready:
+            for dependent in self._dependents[task_id]:
+                missing[dependent] -= 1
+                if missing[dependent] == 0:
+                    ready.append(dependent)
+        return len(ready) == len(missing)
+
+    async def run(self, execute: Execute) -> PlanResult:
+        async with asyncio.TaskGroup() as group:
+            for task_id, count in self._missing.items():
+                if count == 0:
+                    self._spawn(group, execute, task_id)
+        return PlanResult({task_id: self._executions[task_id] for task_id in self._tasks}, self._started)
+
+    def _spawn(self, group: asyncio.TaskGroup, execute: Execute, task_id: str) -> None:
+        group.create_task(self._run_task(group, execute, self._tasks[task_id]), name=f"plan:{task_id}")
+
+    async def _run_task(self, group: asyncio.TaskGroup, execute: Execute, task: PlanTask) -> None:
+        async with self._slots:
+            self._ended(group, execute, task.task_id, await self._execution_of(execute, task))
+
+    async def _execution_of(self, execute: Execute, task: PlanTask) -> Execution:
+        call = replace(_received_now(task.call), deadline=self._deadline)
+        if any(self._executions[dependency].status != "success" for dependency in task.dependencies):
+            return not_run(call, "skipped")
+        if time.perf_counter() >= self._deadline:
+            return not_run(call, "timeout")
+        self._started.append(task.task_id)
+        try:
+            results = {dependency: self._executions[dependency].result for dependency in task.dependencies}
+            call = replace(call, parameters=resolved(call.parameters, results))
+        except InvalidParams as refusal:
+            return replace(not_run(call, "failed"), error=None, refusal=refusal)
+        return await execute(call)
+
+    def _ended(self, group: asyncio.TaskGroup, execute: Execute, task_id: str, execution: Execution) -> None:
+        self._executions[task_id] = execution
+        for dependent in self._dependents[task_id]:
+            self._missing[dependent] -= 1
+            if self._missing[dependent] == 0:
+                self._spawn(group, execute, dependent)
+
+
+def not_run(call: ToolCall, status: Any) -> Execution:
+    """The Execution of a task whose turn never came."""
+    causes = {
+        "skipped": failure(DEPENDENCY_SKIPPED, "A task that this one depends on did not succeed"),
+        "timeout": failure(TOOL_TIMEOUT, "The plan's deadline passed before this task's turn"),
+    }
+    return Execution(
+        execution_id=call.execution_id,
+        tool_id=call.tool_id,
+        status=status,
+        result=None,
+        error=causes.get(status),
+        refusal=None,
+        run_s=0.0,
+        overhead_s=time.perf_counter() - call.received_at,
+        finished_at=time.time(),
+        attempts=0,
+        trace_id=call.trace_id or call.execution_id.replace("-", ""),
+    )
+
+
+def _check_references(task: PlanTask, position: int) -> None:
+    for reference in _references(task.call.parameters):
+        if not isinstance(reference[REFERENCE], str) or not isinstance(reference.get("path", ""), str):
+            raise InvalidParams.at(f"tasks.{position}.parameters", "$from and path must be strings")
+        if reference[REFERENCE] not in task.dependencies:
+            raise InvalidParams.at(f"tasks.{position}.parameters", "$from names a task that is not in dependencies")
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, dict) and REFERENCE in value and value.keys() <= {REFERENCE, "path"}
+
+
+def _references(value: Any) -> Iterable[dict[str, Any]]:
+    """Every `{"$from": …}` inside; nesting is bounded by the codec."""
+    if _is_reference(value):
+        return [value]
+    if isinstance(value, dict):
+        return chain.from_iterable(map(_references, value.values()))
+    if isinstance(value, list):
+        return chain.from_iterable(map(_references, value))
+    return ()
+
+
+def resolved(value: Any, results: dict[str, bytes | None]) -> Any:
+    """A copy of the parameters in which each reference is replaced by what it points at. Raises InvalidParams."""
+    if _is_reference(value):
+        return _pointed_at(orjson.loads(results[value[REFERENCE]] or b"null"), value.get("path", ""))
+    if isinstance(value, dict):
+        return {key: resolved(item, results) for key, item in value.items()}
+    if isinstance(value, list):
+        return [resolved(item, results) for item in value]
+    return value
+
+
+def _pointed_at(result: Any, path: str) -> Any:
+    for step in path.split(".") if path else ():
+        try:
+            result = result[int(step)] if isinstance(result, list) else result[step]
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise InvalidParams.at("parameters", "$from: the dependency's result has no such path") from None
+    return result

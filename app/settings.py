@@ -1,0 +1,153 @@
+"""Every setting once: its unit, default, bound and reason. Read by the composition root and the command line alone.
+
+A setting is an environment variable of the same name in capitals, or a line in `.env`; the environment wins, then
+`.env`, then the profile, then the default. docs/settings.md shows them all; a test holds both together.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from dotenv import dotenv_values
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from app.egress import parse_egress_allow
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be: names the variable and its bound, never its value, which may be a secret."""
+
+
+def _items(value: Any) -> Any:
+    """A comma list as a tuple; blanks around items and empty items do not count."""
+    if isinstance(value, str):
+        return tuple(item.strip() for item in value.split(",") if item.strip())
+    return value
+
+
+def _egress(items: tuple[str, ...]) -> tuple[str, ...]:
+    parse_egress_allow(",".join(items))  # raises ValueError with its reason
+    return items
+
+
+def _web_url(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError("must start with http:// or https://")
+    return value.rstrip("/")
+
+
+CommaList = Annotated[tuple[str, ...], BeforeValidator(_items)]
+WebUrl = Annotated[str, AfterValidator(_web_url)]
+
+
+class Settings(BaseModel):
+    """All settings of one process, checked."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    profile: Literal["default", "high-throughput", "low-latency", "constrained"] = Field(
+        "default", description="A named set of defaults; single variables still override"
+    )
+    auth_mode: Literal["auto", "required", "none"] = Field(
+        "auto", description="auto: off on a loopback address only; none: off anywhere, said aloud"
+    )
+    tool_execution_timeout: float = Field(
+        30.0, gt=0, le=3600, description="Seconds that one run, or one plan, may take at most"
+    )
+    max_concurrent_executions: int = Field(
+        1500, ge=1, le=100_000, description="Calls that run at once; as many again may wait, for 1 s"
+    )
+    max_request_bytes: int = Field(
+        1_048_576, ge=1024, le=67_108_864, description="Bytes of a request body; over it 413"
+    )
+    max_result_bytes: int = Field(
+        1_048_576, ge=1024, le=67_108_864, description="Bytes of a tool's result as JSON; over it the run failed"
+    )
+    max_batch_size: int = Field(100, ge=1, le=10_000, description="Requests of a JSON-RPC batch, calls of a plan")
+    request_read_timeout_s: float = Field(
+        10.0, gt=0, le=300, description="Seconds in which a request's headers, then its body, must arrive"
+    )
+    drain_seconds: float = Field(
+        5.0, ge=0, le=300, description="Seconds to go on serving after SIGTERM, while endpoints are removed"
+    )
+    http_connection_pool_size: int = Field(
+        100, ge=1, le=10_000, description="Outgoing connections that tools may hold at once"
+    )
+    enable_parameter_validation_cache: bool = Field(
+        True, description="false builds a tool's validator on every call: for debugging"
+    )
+    enable_registry_cache: bool = Field(True, description="false builds list answers on every call: for debugging")
+    tool_modules: CommaList = Field((), description="Python modules with tools, comma separated")
+    cors_allow_origins: CommaList = Field(
+        (), description="Browser origins besides our own that may call, comma separated"
+    )
+    public_url: WebUrl | None = Field(None, description="Where clients reach the service, for its documents")
+    forwarded_allow_ips: CommaList = Field(
+        (), description="Proxies whose X-Forwarded-For and -Proto are believed, comma separated"
+    )
+    egress_allow: Annotated[CommaList, AfterValidator(_egress)] = Field(
+        (), description="Hosts or networks that tools may reach though egress refuses them, each with optional :port"
+    )
+    wikipedia_url: WebUrl = Field("https://en.wikipedia.org/w/api.php", description="MediaWiki API of wikipedia_search")
+    searxng_url: WebUrl | None = Field(None, description="SearXNG-compatible endpoint of web_search")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged")
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "high-throughput": {"http_connection_pool_size": 100, "tool_execution_timeout": 30.0},
+    "low-latency": {"enable_parameter_validation_cache": True, "enable_registry_cache": True},
+    "constrained": {"max_concurrent_executions": 500, "http_connection_pool_size": 20},
+}
+"""Defaults by profile; only what differs, or what the profile promises to hold, is named."""
+
+_NAMES = {name.upper(): name for name in Settings.model_fields}
+
+
+def read_settings(environ: Mapping[str, str], dotenv: Path | None = None, **given: Any) -> Settings:
+    """Settings of this process. `given` comes from the command line and wins. Raises SettingsError."""
+    values: dict[str, Any] = {}
+    for source in (dotenv_values(dotenv) if dotenv is not None else {}, environ):
+        values.update({_NAMES[name]: value for name, value in source.items() if name in _NAMES and value})
+    values.update({name: value for name, value in given.items() if value is not None})
+    profile = PROFILES.get(str(values.get("profile", "default")), {})
+    try:
+        return Settings(**{**profile, **values})
+    except ValidationError as error:
+        raise SettingsError("\n".join(_problem(detail) for detail in error.errors(include_url=False))) from None
+
+
+def _problem(detail: Any) -> str:
+    name = str(detail["loc"][0])
+    return f"{name.upper()}: {_reason(detail)}. {Settings.model_fields[name].description}"
+
+
+def _reason(detail: Any) -> str:
+    reason: str = detail["msg"].removeprefix("Value error, ")
+    return reason[0].lower() + reason[1:]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a listener on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_bind(settings: Settings, host: str) -> None:
+    """The safe default: another address than loopback needs authentication, or AUTH_MODE=none said aloud."""
+    if settings.auth_mode == "required":
+        raise SettingsError(
+            "AUTH_MODE: required needs credentials, which this version does not have yet; use auto or none"
+        )
+    if settings.auth_mode == "auto" and not is_loopback(host):
+        raise SettingsError(
+            "AUTH_MODE: auto serves without authentication on loopback only, and this address is not loopback. "
+            "Bind 127.0.0.1, or set AUTH_MODE=none to serve everyone who can reach it"
+        )

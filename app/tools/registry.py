@@ -1,0 +1,201 @@
+"""The tools that there are: one immutable snapshot, replaced whole, so that a reader never sees half a change.
+
+Owns look-up, filters, pages and who may see what. Answers are built once per snapshot, as bytes. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from app.calls import Caller
+from app.errors import InvalidParams, ToolNotFound
+from app.tools.search import SearchIndex
+from app.tools.tool import Tool, ToolSpec
+
+LIST_LIMIT_DEFAULT = 100
+LIST_LIMIT_MAX = 1_000
+SEARCH_LIMIT_DEFAULT = 10
+SEARCH_LIMIT_MAX = 100
+
+PAGES_KEPT_MAX = 512
+"""Pages differ by filter, cursor and caller; a client that walks all of them must not fill the memory."""
+
+
+class DuplicateTool(ValueError):
+    """Two tools with one id; the first one stays."""
+
+
+def may_call(caller: Caller, spec: ToolSpec) -> bool:
+    """The one choke point of authorisation: what is refused here is neither listed nor found nor run."""
+    return spec.required_scopes <= caller.scopes
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFilter:
+    """What `tools.list` and `tools.search` narrow by; all given conditions hold, tags by any, capabilities by all."""
+
+    category: str | None = None
+    tags: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()
+
+
+def summary(spec: ToolSpec) -> dict[str, Any]:
+    """ToolSummary of the contract."""
+    return {
+        "tool_id": spec.id,
+        "name": spec.name,
+        "description": spec.description,
+        "version": spec.version,
+        "category": spec.category,
+        "tags": spec.tags,
+        "capabilities": spec.capabilities,
+    }
+
+
+def detail(tool: Tool, timeout_ceiling_s: float) -> dict[str, Any]:
+    """ToolDetail of the contract: the summary, both schemas, and what holds for a run."""
+    spec = tool.spec
+    return {
+        **summary(spec),
+        "parameters": tool.parameters.json_schema,
+        "result": tool.result.json_schema,
+        "timeout_seconds": min(spec.timeout or timeout_ceiling_s, timeout_ceiling_s),
+        "limits": {"max_concurrent": spec.max_concurrent},
+        "flags": {
+            "read_only": spec.read_only,
+            "idempotent": spec.idempotent,
+            "destructive": spec.destructive,
+            "cancel_on_disconnect": spec.cancel_on_disconnect,
+        },
+    }
+
+
+class Snapshot:
+    """Every tool at one moment, indexed. Never changed once built."""
+
+    def __init__(self, tools: Iterable[Tool]) -> None:
+        self.tools: dict[str, Tool] = {tool.spec.id: tool for tool in tools}
+        self.ids = tuple(sorted(self.tools))
+        self.summaries = {tool_id: orjson.dumps(summary(self.tools[tool_id].spec)) for tool_id in self.ids}
+        self.details: dict[str, bytes] = {}
+        self.pages: dict[Any, bytes] = {}
+        self._by_category = self._indexed(lambda spec: (spec.category,))
+        self._by_tag = self._indexed(lambda spec: spec.tags)
+        self._by_capability = self._indexed(lambda spec: spec.capabilities)
+        self._search = SearchIndex(
+            (spec.id, spec.name, spec.description, spec.tags) for spec in (tool.spec for tool in self.tools.values())
+        )
+
+    def _indexed(self, keys: Callable[[ToolSpec], Iterable[str]]) -> dict[str, frozenset[str]]:
+        index: dict[str, set[str]] = {}
+        for tool_id, tool in self.tools.items():
+            for key in keys(tool.spec):
+                index.setdefault(key, set()).add(tool_id)
+        return {key: frozenset(ids) for key, ids in index.items()}
+
+    def matching(self, wanted: ToolFilter) -> frozenset[str] | None:
+        """Ids that pass the filter; None when it lets all pass."""
+        empty: frozenset[str] = frozenset()
+        sets = [self._by_capability.get(capability, empty) for capability in wanted.capabilities]
+        if wanted.category is not None:
+            sets.append(self._by_category.get(wanted.category, empty))
+        if wanted.tags:
+            sets.append(empty.union(*(self._by_tag.get(tag, empty) for tag in wanted.tags)))
+        return frozenset.intersection(*sets) if sets else None
+
+    def visible_ids(self, wanted: ToolFilter, caller: Caller) -> list[str]:
+        """Ids in their stable order that pass the filter and that the caller may call."""
+        matching = self.matching(wanted)
+        ids = self.ids if matching is None else sorted(matching)
+        return [tool_id for tool_id in ids if may_call(caller, self.tools[tool_id].spec)]
+
+    def ranked(self, query: str, wanted: ToolFilter, caller: Caller, limit: int) -> list[str]:
+        """Ids best first."""
+        matching = self.matching(wanted)
+
+        def allowed(tool_id: str) -> bool:
+            return (matching is None or tool_id in matching) and may_call(caller, self.tools[tool_id].spec)
+
+        return self._search.search(query, allowed, limit)
+
+
+class Registry:
+    """Holds the current snapshot. `replace` swaps it in one assignment."""
+
+    def __init__(self, tools: Iterable[Tool], *, timeout_ceiling_s: float, cache_answers: bool = True) -> None:
+        self._timeout_ceiling_s = timeout_ceiling_s
+        self._cache_answers = cache_answers
+        self.snapshot = Snapshot(tools)
+
+    def replace(self, tools: Iterable[Tool]) -> None:
+        self.snapshot = Snapshot(tools)
+
+    def __len__(self) -> int:
+        return len(self.snapshot.tools)
+
+    def lookup(self, tool_id: str, caller: Caller) -> Tool:
+        """The tool, or ToolNotFound when there is none or none that the caller may call."""
+        tool = self.snapshot.tools.get(tool_id)
+        if tool is None or not may_call(caller, tool.spec):
+            raise ToolNotFound
+        return tool
+
+    def detail(self, tool_id: str, caller: Caller) -> bytes:
+        tool = self.lookup(tool_id, caller)
+        snapshot = self.snapshot
+        if (known := snapshot.details.get(tool_id)) is not None:
+            return known
+        encoded = orjson.dumps(detail(tool, self._timeout_ceiling_s))
+        if self._cache_answers:
+            snapshot.details[tool_id] = encoded
+        return encoded
+
+    def page(self, wanted: ToolFilter, caller: Caller, limit: int | None, cursor: str | None) -> bytes:
+        """`{tools, count, next_cursor}`; a cursor names the last id seen, so pages survive a change of tools."""
+        key = (wanted, caller.scopes, limit, cursor)
+        snapshot = self.snapshot
+        if (known := snapshot.pages.get(key)) is not None:
+            return known
+        ids = snapshot.visible_ids(wanted, caller)
+        start = bisect_right(ids, decode_cursor(cursor)) if cursor else 0
+        end = start + (limit or LIST_LIMIT_DEFAULT)
+        next_cursor = encode_cursor(ids[end - 1]) if end < len(ids) else None
+        encoded = self._answer(ids[start:end], next_cursor=next_cursor)
+        if self._cache_answers and len(snapshot.pages) < PAGES_KEPT_MAX:
+            snapshot.pages[key] = encoded
+        return encoded
+
+    def search(self, query: str, wanted: ToolFilter, caller: Caller, limit: int | None) -> bytes:
+        """`{tools, count, query}`, best first; without a query, in the order of ids."""
+        count = limit or SEARCH_LIMIT_DEFAULT
+        if query.strip():
+            ids = self.snapshot.ranked(query, wanted, caller, count)
+        else:
+            ids = self.snapshot.visible_ids(wanted, caller)[:count]
+        return self._answer(ids, query=query)
+
+    def _answer(self, ids: list[str], **extra: Any) -> bytes:
+        return orjson.dumps({"tools": [self._summary(tool_id) for tool_id in ids], "count": len(ids), **extra})
+
+    def _summary(self, tool_id: str) -> Any:
+        if self._cache_answers:
+            return orjson.Fragment(self.snapshot.summaries[tool_id])
+        return summary(self.snapshot.tools[tool_id].spec)
+
+
+def encode_cursor(tool_id: str) -> str:
+    return base64.urlsafe_b64encode(tool_id.encode()).decode().rstrip("=")
+
+
+def decode_cursor(cursor: str) -> str:
+    try:
+        return base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, ValueError):
+        raise InvalidParams.at("cursor", "Not a cursor that this service gave") from None

@@ -1,0 +1,121 @@
+"""The ASGI application: who answers which path, top to bottom.
+
+First the guard against browsers and DNS rebinding, then the RPC door, then FastAPI for REST, documents and ops.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+import orjson
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from app import __version__
+from app.errors import PermissionDenied
+from app.executor.plans import run_bounded
+from app.service import Service
+from app.settings import is_loopback
+from app.transport import ops, rest
+from app.transport.jsonrpc import Dispatcher
+from app.transport.methods import Methods
+from app.transport.openrpc import openrpc_document
+from app.transport.rpc import CLOSE, JsonRpcDoor, Receive, Scope, Send, json_headers, respond
+
+RPC_PATH = "/api/v1/jsonrpc"
+
+HOSTS_REMEMBERED_MAX = 64
+
+
+def create_app(service: Service, *, host: str = "127.0.0.1") -> ASGIApp:
+    """The whole application over an open service. `host` is the address that the server is bound to."""
+    settings = service.settings
+    methods = Methods(service.executor, service.registry, service.metrics, settings.max_batch_size)
+    methods.discovery = orjson.dumps(openrpc_document(methods.table(), settings.public_url))
+    dispatcher = Dispatcher(methods.methods(), settings.max_batch_size, run_bounded, service.metrics.count_error)
+    door = JsonRpcDoor(dispatcher, settings.max_request_bytes, settings.request_read_timeout_s)
+    inner: ASGIApp = Doors(door, _fastapi(service, methods))
+    if settings.cors_allow_origins:
+        inner = CORSMiddleware(
+            inner,
+            allow_origins=settings.cors_allow_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"],
+        )
+    own = (settings.public_url,) if settings.public_url else ()
+    return Guard(inner, (*settings.cors_allow_origins, *own), loopback_only=is_loopback(host))
+
+
+def _fastapi(service: Service, methods: Methods) -> FastAPI:
+    app = FastAPI(
+        title="AgentCore Tools",
+        version=__version__,
+        summary="Executes tools for AI agents.",
+        openapi_url="/openapi.json",
+        docs_url="/docs",
+        redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
+    )
+    app.include_router(ops.router(service))
+    rest.mount(app, service, methods)
+    return app
+
+
+class Doors:
+    """The RPC path goes to its door, everything else to FastAPI."""
+
+    def __init__(self, jsonrpc: JsonRpcDoor, fastapi: FastAPI) -> None:
+        self._jsonrpc = jsonrpc
+        self._fastapi = fastapi
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == RPC_PATH:
+            await self._jsonrpc(scope, receive, send)
+        else:
+            await self._fastapi(scope, receive, send)
+
+
+class Guard:
+    """Keeps web pages out: a foreign `Origin` is refused, and on loopback a `Host` that is not loopback, for a page
+    can point its own name at 127.0.0.1 (DNS rebinding)."""
+
+    def __init__(self, inner: ASGIApp, origins: tuple[str, ...], *, loopback_only: bool) -> None:
+        self._inner = inner
+        self._origins = frozenset(origins)
+        self._any_origin = "*" in origins
+        self._loopback_only = loopback_only
+        self._good_hosts: set[bytes] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host, origin = b"", None
+            for name, value in scope["headers"]:
+                if name == b"host":
+                    host = value
+                elif name == b"origin":
+                    origin = value
+            if self._loopback_only and host not in self._good_hosts and not self._is_good_host(host):
+                await _forbid(send, "Host is not allowed: this service is bound to loopback")
+                return
+            if origin is not None and not self._is_allowed(origin.decode("latin-1"), scope["scheme"], host):
+                await _forbid(send, "Origin is not allowed; CORS_ALLOW_ORIGINS names the ones that are")
+                return
+        await self._inner(scope, receive, send)
+
+    def _is_good_host(self, host: bytes) -> bool:
+        name = urlsplit("//" + host.decode("latin-1")).hostname if host else "localhost"
+        good = name is not None and is_loopback(name)
+        if good and len(self._good_hosts) < HOSTS_REMEMBERED_MAX:
+            self._good_hosts.add(host)
+        return good
+
+    def _is_allowed(self, origin: str, scheme: str, host: bytes) -> bool:
+        own = f"{scheme}://{host.decode('latin-1')}"
+        return self._any_origin or origin in self._origins or origin.lower() == own.lower()
+
+
+async def _forbid(send: Send, message: str) -> None:
+    body = orjson.dumps({"error": PermissionDenied(message).as_error()})
+    await respond(send, 403, [*json_headers(body), CLOSE], body)

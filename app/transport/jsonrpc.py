@@ -1,0 +1,236 @@
+"""JSON-RPC 2.0: bytes in, bytes out. Codec and dispatcher; imports no web framework and knows no tool.
+
+The specification is https://www.jsonrpc.org/specification; where it is silent, docs/json-rpc.md says what holds here.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import orjson
+
+from app.calls import Caller
+from app.errors import (
+    DRAINING,
+    InternalError,
+    InvalidParams,
+    InvalidRequest,
+    MethodNotFound,
+    ParseError,
+    ToolServiceError,
+)
+
+logger = logging.getLogger("app.jsonrpc")
+
+NESTING_MAX = 64
+CONTAINERS_MAX = 100_000
+"""Arrays and objects in one body. 350,000 empty arrays fit a megabyte and cost 19 ms to build."""
+
+BATCH_AT_ONCE = 10
+"""Requests of one batch that run at the same time: one client's batch must not take every slot."""
+
+_BRACKETS = bytes.maketrans(b"[{]}", b"(())")
+_NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[{]}")
+_DIGITS = bytes.maketrans(b"0123456789", b"0000000000")
+_LONG_NUMBER = b"0" * 19
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|-?[0-9]++(?![.eE0-9])')
+_INT64_MIN, _UINT64_MAX = -(2**63), 2**64 - 1
+
+
+def decode(body: bytes) -> Any:
+    """The JSON value of a body. Raises ParseError, also for what orjson would let pass changed:
+    integers past 64 bits become floats there, and nesting goes to 1,024."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise ParseError("Parse error: the body is not valid JSON") from None
+    containers = body.count(b"[") + body.count(b"{")
+    if containers > NESTING_MAX and (containers > CONTAINERS_MAX or nests_too_deep(body, value)):
+        raise ParseError(f"Parse error: over {NESTING_MAX} levels or {CONTAINERS_MAX} arrays and objects")
+    if _LONG_NUMBER in body.translate(_DIGITS) and holds_long_integer(body):
+        raise ParseError("Parse error: an integer does not fit 64 bits; send it as a string")
+    return value
+
+
+def nests_too_deep(body: bytes, value: Any) -> bool:
+    """Exact, and quick for what is flat: each pass over the bare brackets takes one level off."""
+    brackets = body.translate(_BRACKETS, _NOT_BRACKETS)
+    for _ in range(NESTING_MAX):
+        brackets = brackets.replace(b"()", b"")
+        if not brackets:
+            return False
+    return _deeper_than(value, NESTING_MAX)  # brackets inside of strings can leave a rest
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    layer = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        children = (item.values() if isinstance(item, dict) else item for item in layer)
+        layer = [child for items in children for child in items if isinstance(child, dict | list)]
+        if not layer:
+            return False
+    return True
+
+
+def holds_long_integer(body: bytes) -> bool:
+    """Whether a number outside of strings, without fraction or exponent, passes 64 bits. `body` is valid JSON."""
+    tokens = (match.group() for match in _TOKEN.finditer(body))
+    return any(
+        len(token) >= 19 and (len(token) > 20 or not _INT64_MIN <= int(token) <= _UINT64_MAX)
+        for token in tokens
+        if token[0] != 0x22
+    )
+
+
+class Client(Protocol):
+    """The other end of the connection."""
+
+    async def gone(self) -> None:
+        """Returns when the client has closed the connection."""
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """What a method may know of the HTTP request around it. `received_at` is `time.perf_counter()` seconds."""
+
+    caller: Caller
+    received_at: float
+    client: Client | None = None
+    a2a: Mapping[str, Any] = field(default_factory=dict)
+    draining: bool = False
+    """Set when a call was refused because the replica shuts down: the door answers 503."""
+
+
+Handler = Callable[[RequestContext, Any], Awaitable[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One method: how its params are read and what answers. `names` is the order of positional params."""
+
+    name: str
+    names: tuple[str, ...]
+    read: Callable[[dict[str, Any]], Any]
+    handler: Handler
+
+
+class Dispatcher:
+    """Answers request bodies by a table of methods."""
+
+    def __init__(
+        self,
+        methods: Mapping[str, Method],
+        batch_max: int,
+        run_bounded: Callable[..., Awaitable[None]],
+        count_error: Callable[[str], None],
+    ) -> None:
+        self._methods = methods
+        self._batch_max = batch_max
+        self._run_bounded = run_bounded
+        self._count_error = count_error
+
+    async def dispatch(self, body: bytes, context: RequestContext) -> bytes | None:
+        """The response body; None when the request asks for none (notifications only)."""
+        try:
+            request = decode(body)
+            if type(request) is list:
+                return await self._dispatch_batch(request, context)
+        except ToolServiceError as error:
+            return self._refused(error, b"null", context)
+        return await self._dispatch_one(request, context)
+
+    async def _dispatch_batch(self, requests: list[Any], context: RequestContext) -> bytes | None:
+        if not requests:
+            raise InvalidRequest("Invalid request: the batch is empty")
+        if len(requests) > self._batch_max:
+            raise InvalidRequest(f"Invalid request: a batch holds at most {self._batch_max} requests")
+        answers: list[bytes | None] = [None] * len(requests)
+
+        async def answer(position: int) -> None:
+            own = RequestContext(context.caller, context.received_at, context.client)
+            answers[position] = await self._dispatch_one(requests[position], own)
+            context.draining |= own.draining
+
+        work = [lambda position=position: answer(position) for position in range(len(requests))]
+        await self._run_bounded(work, min(BATCH_AT_ONCE, len(requests)))
+        written = [answer for answer in answers if answer is not None]
+        return b"[" + b",".join(written) + b"]" if written else None
+
+    async def _dispatch_one(self, request: Any, context: RequestContext) -> bytes | None:
+        request_id = b"null"
+        wants_answer = True
+        try:
+            request_id = _readable_id(request)
+            method, params = self._parsed(request)
+            wants_answer = "id" in request
+            result = await self._call(method, params, request, context)
+        except ToolServiceError as error:
+            return self._refused(error, request_id, context) if wants_answer else None
+        except Exception:
+            logger.exception("method failed")
+            return self._refused(InternalError(), request_id, context) if wants_answer else None
+        if not wants_answer:
+            return None
+        return b'{"jsonrpc":"2.0","result":%b,"id":%b}' % (result, request_id)
+
+    def _parsed(self, request: dict[str, Any]) -> tuple[str, Any]:
+        if request.get("jsonrpc") != "2.0":
+            raise InvalidRequest('Invalid request: jsonrpc must be "2.0"')
+        method = request.get("method")
+        if type(method) is not str:
+            raise InvalidRequest("Invalid request: method must be a string")
+        return method, request.get("params", _NO_PARAMS)
+
+    async def _call(self, name: str, params: Any, request: dict[str, Any], context: RequestContext) -> bytes:
+        method = self._methods.get(name)
+        if type(params) is list:
+            named = None
+        elif type(params) is dict:
+            named = params
+        else:
+            raise InvalidRequest("Invalid request: params must be an object or an array")
+        if method is None:
+            raise MethodNotFound("Method not found; rpc.methods lists what there is")
+        if named is None:
+            named = _by_position(method, params)
+        if (a2a := request.get("a2a_context")) is not None:
+            context.a2a = _a2a(a2a)
+        return await method.handler(context, method.read(named))
+
+    def _refused(self, error: ToolServiceError, request_id: bytes, context: RequestContext) -> bytes:
+        if error.kind is DRAINING:
+            context.draining = True
+        execution_id = error.execution_id
+        if execution_id is None:
+            self._count_error(error.kind.error_type)  # one with an id was counted by the executor
+        return b'{"jsonrpc":"2.0","error":%b,"id":%b}' % (orjson.dumps(error.as_error()), request_id)
+
+
+_NO_PARAMS: dict[str, Any] = {}
+_ID_TYPES = frozenset({str, int, float, type(None)})
+
+
+def _readable_id(request: Any) -> bytes:
+    """The id as it came, encoded; null when there is none. Raises InvalidRequest when it cannot be one."""
+    if type(request) is not dict:
+        raise InvalidRequest("Invalid request: a request is an object")
+    request_id = request.get("id")
+    if type(request_id) not in _ID_TYPES:
+        raise InvalidRequest("Invalid request: id must be a string, a number or null")
+    return orjson.dumps(request_id)
+
+
+def _by_position(method: Method, params: list[Any]) -> dict[str, Any]:
+    if len(params) > len(method.names):
+        raise InvalidParams.at("", f"Takes at most {len(method.names)} params", "too_many_params")
+    return dict(zip(method.names, params, strict=False))
+
+
+def _a2a(value: Any) -> Mapping[str, Any]:
+    if type(value) is not dict:
+        raise InvalidRequest("Invalid request: a2a_context must be an object")
+    return value

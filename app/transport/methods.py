@@ -1,0 +1,283 @@
+"""The method table of /api/v1/jsonrpc: each method's params, scope, work and result.
+
+A method reads its params, builds ToolCalls, awaits the executor, writes bytes. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from app import __version__
+from app.calls import Execution, ToolCall, new_execution_id
+from app.errors import InvalidParams, PermissionDenied
+from app.executor.executor import Executor
+from app.executor.plans import Plan, PlanTask, run_batch, run_fallback
+from app.telemetry.metrics import Metrics
+from app.tools.registry import Registry, ToolFilter
+from app.tools.schema import violations
+from app.transport import shapes
+from app.transport.jsonrpc import Method, RequestContext
+
+SERVICE_NAME = "agentcore-tools"
+
+_TRACE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSpec:
+    """One line of the table. `scope` None: everybody."""
+
+    name: str
+    params: type[shapes.Params]
+    result: type[BaseModel] | None
+    scope: str | None
+    summary: str
+    work: Callable[[RequestContext, Any], Awaitable[bytes]]
+    bounded: tuple[str, ...] = ()
+    """Names of params that are lists of calls: at most MAX_BATCH_SIZE items."""
+
+
+class Methods:
+    """The table and the work behind it."""
+
+    def __init__(self, executor: Executor, registry: Registry, metrics: Metrics, batch_max: int) -> None:
+        self._executor = executor
+        self._registry = registry
+        self._metrics = metrics
+        self._batch_max = batch_max
+        self.discovery = b"{}"
+        """The OpenRPC document, hung in by the application once the table stands."""
+
+    def table(self) -> tuple[MethodSpec, ...]:
+        execute, read = "tools:execute", "tools:read"
+        return (
+            MethodSpec("tools.list", shapes.ListParams, shapes.ToolPage, read, "Tools by filter, in pages", self._list),
+            MethodSpec("tools.get", shapes.GetParams, shapes.ToolDetail, read, "One tool with its schemas", self._get),
+            MethodSpec("tools.search", shapes.SearchParams, shapes.SearchResult, read, "Tools by words", self._search),
+            MethodSpec("tools.execute", shapes.ExecuteParams, shapes.Execution, execute, "Run a tool", self._execute),
+            MethodSpec(
+                "tools.execute_batch",
+                shapes.BatchParams,
+                shapes.BatchResult,
+                execute,
+                "Run several tools, independently",
+                self._execute_batch,
+                ("requests", "executions"),
+            ),
+            MethodSpec(
+                "tools.execute_parallel",
+                shapes.ParallelParams,
+                shapes.ParallelResult,
+                execute,
+                "Run a graph of tools with dependencies",
+                self._execute_parallel,
+                ("tasks",),
+            ),
+            MethodSpec(
+                "tools.execute_with_fallback",
+                shapes.FallbackParams,
+                shapes.FallbackResult,
+                execute,
+                "Run a tool, and others when it fails",
+                self._execute_with_fallback,
+                ("fallback", "fallbacks"),
+            ),
+            MethodSpec(
+                "tools.cancel",
+                shapes.CancelParams,
+                shapes.CancelResult,
+                execute,
+                "Cancel a call of yours",
+                self._cancel,
+            ),
+            MethodSpec("rpc.ping", shapes.NoParams, shapes.Pong, None, "Whether the service answers", self._ping),
+            MethodSpec("rpc.version", shapes.NoParams, shapes.Version, None, "The service's version", self._version),
+            MethodSpec("rpc.methods", shapes.NoParams, shapes.MethodNames, None, "Names of all methods", self._names),
+            MethodSpec("rpc.discover", shapes.NoParams, None, None, "This API as an OpenRPC document", self._discover),
+        )
+
+    def methods(self) -> dict[str, Method]:
+        """The table as the dispatcher wants it."""
+        return {spec.name: self._method(spec) for spec in self.table()}
+
+    def _method(self, spec: MethodSpec) -> Method:
+        names = tuple(spec.params.model_fields)
+        return Method(spec.name, names, _reader(spec, self._batch_max), _scoped(spec))
+
+    async def _list(self, context: RequestContext, params: shapes.ListParams) -> bytes:
+        return self._registry.page(_filter(params), context.caller, params.limit, params.cursor)
+
+    async def _get(self, context: RequestContext, params: shapes.GetParams) -> bytes:
+        return self._registry.detail(params.tool_id, context.caller)
+
+    async def _search(self, context: RequestContext, params: shapes.SearchParams) -> bytes:
+        return self._registry.search(params.name_query or "", _filter(params), context.caller, params.limit)
+
+    async def _execute(self, context: RequestContext, params: shapes.ExecuteParams) -> bytes:
+        return await self.execute(context, params.tool_id, params)
+
+    async def execute(
+        self, context: RequestContext, tool_id: str, params: shapes.ExecuteParams | shapes.RestExecuteBody
+    ) -> bytes:
+        """One call to its Execution, written. Raises the refusal when it did not run."""
+        execution = await self._executor.execute(tool_call(context, tool_id, params))
+        if execution.refusal is not None:
+            raise execution.refusal
+        written = execution.as_json()
+        self._metrics.overhead.observe(time.perf_counter() - context.received_at - execution.run_s)
+        return written
+
+    async def _execute_batch(self, context: RequestContext, params: shapes.BatchParams) -> bytes:
+        began = time.perf_counter()
+        calls = [tool_call(context, item.tool_id, item) for item in params.requests]
+        executions = await run_batch(self._executor.execute, calls, params.max_concurrent)
+        return orjson.dumps(
+            {"results": [self._item(execution) for execution in executions], **_counts(executions), **_total(began)}
+        )
+
+    async def _execute_parallel(self, context: RequestContext, params: shapes.ParallelParams) -> bytes:
+        began = time.perf_counter()
+        tasks = [
+            PlanTask(item.task_id, tool_call(context, item.tool_id, item), tuple(item.dependencies))
+            for item in params.tasks
+        ]
+        plan = Plan(tasks, params.max_concurrent, began + self._executor.timeout_ceiling_s)
+        done = await plan.run(self._executor.execute)
+        return orjson.dumps(
+            {
+                "results": {task_id: self._item(execution) for task_id, execution in done.executions.items()},
+                "execution_order": done.started,
+                **_counts(list(done.executions.values())),
+                **_total(began),
+            }
+        )
+
+    async def _execute_with_fallback(self, context: RequestContext, params: shapes.FallbackParams) -> bytes:
+        began = time.perf_counter()
+        others = params.fallback if isinstance(params.fallback, list) else [params.fallback]
+        calls = [tool_call(context, item.tool_id, item) for item in (params.primary, *others)]
+        attempts = await run_fallback(self._executor.execute, calls)
+        result = _outcome(attempts)
+        return orjson.dumps(
+            {
+                "result": result.as_dict(),
+                "used_fallback": result is not attempts[0],
+                "attempts": [self._item(execution) for execution in attempts],
+                **_total(began),
+            }
+        )
+
+    async def _cancel(self, context: RequestContext, params: shapes.CancelParams) -> bytes:
+        if (params.execution_id is None) == (params.call_id is None):
+            raise InvalidParams.at("", "Give either execution_id or call_id")
+        cancelled = self._executor.cancel(context.caller, params.execution_id, params.call_id)
+        return orjson.dumps({"cancelled": cancelled})
+
+    async def _ping(self, context: RequestContext, params: shapes.NoParams) -> bytes:
+        return b'{"pong":true}'
+
+    async def _version(self, context: RequestContext, params: shapes.NoParams) -> bytes:
+        return orjson.dumps({"name": SERVICE_NAME, "version": __version__})
+
+    async def _names(self, context: RequestContext, params: shapes.NoParams) -> bytes:
+        return orjson.dumps({"methods": [spec.name for spec in self.table()]})
+
+    async def _discover(self, context: RequestContext, params: shapes.NoParams) -> bytes:
+        return self.discovery
+
+    def _item(self, execution: Execution) -> dict[str, Any]:
+        """An Execution among several, or the error of one that was refused."""
+        if execution.refusal is not None:
+            return {"error": execution.refusal.as_error()}
+        if execution.attempts:
+            self._metrics.overhead.observe(execution.overhead_s)
+        return execution.as_dict()
+
+
+def tool_call(context: RequestContext, tool_id: str, params: shapes.ExecuteParams | shapes.RestExecuteBody) -> ToolCall:
+    """The call that the params ask for; what the request's a2a_context says fills the gaps."""
+    given = params.execution_context
+    a2a = context.a2a
+    return ToolCall(
+        execution_id=new_execution_id(),
+        tool_id=tool_id,
+        parameters=params.parameters,
+        caller=context.caller,
+        received_at=context.received_at,
+        agent_id=params.agent_id or (_text(a2a, "source_agent") if a2a else None),
+        trace_id=_trace_id((given and given.trace_id) or (_text(a2a, "trace_id") if a2a else None)),
+        session_id=(given and given.session_id) or (_text(a2a, "session_id") if a2a else None),
+        metadata=given.metadata if given else None,
+        timeout_override_s=params.timeout_override,
+        call_id=params.call_id,
+        idempotency_key=params.idempotency_key,
+        client_gone=context.client.gone if context.client else None,
+    )
+
+
+def _text(values: Mapping[str, Any], name: str) -> str | None:
+    value = values.get(name)
+    return value[: shapes.LABEL_CHARACTERS_MAX] if isinstance(value, str) else None
+
+
+def _trace_id(given: str | None) -> str | None:
+    """Taken only when it can be written into logs and headers as it is."""
+    return given if given is not None and _TRACE_ID.fullmatch(given) else None
+
+
+def _filter(params: shapes.ListParams | shapes.SearchParams) -> ToolFilter:
+    return ToolFilter(params.category, tuple(params.tags or ()), tuple(params.capabilities or ()))
+
+
+def _counts(executions: Sequence[Execution]) -> dict[str, int]:
+    successful = sum(execution.status == "success" for execution in executions)
+    return {"successful_count": successful, "failed_count": len(executions) - successful}
+
+
+def _total(began: float) -> dict[str, float]:
+    return {"total_time_ms": round((time.perf_counter() - began) * 1e3, 3)}
+
+
+def _outcome(attempts: Sequence[Execution]) -> Execution:
+    """What a chain came to: its last attempt that ran. Raises the first refusal when none did."""
+    ran = [execution for execution in attempts if execution.refusal is None]
+    if ran:
+        return ran[-1]
+    assert attempts[0].refusal is not None
+    raise attempts[0].refusal
+
+
+def _reader(spec: MethodSpec, batch_max: int) -> Callable[[dict[str, Any]], Any]:
+    validate = spec.params.__pydantic_validator__.validate_python
+
+    def read(params: dict[str, Any]) -> Any:
+        for name in spec.bounded:
+            items = params.get(name)
+            if type(items) is list and len(items) > batch_max:
+                raise InvalidParams.at(name, f"Holds at most {batch_max} items")
+        try:
+            return validate(params, strict=True)
+        except ValidationError as error:
+            raise InvalidParams("Invalid params; rpc.discover shows the schema", violations(error)) from None
+
+    return read
+
+
+def _scoped(spec: MethodSpec) -> Callable[[RequestContext, Any], Awaitable[bytes]]:
+    """The work behind the method's scope; the one place where scopes of methods are looked at."""
+    if spec.scope is None:
+        return spec.work
+
+    async def work(context: RequestContext, params: Any) -> bytes:
+        if spec.scope not in context.caller.scopes:
+            raise PermissionDenied(f"This method needs the scope {spec.scope}")
+        return await spec.work(context, params)
+
+    return work

@@ -1,0 +1,47 @@
+"""What operators and probes ask: /livez, /readyz, /metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client.exposition import choose_encoder
+
+from app.service import Phase, Service
+
+
+def router(service: Service) -> APIRouter:
+    """Routes over an open service; none needs a credential."""
+    routes = APIRouter(tags=["ops"])
+
+    @routes.get("/livez", response_class=PlainTextResponse, summary="The event loop turns")
+    async def livez() -> str:
+        return "ok\n"
+
+    @routes.get(
+        "/readyz",
+        response_class=PlainTextResponse,
+        summary="Whether to send calls here, with a line per dependency",
+        responses={
+            503: {"description": "Starting or draining", "content": {"text/plain": {"schema": {"type": "string"}}}}
+        },
+    )
+    async def readyz() -> Response:
+        serving = service.lifecycle.phase is Phase.SERVING
+        return PlainTextResponse("".join(f"{line}\n" for line in readiness(service)), 200 if serving else 503)
+
+    @routes.get("/metrics", response_class=PlainTextResponse, summary="Prometheus text or OpenMetrics, by Accept")
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(service.metrics.registry), media_type=content_type)
+
+    return routes
+
+
+def readiness(service: Service) -> Iterator[str]:
+    """One line for the process and one for each thing that it needs."""
+    yield f"service: {service.lifecycle.phase.value}"
+    yield f"tools: {len(service.registry)} registered"
+    for problem in service.load_problems:
+        yield f"tools from {problem.source}: not loaded, the log says why"

@@ -1,0 +1,120 @@
+"""The JSON-RPC door as plain ASGI: reads a body within its bounds, hands it to the dispatcher, writes the answer.
+
+Stands ahead of FastAPI's router, which costs 33 µs a request more. Knows HTTP; knows no method and no tool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import orjson
+
+from app.calls import LOCAL_CALLER
+from app.errors import BodyTooLarge, BodyTooSlow, ToolServiceError
+from app.transport.jsonrpc import Dispatcher, RequestContext
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+Headers = list[tuple[bytes, bytes]]
+
+JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
+CLOSE: tuple[bytes, bytes] = (b"connection", b"close")
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its request was read."""
+
+
+class AsgiClient:
+    """Sees a disconnect by way of ASGI. Only asked while a call runs, so nothing else reads `receive` then."""
+
+    __slots__ = ("_receive",)
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+
+    async def gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+async def read_body(receive: Receive, bytes_max: int, timeout_s: float) -> bytes:
+    """The whole body. Raises BodyTooLarge, BodyTooSlow, or ClientGone."""
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if message.get("more_body", False):
+        try:
+            async with asyncio.timeout(timeout_s):
+                body = await _read_rest(receive, body, bytes_max)
+        except TimeoutError:
+            raise BodyTooSlow(timeout_s) from None
+    elif message["type"] == "http.disconnect":
+        raise ClientGone
+    if len(body) > bytes_max:
+        raise BodyTooLarge(bytes_max)
+    return body
+
+
+async def _read_rest(receive: Receive, first: bytes, bytes_max: int) -> bytes:
+    body = bytearray(first)
+    more = True
+    while more:
+        if len(body) > bytes_max:
+            raise BodyTooLarge(bytes_max)
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+async def respond(send: Send, status: int, headers: Headers, body: bytes = b"") -> None:
+    """One whole response."""
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def json_headers(body: bytes) -> Headers:
+    return [JSON, (b"content-length", b"%d" % len(body))]
+
+
+class JsonRpcDoor:
+    """POST /api/v1/jsonrpc."""
+
+    def __init__(self, dispatcher: Dispatcher, body_bytes_max: int, read_timeout_s: float) -> None:
+        self._dispatcher = dispatcher
+        self._body_bytes_max = body_bytes_max
+        self._read_timeout_s = read_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            await respond(send, 405, [(b"allow", b"POST"), (b"content-length", b"0")])
+            return
+        try:
+            body = await read_body(receive, self._body_bytes_max, self._read_timeout_s)
+        except ClientGone:
+            return
+        except ToolServiceError as error:
+            await self._refuse(send, error)
+            return
+        context = RequestContext(LOCAL_CALLER, time.perf_counter(), AsgiClient(receive))
+        answer = await self._dispatcher.dispatch(body, context)
+        if context.draining:
+            await respond(send, 503, [*json_headers(answer or b""), CLOSE, RETRY_LATER], answer or b"")
+        elif answer is None:
+            await respond(send, 204, [])
+        else:
+            await respond(send, 200, json_headers(answer), answer)
+
+    async def _refuse(self, send: Send, error: ToolServiceError) -> None:
+        answer = orjson.dumps({"jsonrpc": "2.0", "error": error.as_error(), "id": None})
+        await respond(send, error.http_status, [*json_headers(answer), CLOSE], answer)
+
+
+RETRY_LATER: tuple[bytes, bytes] = (b"retry-after", b"1")

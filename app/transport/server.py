@@ -1,0 +1,116 @@
+"""The HTTP server around an open service: uvicorn with our bounds and our way to stop.
+
+SIGTERM or SIGINT: /readyz turns 503, DRAIN_SECONDS of serving on, then no new calls, running ones end within their
+deadlines. A second signal ends at once. uvicorn alone closes its listener before anybody has stopped sending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from app.service import Phase, Service
+from app.transport.protocol import protocol_class
+from app.transport.wire import HttpBounds, Wire
+
+logger = logging.getLogger("app.server")
+
+FINISH_MARGIN_S = 5.0
+"""After the longest deadline of a tool: what writing the answers may take."""
+
+GC_THRESHOLD = 50_000
+"""Young collections at uvicorn's and our rate of garbage came every few milliseconds with the default of 700."""
+
+
+class Server(uvicorn.Server):
+    """One listener over one service."""
+
+    def __init__(self, app: ASGIApp, service: Service, host: str, port: int) -> None:
+        settings = service.settings
+        self._service = service
+        self._wire = Wire(
+            HttpBounds(
+                request_bytes_max=settings.max_request_bytes,
+                header_read_timeout_s=settings.request_read_timeout_s,
+                body_read_timeout_s=settings.request_read_timeout_s,
+            )
+        )
+        self._draining: asyncio.Task[None] | None = None
+        service.metrics.wire_refusals = lambda: {str(reason): count for reason, count in self._wire.refused.items()}
+        service.lifecycle.on_crash = self.stop
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                loop="uvloop",
+                http=protocol_class(self._wire),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=bool(settings.forwarded_allow_ips),
+                forwarded_allow_ips=list(settings.forwarded_allow_ips),
+                timeout_graceful_shutdown=int(settings.tool_execution_timeout + FINISH_MARGIN_S),
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn would stop at once, and die of the signal afterwards instead of exiting 0."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for one in signals:
+            loop.add_signal_handler(one, self.stop)
+        try:
+            yield
+        finally:
+            for one in signals:
+                loop.remove_signal_handler(one)
+            if self._draining is not None:
+                self._draining.cancel()
+            self._wire.close()
+
+    async def startup(self, sockets: object = None) -> None:
+        await super().startup()
+        if self.started:
+            freeze_garbage()
+            self._service.lifecycle.phase = Phase.SERVING
+            logger.info("serving", extra={"url": f"http://{self.config.host}:{self.port}"})
+
+    @property
+    def port(self) -> int:
+        """The port that was bound; differs from the one asked for when that was 0."""
+        port: int = self.servers[0].sockets[0].getsockname()[1]
+        return port
+
+    def stop(self) -> None:
+        """Begin to drain; called again, end at once."""
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain(), name="drain")
+        else:
+            self.force_exit = self.should_exit = True
+
+    async def _drain(self) -> None:
+        self._service.lifecycle.phase = Phase.DRAINING
+        self._wire.draining = True
+        seconds = self._service.settings.drain_seconds
+        logger.info("draining", extra={"seconds": seconds})
+        await asyncio.sleep(seconds)
+        self._service.executor.stop_accepting()
+        self.should_exit = True
+
+
+def freeze_garbage() -> None:
+    """What start-up made lives as long as the process: out of every later collection with it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, 20, 100)

@@ -1,0 +1,151 @@
+"""Tools that behave badly on purpose, and a few that make timing and order visible."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from app.tools.tool import ToolContext, ToolError, tool
+
+
+@tool(category="custom", read_only=True)
+async def wait(seconds: Annotated[float, Field(ge=0, le=60)], value: Any = None) -> Any:
+    """Return the value after some seconds."""
+    await asyncio.sleep(seconds)
+    return value
+
+
+@tool(category="custom")
+async def stubborn(seconds: float) -> str:
+    """Swallow every cancellation until the seconds have passed."""
+    ends = time.monotonic() + seconds
+    while (left := ends - time.monotonic()) > 0:
+        try:
+            await asyncio.sleep(left)
+        except asyncio.CancelledError:
+            pass
+    return "late"
+
+
+@tool(category="custom")
+def block_thread(seconds: float) -> str:
+    """Hold a thread for some seconds."""
+    threading.Event().wait(seconds)
+    return "done"
+
+
+@tool(category="custom")
+async def block_loop(seconds: float) -> str:
+    """Hold the event loop for some seconds."""
+    threading.Event().wait(seconds)
+    return "done"
+
+
+@tool(category="custom")
+async def raise_exit() -> None:
+    """Raise SystemExit."""
+    sys.exit(3)
+
+
+@tool(category="custom")
+def raise_exit_in_thread() -> None:
+    """Raise SystemExit in a thread."""
+    sys.exit(3)
+
+
+@tool(category="custom")
+async def raise_exception() -> None:
+    """Raise an exception whose text must not reach an agent."""
+    raise ValueError("canary-7f3a password=hunter2")
+
+
+@tool(category="custom")
+async def cancel_itself() -> None:
+    """Raise CancelledError unasked."""
+    raise asyncio.CancelledError
+
+
+@tool(category="custom")
+async def fail_clearly(message: str = "The ticket is closed", retryable: bool = False) -> None:
+    """Fail with a text and a code for the agent."""
+    raise ToolError(message, code="TICKET_CLOSED", retryable=retryable, retry_after_ms=250 if retryable else None)
+
+
+@tool(category="custom")
+async def return_bad(kind: str) -> Any:
+    """Return what JSON cannot hold."""
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    return {
+        "nan": float("nan"),
+        "infinity": [float("inf")],
+        "bytes": b"\x00\xff",
+        "cycle": cycle,
+        "big integer": 2**70,
+        "surrogate": "\ud800",
+        "object": object(),
+        "integer keys": {1: 2},
+    }[kind]
+
+
+@tool(category="custom")
+async def return_long(characters: int) -> str:
+    """Return a text of that length."""
+    return "x" * characters
+
+
+@tool(category="custom", cancel_on_disconnect=True)
+async def wait_for_client(seconds: float) -> str:
+    """Wait, but only as long as the client does."""
+    await asyncio.sleep(seconds)
+    return "done"
+
+
+@tool(category="custom", max_concurrent=1)
+async def one_at_a_time(seconds: float) -> str:
+    """Run alone."""
+    await asyncio.sleep(seconds)
+    return "done"
+
+
+@tool(category="custom", timeout=0.2)
+async def short_timeout(seconds: float) -> str:
+    """Wait, with a timeout of its own of 0.2 s."""
+    await asyncio.sleep(seconds)
+    return "done"
+
+
+@tool(category="custom", read_only=True)
+async def who_calls(context: ToolContext) -> dict[str, Any]:
+    """Tell what the context holds."""
+    return {
+        "execution_id": context.execution_id,
+        "tenant": context.caller.tenant,
+        "agent_id": context.agent_id,
+        "session_id": context.session_id,
+        "trace_id": context.trace_id,
+        "metadata": context.metadata,
+        "remaining_s": context.remaining_s(),
+    }
+
+
+_calls = 0
+
+
+@tool(category="custom")
+async def count_calls() -> int:
+    """How often this was called."""
+    global _calls
+    _calls += 1
+    return _calls
+
+
+@tool(category="custom", required_scopes=["never:granted"])
+async def hidden() -> str:
+    """Nobody may see this."""
+    return "seen"
