@@ -6,13 +6,15 @@ Tool authors import `tool`, `ToolContext` and `ToolError` from here and nothing 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import time
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, overload
 
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from app.calls import Caller
@@ -107,7 +109,10 @@ class ToolSpec:
     cost: int = 1
 
     def __post_init__(self) -> None:
-        problem = next((text for holds, text in self._problems() if holds), None)
+        try:
+            problem = next((text for holds, text in self._problems() if holds), None)
+        except TypeError as error:
+            problem = f"a field has the wrong type: {error}"
         if problem:
             raise ToolDeclarationError(f"tool {self.id!r}: {problem}")
 
@@ -116,11 +121,17 @@ class ToolSpec:
             (not _ID.fullmatch(self.id), f"id must match ^{_ID.pattern}$"),
             (not self.description.strip(), "needs a docstring or a description; agents choose by it"),
             (self.category not in CATEGORIES, f"category must be one of {', '.join(CATEGORIES)}"),
-            (self.timeout is not None and not self.timeout > 0, "timeout must be over 0 seconds"),
+            (
+                self.timeout is not None and not 0 < self.timeout < math.inf,
+                "timeout must be over 0 seconds",
+            ),
             (self.max_concurrent is not None and self.max_concurrent < 1, "max_concurrent must be at least 1"),
             (self.retries < 0, "retries must be at least 0"),
             (self.cost < 0, "cost must be at least 0"),
+            (self.cache_ttl is not None and not 0 < self.cache_ttl < math.inf, "cache_ttl must be over 0 seconds"),
             (self.cache_ttl is not None and not self.read_only, "cache_ttl needs read_only=True"),
+            (not self.quotas.keys() <= {"daily", "monthly"}, "quotas are daily and monthly"),
+            (any(amount < 1 for amount in self.quotas.values()), "quotas must be at least 1"),
             (self.read_only and self.destructive, "a tool cannot be both read_only and destructive"),
         ]
 
@@ -152,12 +163,22 @@ class FunctionTool:
         self.function = function
         self.spec = spec
         self.blocking = not inspect.iscoroutinefunction(function)
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise ToolDeclarationError(f"tool {spec.id!r}: must return its result, not yield")
         try:
             self._hints = typing.get_type_hints(function, include_extras=True)
+            self._context_parameter = self._find_context()
+            self._build_schemas()
+        except ToolDeclarationError:
+            raise
         except NameError as error:
             raise ToolDeclarationError(f"tool {spec.id!r}: type hint {error.name!r} is not a global name") from error
-        self._context_parameter = next((name for name, hint in self._hints.items() if hint is ToolContext), None)
-        self._build_schemas()
+        except Exception as error:  # pydantic and the hints' own types have many ways to refuse
+            raise ToolDeclarationError(f"tool {spec.id!r}: {error}") from error
+
+    def _find_context(self) -> str | None:
+        names = inspect.signature(self.function).parameters
+        return next((name for name in names if _is_context(self._hints.get(name))), None)
 
     def _build_schemas(self) -> None:
         self.parameters = ParameterSchema(dict(self._fields()))
@@ -171,7 +192,8 @@ class FunctionTool:
                 raise ToolDeclarationError(f"tool {self.spec.id!r}: parameter {name!r} must be nameable, not * or /")
             if name not in self._hints:
                 raise ToolDeclarationError(f"tool {self.spec.id!r}: parameter {name!r} needs a type hint")
-            yield name, (self._hints[name], ... if parameter.default is parameter.empty else parameter.default)
+            # An empty Field() and not `...`, which would overrule a default inside Annotated.
+            yield name, (self._hints[name], Field() if parameter.default is parameter.empty else parameter.default)
 
     def rebuilt(self) -> FunctionTool:
         return FunctionTool(self.function, self.spec)
@@ -183,6 +205,14 @@ class FunctionTool:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+
+def _is_context(hint: Any) -> bool:
+    """`ToolContext`, also as `ToolContext | None` and inside Annotated."""
+    if typing.get_origin(hint) is typing.Annotated:
+        return _is_context(hint.__origin__)
+    parts = typing.get_args(hint)
+    return hint is ToolContext or (len(parts) == 2 and ToolContext in parts and type(None) in parts)
 
 
 @overload
@@ -227,15 +257,23 @@ def tool(function: Callable[..., Any] | None = None, /, **declared: Any) -> Any:
     return declare if function is None else declare(function)
 
 
+_NAME_LISTS = ("tags", "capabilities", "rate_limits", "required_scopes")
+
+
 def _spec(function: Callable[..., Any], declared: dict[str, Any]) -> ToolSpec:
     tool_id = declared.pop("id", None) or getattr(function, "__name__", "")
-    for sequence in ("tags", "capabilities", "rate_limits"):
-        declared[sequence] = tuple(declared.get(sequence, ()))
+    for names in _NAME_LISTS:
+        # A bare text is a sequence too: of its letters.
+        if isinstance(declared.get(names), str):
+            raise ToolDeclarationError(f"tool {tool_id!r}: {names} must be a list of texts")
+        declared[names] = tuple(declared.get(names, ()))
+    if unknown := declared.keys() - {known.name for known in fields(ToolSpec)}:
+        raise ToolDeclarationError(f"tool {tool_id!r}: there is no option {min(unknown)!r}")
     return ToolSpec(
         id=tool_id,
-        name=declared.pop("name", None) or tool_id.replace("_", " ").title(),
+        name=declared.pop("name", None) or str(tool_id).replace("_", " ").title(),
         description=declared.pop("description", None) or inspect.getdoc(function) or "",
-        required_scopes=frozenset(declared.pop("required_scopes", ())),
+        required_scopes=frozenset(declared.pop("required_scopes")),
         quotas=dict(declared.pop("quotas", None) or {}),
         **declared,
     )
