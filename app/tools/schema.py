@@ -221,7 +221,9 @@ class ResultSchema:
         return self._adapter.dump_python(valid, mode=mode, by_alias=True)
 
 
-_NATIVE_TYPES = frozenset(("any", "none", "bool", "int", "float", "str", "nullable", "list", "dict", "typed-dict"))
+_NATIVE_TYPES = frozenset(
+    ("any", "none", "bool", "int", "float", "str", "nullable", "list", "dict", "union", "typed-dict")
+)
 _NATIVE_KEYS = frozenset(("any", "str"))
 
 
@@ -235,8 +237,10 @@ def _is_native(schema: Any) -> bool:
             field.keys() <= {"type", "schema", "required", "metadata"} and _is_native(field["schema"])
             for field in fields
         )
-    inner = (schema[part] for part in ("schema", "items_schema", "values_schema") if part in schema)
-    return schema.get("keys_schema", {"type": "str"})["type"] in _NATIVE_KEYS and all(map(_is_native, inner))
+    inner = [schema[part] for part in ("schema", "items_schema", "values_schema") if part in schema]
+    inner += schema.get("choices", [])
+    keys = schema.get("keys_schema", {"type": "str"})
+    return keys["type"] in _NATIVE_KEYS and all(isinstance(part, dict) and _is_native(part) for part in inner)
 
 
 def _json_form(value: Any) -> Any:
