@@ -1,0 +1,115 @@
+"""The house: imports point down, rooms stay small, nothing imports in a circle."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+APP = Path(__file__).parent.parent / "app"
+
+FLOORS = (
+    {"cli", "doctor"},
+    {"transport"},
+    {"service"},
+    {"executor"},
+    {"tools", "limits"},
+    {"telemetry", "egress"},
+    {"calls", "errors", "settings"},
+)
+"""From top to bottom; what stands on one floor does not import one another."""
+
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+MAY_READ_SETTINGS = {"service", "cli", "doctor", "transport"}
+"""`transport/app.py` and `transport/server.py` take them from the open service; see below."""
+
+
+def rooms() -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(APP.rglob("*.py")):
+        inside = path.relative_to(APP)
+        found.setdefault(inside.parts[0].removesuffix(".py"), []).append(path)
+    return {room: paths for room, paths in found.items() if not room.startswith("__")}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of `app` that a file imports anywhere, inside of functions and `if TYPE_CHECKING` too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "app" and "." in name}
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_every_room_stands_on_a_floor_and_imports_only_from_below(room: str) -> None:
+    assert room in FLOOR_OF, f"say in FLOORS where {room} stands"
+    for path in rooms()[room]:
+        for name in imported_modules(path):
+            other = name.split(".")[1]
+            if other != room and other in FLOOR_OF:
+                assert FLOOR_OF[other] > FLOOR_OF[room], f"{path.relative_to(APP)} imports {name}, which is not below"
+
+
+def test_only_the_application_the_server_and_ops_touch_the_service() -> None:
+    touching = {
+        str(path.relative_to(APP))
+        for path in rooms()["transport"]
+        if any(name.startswith("app.service") for name in imported_modules(path))
+    }
+    assert touching <= {"transport/app.py", "transport/server.py", "transport/ops.py", "transport/rest.py"}
+
+
+def test_settings_are_read_by_the_service_and_the_command_line_alone() -> None:
+    for room, paths in rooms().items():
+        for path in paths:
+            reads = any(name.startswith("app.settings") for name in imported_modules(path))
+            assert not reads or room in MAY_READ_SETTINGS, f"{path.relative_to(APP)} reads settings"
+
+
+def test_codec_and_dispatcher_know_no_web_framework() -> None:
+    for name in ("jsonrpc.py", "methods.py", "shapes.py", "openrpc.py"):
+        tree = ast.parse((APP / "transport" / name).read_text())
+        imported = {
+            (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name.split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom | ast.Import)
+        }
+        assert not imported & {"fastapi", "starlette", "uvicorn", "httptools"}, name
+
+
+def test_no_module_of_ours_imports_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    modules = {
+        ".".join(("app", *path.relative_to(APP).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in APP.rglob("*.py")
+    }
+    for name, path in modules.items():
+        graph[name] = {other for other in imported_modules(path) if other in modules and other != name}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above, name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_only_standard_words_name_modules() -> None:
+    unwanted = {"utils", "util", "helpers", "helper", "base", "manager", "common", "misc", "handlers"}
+    assert not {path.stem for path in APP.rglob("*.py")} & unwanted
+
+
+def test_the_interpreter_is_one_that_we_promise() -> None:
+    assert sys.version_info >= (3, 11)
