@@ -1,0 +1,163 @@
+"""The client: sends, follows redirects, reads, and bounds all of it.
+
+Asks `rules` about every address and gets its connections from `network`. Knows no settings and no tool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import httpcore
+import httpx
+
+from app.egress.body import read_body
+from app.egress.message import Message, checked_message
+from app.egress.network import ConnectionPool, Resolver, ThreadedResolver
+from app.egress.rules import EgressAllow, EgressRules, as_addresses, egress_refused
+from app.egress.targets import Address, QueryValue, Target, invalid_request, parse_target
+from app.errors import ToolError
+
+REDIRECTS_MAX = 3
+RESOLVE_S_MAX = 5.0
+"""One attempt of the C library's resolver with its default of 5 s; a second one rarely brings more."""
+
+RESPONSE_BYTES_MAX = 1024 * 1024
+"""As sent and as inflated. The default follows MAX_RESULT_BYTES: more could not leave the service anyway."""
+
+
+@dataclass(frozen=True, slots=True)
+class EgressResponse:
+    """Header names are in lower case, repeated ones joined with a comma. `url` is the last one after redirects."""
+
+    status_code: int
+    headers: dict[str, str]
+    body: bytes
+    url: str
+
+
+class EgressClient:
+    """Shared by all tools. `own_addresses` are host and port of each listening socket of this process."""
+
+    def __init__(
+        self,
+        allow: EgressAllow,
+        pool_size: int,
+        own_addresses: Iterable[tuple[str, int]] = (),
+        *,
+        resolver: Resolver | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        user_agent: str = "agentcore-tools",
+    ) -> None:
+        self._rules = EgressRules(allow, tuple(own_addresses))
+        self._resolve = resolver or ThreadedResolver()
+        # trust_env: no SSL_CERT_FILE either; the environment of a service is not a trust store
+        self.pool = ConnectionPool(pool_size, ssl_context or httpx.create_ssl_context(trust_env=False))
+        self._defaults = {"accept": "*/*", "user-agent": user_agent}
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        params: Mapping[str, QueryValue] | None = None,
+        body: bytes | None = None,
+        timeout_s: float,
+        response_bytes_max: int = RESPONSE_BYTES_MAX,
+    ) -> EgressResponse:
+        """Send, follow redirects, read. `timeout_s` bounds all of it together.
+
+        Raises ToolError: EGRESS_INVALID_REQUEST, EGRESS_REFUSED, EGRESS_TIMEOUT, EGRESS_FAILED,
+        EGRESS_RESPONSE_TOO_LARGE or EGRESS_TOO_MANY_REDIRECTS.
+        """
+        message = checked_message(method, headers or {}, body, self._defaults)
+        target = parse_target(url, params)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._follow(message, target, response_bytes_max)
+        except (TimeoutError, httpcore.TimeoutException):
+            raise _timed_out() from None
+        except httpcore.LocalProtocolError:
+            raise invalid_request("request cannot be written as HTTP/1.1") from None
+        except (httpcore.NetworkError, httpcore.RemoteProtocolError) as error:
+            raise _failed(error) from None
+
+    async def _follow(self, message: Message, target: Target, bytes_max: int) -> EgressResponse:
+        for _ in range(REDIRECTS_MAX + 1):
+            response = await self._exchange(message, target, bytes_max)
+            if not _is_redirect(response):
+                return response
+            following = _redirect_target(target, response.headers["location"])
+            same_origin = following.origin == target.origin
+            message, target = message.redirected(response.status_code, same_origin=same_origin), following
+        raise ToolError(f"more than {REDIRECTS_MAX} redirects", code="EGRESS_TOO_MANY_REDIRECTS")
+
+    async def _exchange(self, message: Message, target: Target, bytes_max: int) -> EgressResponse:
+        """One hop. The body of a redirect is not read; its connection is closed then."""
+        addresses = await self._checked_addresses(target)
+        async with self.pool.connection(target, addresses) as connection:
+            answer = await connection.handle_async_request(message.for_target(target))
+            try:
+                response = EgressResponse(answer.status, _joined_headers(answer.headers), b"", target.url)
+                if _is_redirect(response):
+                    return response
+                assert isinstance(answer.stream, AsyncIterable)
+                # what the headers of HEAD say is about a body that is not sent
+                described = {} if message.method == "HEAD" else response.headers
+                return replace(response, body=await read_body(answer.stream, described, bytes_max))
+            finally:
+                await answer.aclose()
+
+    async def _checked_addresses(self, target: Target) -> tuple[Address, ...]:
+        """Every address of the target's host. All of them may be connected to, or none is."""
+        addresses = (target.address,) if target.address else await self._resolved(target)
+        if any(self._rules.refuses(target.host, address, target.port) for address in addresses):
+            raise egress_refused()
+        return addresses
+
+    async def _resolved(self, target: Target) -> tuple[Address, ...]:
+        try:
+            async with asyncio.timeout(RESOLVE_S_MAX):
+                found = await self._resolve(target.host, target.port)
+        except TimeoutError:
+            raise
+        except OSError:
+            found = ()
+        if not found:
+            raise ToolError("host name has no address", code="EGRESS_FAILED", retryable=True)
+        return as_addresses(found)
+
+    async def aclose(self) -> None:
+        await self.pool.aclose()
+
+
+def _joined_headers(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    joined: dict[str, str] = {}
+    for raw_name, raw_value in headers:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+        joined[name] = f"{joined[name]}, {value}" if name in joined else value
+    return joined
+
+
+def _is_redirect(response: EgressResponse) -> bool:
+    return response.status_code in (301, 302, 303, 307, 308) and "location" in response.headers
+
+
+def _redirect_target(target: Target, location: str) -> Target:
+    try:
+        return target.joined(location.encode("latin-1").decode("utf-8"))
+    except (ToolError, ValueError):  # not the caller's mistake, and nothing to tell about where it led
+        raise egress_refused() from None
+
+
+def _timed_out() -> ToolError:
+    return ToolError("no complete response in time", code="EGRESS_TIMEOUT", retryable=True)
+
+
+def _failed(error: Exception) -> ToolError:
+    if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+        return ToolError("certificate of the server could not be verified", code="EGRESS_FAILED")
+    return ToolError("connection failed", code="EGRESS_FAILED", retryable=True)

@@ -1,0 +1,211 @@
+"""From checked addresses to a connection: the resolver, the pool, and a backend that connects nowhere else.
+
+Decides nothing about what may be reached (`rules`) and knows no redirects or bodies (`client`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpcore
+
+from app.egress.targets import Address, Target
+
+Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
+"""Host and port in, addresses as text out; empty or OSError when there are none."""
+
+LOOKUPS_MAX = 32
+"""Threads that may hang in the C library at once. One per name, however many calls wait for that name."""
+
+CONNECT_ATTEMPTS_MAX = 4
+CONNECT_ATTEMPT_S = 2.0
+"""Patience with an address while there is another: long enough for one lost SYN, which is sent again after 1 s."""
+
+KEEPALIVE_S = 4.0
+"""Under the 5 s after which Node closes an idle connection: a request must not meet it half closed."""
+
+
+class ThreadedResolver:
+    """`getaddrinfo` in threads of its own.
+
+    It cannot be interrupted, so a hung look-up keeps its thread until the C library gives up. The threads are
+    daemons: an executor would join them when the process exits.
+    """
+
+    def __init__(self) -> None:
+        self._free = asyncio.Semaphore(LOOKUPS_MAX)
+        self._running: dict[str, asyncio.Future[list[str]]] = {}
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        if host not in self._running:
+            await self._free.acquire()
+            if host in self._running:  # begun by another while this one waited
+                self._free.release()
+            else:
+                self._begin(host)
+        return await asyncio.shield(self._running[host])
+
+    def _begin(self, host: str) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            threading.Thread(target=self._look_up, args=(host, loop), name="resolve", daemon=True).start()
+        except RuntimeError as error:  # the process may have no more threads
+            self._free.release()
+            raise OSError("no thread to resolve in") from error
+        self._running[host] = loop.create_future()
+
+    def _look_up(self, host: str, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+            addresses = [str(sockaddr[0]) for *_, sockaddr in found]
+        except (OSError, UnicodeError):
+            addresses = []
+        try:
+            loop.call_soon_threadsafe(self._finish, host, addresses)
+        except RuntimeError:
+            pass  # the loop was closed while the C library waited; nobody is left to tell
+
+    def _finish(self, host: str, addresses: list[str]) -> None:
+        self._free.release()
+        self._running.pop(host).set_result(addresses)
+
+
+class _Stream(httpcore.AsyncNetworkStream):
+    """A stream that does not outlive a TLS handshake cut short by cancellation."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return await self._stream.read(max_bytes, timeout)
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        try:
+            return _Stream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+        except BaseException:
+            await self._stream.aclose()  # httpcore's own backend closes on Exception, which a cancellation is not
+            raise
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+class PinnedBackend(httpcore.AsyncNetworkBackend):
+    """Connects to the addresses that were checked, whatever name it is asked for. Has no unix sockets."""
+
+    def __init__(self, addresses: Sequence[Address]) -> None:
+        self._addresses = addresses[:CONNECT_ATTEMPTS_MAX]
+        self._backend = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        for address in self._addresses[:-1]:
+            try:
+                return _Stream(await self._backend.connect_tcp(str(address), port, CONNECT_ATTEMPT_S))
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                continue
+        return _Stream(await self._backend.connect_tcp(str(self._addresses[-1]), port))
+
+
+class ConnectionPool:
+    """At most `size` connections, busy and idle together, kept by origin.
+
+    httpcore's own pool gives away a new connection before it closes an old one; a request cancelled in between
+    leaves the new one in the pool, unconnected, for ever. Here nothing is handed on until it was connected.
+    """
+
+    def __init__(self, size: int, ssl_context: ssl.SSLContext) -> None:
+        self._size = size
+        self._ssl_context = ssl_context
+        self._slots = asyncio.Semaphore(size)
+        self._idle: list[tuple[tuple[str, str, int], httpcore.AsyncHTTPConnection]] = []
+        self.busy = 0
+        self._closed = False
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    @asynccontextmanager
+    async def connection(
+        self, target: Target, addresses: Sequence[Address]
+    ) -> AsyncIterator[httpcore.AsyncHTTPConnection]:
+        """A connection for one exchange: an idle one of the same origin, else a new one to `addresses`."""
+        async with self._slots:
+            self.busy += 1
+            connection = None
+            try:
+                connection, surplus = self._take(target, addresses)
+                await _close_all(surplus)
+                yield connection
+            finally:
+                self.busy -= 1
+                if connection is not None and not self._keep(target, connection):
+                    await connection.aclose()
+
+    def _take(
+        self, target: Target, addresses: Sequence[Address]
+    ) -> tuple[httpcore.AsyncHTTPConnection, list[httpcore.AsyncHTTPConnection]]:
+        """The connection to use and those to close: expired ones, and the oldest where there is no room."""
+        surplus = [connection for _, connection in self._idle if connection.has_expired()]
+        self._idle = [entry for entry in self._idle if entry[1] not in surplus]
+        for position in reversed(range(len(self._idle))):
+            if self._idle[position][0] == target.origin:
+                return self._idle.pop(position)[1], surplus
+        while self.busy + len(self._idle) > self._size:
+            surplus.append(self._idle.pop(0)[1])
+        return self._connect_to(target, addresses), surplus
+
+    def _keep(self, target: Target, connection: httpcore.AsyncHTTPConnection) -> bool:
+        if self._closed or not connection.is_available():
+            return False
+        self._idle.append((target.origin, connection))
+        return True
+
+    def _connect_to(self, target: Target, addresses: Sequence[Address]) -> httpcore.AsyncHTTPConnection:
+        scheme, host, port = target.origin
+        return httpcore.AsyncHTTPConnection(
+            # the name stays: certificate and SNI are checked against it, and connections are kept apart by it
+            origin=httpcore.Origin(scheme.encode(), host.encode(), port),
+            ssl_context=self._ssl_context,
+            keepalive_expiry=KEEPALIVE_S,
+            network_backend=PinnedBackend(addresses),
+        )
+
+    async def aclose(self) -> None:
+        """Close what is idle, now; what is busy is closed by the exchange that holds it."""
+        self._closed = True
+        idle, self._idle = self._idle, []
+        await _close_all([connection for _, connection in idle])
+
+
+async def _close_all(connections: Iterable[httpcore.AsyncHTTPConnection]) -> None:
+    """Close all of them, also when cancelled on the way."""
+    cancelled: asyncio.CancelledError | None = None
+    for connection in connections:
+        try:
+            await connection.aclose()
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
