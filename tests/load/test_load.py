@@ -1,0 +1,276 @@
+"""The load test itself: it ends, it sees every failure, and it says so. Locust stays in processes of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
+from itertools import islice
+from threading import Event, Thread
+from typing import Any
+
+import psutil
+import pytest
+
+from load.calls import Call, Request, WrongAnswer, deal, echo, execute, execute_batch, execute_parallel
+from load.pages import HOST, PageServer
+from load.run import seconds, verdict
+from tests.conftest import ROOT, Serve, service_environ
+
+RUN_S_MAX = 60.0
+"""Not a claim about speed: past it the test fails instead of hanging."""
+
+KINDS = {
+    "echo",
+    "calculator",
+    "web_scrape",
+    "echo hammered",
+    "execute_batch",
+    "execute_parallel",
+    "execute_with_fallback",
+}
+
+
+@dataclass
+class Run:
+    """What a load run said."""
+
+    code: int
+    output: str
+
+    @property
+    def rows(self) -> dict[str, tuple[int, int]]:
+        """Requests and failures by name."""
+        found = re.findall(r"^(\w[\w ()]*?) +(\d+) +(\d+) +\d+ +\d+ +\d+ +\d+ +[\d.]+$", self.output, re.MULTILINE)
+        return {name: (int(requests), int(failures)) for name, requests, failures in found}
+
+
+def start_load(*arguments: str, **environ: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "load.run", *arguments],
+        cwd=ROOT,
+        env=service_environ(**environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run_load(*arguments: str, **environ: str) -> Run:
+    process = start_load(*arguments, **environ)
+    try:
+        output, _ = process.communicate(timeout=RUN_S_MAX)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not kill: it has processes of its own to end
+        output, _ = process.communicate(timeout=RUN_S_MAX)
+        raise AssertionError(f"did not end by itself: {output}") from None
+    return Run(process.returncode, output)
+
+
+class _Limited(BaseHTTPRequestHandler):
+    """Ready, and out of its limit: HTTP 200 with a JSON-RPC error for everybody."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        self._answer(b"ok")
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        error = {"code": -32001, "message": "…", "data": {"error_type": "rate_limit", "retry_after_ms": 100}}
+        self._answer(json.dumps({"jsonrpc": "2.0", "id": request["id"], "error": error}).encode())
+
+    def _answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(answers: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    with PageServer((HOST, 0), answers) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield f"http://{HOST}:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_run_with_its_own_service_ends_by_itself_without_a_failure_and_sends_every_kind_of_request() -> None:
+    run = run_load("--users", "5", "--spawn-rate", "5", "--run-time", "3s")
+    assert run.code == 0, run.output
+    assert run.rows.keys() == KINDS | {"all"}
+    assert all(requests > 0 and failures == 0 for requests, failures in run.rows.values()), run.output
+
+
+def test_a_tool_that_fails_counts_as_failure_and_fails_the_run(serve: Serve) -> None:
+    service = serve()  # allows no egress to loopback
+    run = run_load("--users", "2", "--run-time", "2s", "--pages-port", "0", "--host", service.url, "BurstUser")
+    assert run.code == 1, run.output
+    requests, failures = run.rows["web_scrape"]
+    assert requests == failures > 0
+    assert "web_scrape: web_scrape failed: EGRESS_REFUSED" in run.output
+    assert run.rows["echo"][1] == run.rows["calculator"][1] == 0
+
+
+def test_a_json_rpc_error_in_http_200_counts_as_failure() -> None:
+    with serving(_Limited) as url:
+        run = run_load("--users", "2", "--run-time", "1s", "--pages-port", "0", "--host", url, "PlainUser")
+    assert run.code == 1, run.output
+    requests, failures = run.rows["all"]
+    assert requests == failures > 0
+    assert "refused: -32001 rate_limit" in run.output
+
+
+def test_being_limited_is_what_the_quota_user_expects_and_counts_apart() -> None:
+    with serving(_Limited) as url:
+        run = run_load("--users", "2", "--run-time", "1s", "--pages-port", "0", "--host", url, "QuotaUser")
+    assert run.code == 0, run.output
+    requests, failures = run.rows["echo hammered (limited)"]
+    assert requests > 0 and failures == 0
+
+
+def test_a_service_that_does_not_start_is_said_and_exits_2() -> None:
+    run = run_load("--run-time", "1s", PROFILE="no such profile")
+    assert run.code == 2
+    assert "PROFILE" in run.output and "the service ended before it served" in run.output
+
+
+def test_a_run_that_is_terminated_ends_what_it_started() -> None:
+    scraped = Event()
+
+    class Page(_Limited):
+        def do_GET(self) -> None:
+            scraped.set()
+            super().do_GET()
+
+    with serving(Page) as url:
+        process = start_load("--run-time", "5m", "BurstUser", PAGES_URL=url)
+        try:
+            assert scraped.wait(RUN_S_MAX)
+            children = psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.terminate()
+            process.communicate(timeout=RUN_S_MAX)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(children) == 2  # the service and Locust
+    assert psutil.wait_procs(children, timeout=RUN_S_MAX)[1] == []
+
+
+def test_the_mix_is_half_echo_three_tenths_calculator_two_tenths_web_scrape() -> None:
+    tools = [call.tool_id for call in islice(deal(), 100)]
+    assert {tool: tools.count(tool) for tool in tools} == {"echo": 50, "calculator": 30, "web_scrape": 20}
+
+
+def _success(result: Any, tool_id: str = "echo") -> dict[str, Any]:
+    return {"status": "success", "tool_id": tool_id, "result": result}
+
+
+def _answer(result: Any) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": 7, "result": result}
+
+
+def _judge(request: Request, answer: Any, status_code: int = 200) -> str:
+    body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+    try:
+        request.judge(status_code, body, request_id=7)
+    except WrongAnswer as wrong:
+        return str(wrong)
+    return ""
+
+
+def _right() -> tuple[Request, dict[str, Any]]:
+    call = echo()
+    return execute(call, "test"), _answer(_success({"message": call.parameters["message"]}))
+
+
+def test_the_right_answer_passes() -> None:
+    request, answer = _right()
+    assert _judge(request, answer) == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (_answer(_success({"message": "something else"})), "echo: wrong result"),
+        (_answer(_success({"message": "…"}, tool_id="current_time")), "echo: wrong result"),
+        (_answer({"status": "failed", "error": {"code": "TOOL_FAILED"}}), "echo failed: TOOL_FAILED"),
+        (_answer({"status": "timeout", "error": {"code": "TOOL_TIMEOUT"}}), "echo timeout: TOOL_TIMEOUT"),
+        ({"id": 7, "error": {"code": -32006, "data": {"error_type": "overloaded"}}}, "refused: -32006 overloaded"),
+        ({"id": 8, "result": {}}, "answer to another request"),
+        (_answer(None), "not of the shape that the contract gives"),
+        ([], "not of the shape that the contract gives"),
+        (b"<html>", "not JSON"),
+    ],
+)
+def test_http_200_with_anything_but_the_right_answer_is_a_failure(answer: Any, reason: str) -> None:
+    assert _judge(execute(echo(), "test"), answer) == reason
+
+
+def test_another_http_status_is_a_failure_whatever_the_body_says() -> None:
+    assert _judge(*_right(), status_code=503) == "HTTP 503"
+
+
+def test_one_wrong_item_fails_the_whole_batch() -> None:
+    calls = [echo(), echo()]
+    good = [_success({"message": call.parameters["message"]}) for call in calls]
+    refused = {"error": {"code": -32001, "data": {"error_type": "rate_limit"}}}
+    batch = execute_batch(calls, "test")
+    assert _judge(batch, _answer({"results": good})) == ""
+    assert _judge(batch, _answer({"results": good[::-1]})) == "echo: wrong result"
+    assert _judge(batch, _answer({"results": good[:1]})) == "a batch of another length"
+    assert _judge(batch, _answer({"results": [good[0], refused]})) == "refused: -32001 rate_limit"
+
+
+def test_a_plan_whose_dependent_task_computed_with_another_value_is_a_failure() -> None:
+    first = Call("calculator", {"operation": "add", "a": 1, "b": 2}, lambda result: result["value"] == 3)
+    second = echo()
+    results = {
+        "first": _success({"value": 3}, "calculator"),
+        "second": _success({"message": second.parameters["message"]}),
+        "last": _success({"value": 4}, "calculator"),
+    }
+    plan = execute_parallel(first, second, "test")
+    assert _judge(plan, _answer({"results": results})) == ""
+    wrong = results | {"last": _success({"value": 5}, "calculator")}
+    assert _judge(plan, _answer({"results": wrong})) == "calculator: wrong result"
+
+
+def _row(name: str, requests: int, failures: int) -> dict[str, Any]:
+    return {"name": name, "requests": requests, "failures": failures, "p50": 1, "p95": 2, "p99": 3, "max": 4, "rps": 5}
+
+
+def test_a_kind_that_never_works_fails_the_run_however_often_the_others_do(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [_row("echo", 9_990, 0), _row("execute_parallel", 10, 10)]
+    report = {"rows": rows, "total": _row("Aggregated", 10_000, 10), "failures": [], "crashes": []}
+    assert not verdict(report, fail_ratio=0.01)
+    assert "10 of 10000 requests failed; worst kind 100.00%, limit 1.00%" in capsys.readouterr().out
+    assert verdict(report | {"rows": rows[:1]}, fail_ratio=0.01)
+
+
+@pytest.mark.parametrize("nothing", [{"rows": []}, {"crashes": ["KeyError"]}])
+def test_a_run_that_asked_nothing_or_lost_a_user_is_not_good(nothing: dict[str, Any]) -> None:
+    report = {"rows": [_row("echo", 1, 0)], "total": _row("Aggregated", 1, 0), "failures": [], "crashes": []}
+    assert verdict(report, fail_ratio=0.01)
+    assert not verdict(report | nothing, fail_ratio=0.01)
+
+
+def test_a_run_time_is_spelled_as_locust_spells_it_and_bounded() -> None:
+    assert [seconds(text) for text in ("45", "30s", "10m", "1h30m")] == [45, 30, 600, 5400]
+    for text in ("", "0s", "10 m", "5x", "m", "-3s"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            seconds(text)
