@@ -17,15 +17,14 @@ from app.errors import PermissionDenied
 from app.executor.plans import run_bounded
 from app.service import Service
 from app.settings import is_loopback
-from app.transport import ops, rest
+from app.transport import documents, ops, rest
 from app.transport.jsonrpc import Dispatcher
 from app.transport.methods import Methods
 from app.transport.openrpc import openrpc_document
-from app.transport.rpc import CLOSE, JsonRpcDoor, Receive, Scope, Send, json_headers, respond
-
-RPC_PATH = "/api/v1/jsonrpc"
+from app.transport.rpc import CLOSE, RPC_PATH, JsonRpcDoor, Receive, Scope, Send, json_headers, respond
 
 HOSTS_REMEMBERED_MAX = 64
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def create_app(service: Service, *, host: str = "127.0.0.1") -> ASGIApp:
@@ -35,7 +34,7 @@ def create_app(service: Service, *, host: str = "127.0.0.1") -> ASGIApp:
     methods.discovery = orjson.dumps(openrpc_document(methods.table(), settings.public_url))
     dispatcher = Dispatcher(methods.methods(), settings.max_batch_size, run_bounded, service.metrics.count_error)
     door = JsonRpcDoor(dispatcher, settings.max_request_bytes, settings.request_read_timeout_s)
-    inner: ASGIApp = Doors(door, _fastapi(service, methods))
+    inner: ASGIApp = Doors(door, create_fastapi(service, methods))
     if settings.cors_allow_origins:
         inner = CORSMiddleware(
             inner,
@@ -44,22 +43,31 @@ def create_app(service: Service, *, host: str = "127.0.0.1") -> ASGIApp:
             allow_headers=["*"],
             expose_headers=["Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"],
         )
-    own = (settings.public_url,) if settings.public_url else ()
+    own = (origin_of(settings.public_url),) if settings.public_url else ()
     return Guard(inner, (*settings.cors_allow_origins, *own), loopback_only=is_loopback(host))
 
 
-def _fastapi(service: Service, methods: Methods) -> FastAPI:
+def origin_of(url: str) -> str:
+    """The `Origin` that a browser sends from this URL: no path, and no port where it is the scheme's own."""
+    parts = urlsplit(url)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    port = "" if parts.port in (None, DEFAULT_PORTS[parts.scheme]) else f":{parts.port}"
+    return f"{parts.scheme}://{host}{port}"
+
+
+def create_fastapi(service: Service, methods: Methods) -> FastAPI:
+    """REST, ops and the documents."""
     app = FastAPI(
         title="AgentCore Tools",
         version=__version__,
         summary="Executes tools for AI agents.",
-        openapi_url="/openapi.json",
-        docs_url="/docs",
-        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
     )
     app.include_router(ops.router(service))
     rest.mount(app, service, methods)
+    documents.mount(app, methods.table(), service.settings.public_url)
     return app
 
 
@@ -73,8 +81,10 @@ class Doors:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == RPC_PATH:
             await self._jsonrpc(scope, receive, send)
-        else:
-            await self._fastapi(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # the server itself leaves out the body of an answer to HEAD
+        await self._fastapi(scope, receive, send)
 
 
 class Guard:

@@ -15,7 +15,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from app import __version__
-from app.calls import Execution, ToolCall, new_execution_id
+from app.calls import Caller, Execution, ToolCall, new_execution_id
 from app.errors import InvalidParams, PermissionDenied
 from app.executor.executor import Executor
 from app.executor.plans import Plan, PlanTask, run_batch, run_fallback
@@ -26,6 +26,9 @@ from app.transport import shapes
 from app.transport.jsonrpc import Method, RequestContext
 
 SERVICE_NAME = "agentcore-tools"
+
+SCOPE_EXECUTE = "tools:execute"
+SCOPE_READ = "tools:read"
 
 _TRACE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -56,7 +59,7 @@ class Methods:
         """The OpenRPC document, hung in by the application once the table stands."""
 
     def table(self) -> tuple[MethodSpec, ...]:
-        execute, read = "tools:execute", "tools:read"
+        execute, read = SCOPE_EXECUTE, SCOPE_READ
         return (
             MethodSpec("tools.list", shapes.ListParams, shapes.ToolPage, read, "Tools by filter, in pages", self._list),
             MethodSpec("tools.get", shapes.GetParams, shapes.ToolDetail, read, "One tool with its schemas", self._get),
@@ -271,13 +274,19 @@ def _reader(spec: MethodSpec, batch_max: int) -> Callable[[dict[str, Any]], Any]
 
 
 def _scoped(spec: MethodSpec) -> Callable[[RequestContext, Any], Awaitable[bytes]]:
-    """The work behind the method's scope; the one place where scopes of methods are looked at."""
-    if spec.scope is None:
+    """The work behind the method's scope."""
+    scope = spec.scope
+    if scope is None:
         return spec.work
 
     async def work(context: RequestContext, params: Any) -> bytes:
-        if spec.scope not in context.caller.scopes:
-            raise PermissionDenied(f"This method needs the scope {spec.scope}")
+        require_scope(context.caller, scope)
         return await spec.work(context, params)
 
     return work
+
+
+def require_scope(caller: Caller, scope: str) -> None:
+    """The one place where the scope of a method or a route is looked at."""
+    if scope not in caller.scopes:
+        raise PermissionDenied(f"This needs the scope {scope}")

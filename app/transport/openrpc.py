@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from app import __version__
 from app.errors import REFUSALS
@@ -17,13 +18,7 @@ REFERENCE = "#/components/schemas/{model}"
 def openrpc_document(table: Iterable[MethodSpec], public_url: str | None) -> dict[str, Any]:
     """Every method with its params, its result and the errors that it can answer."""
     table = list(table)
-    models = [spec.params for spec in table] + [spec.result for spec in table if spec.result]
-    _, components = models_json_schema(
-        [(model, "serialization" if model.__name__[-6:] != "Params" else "validation") for model in models],
-        by_alias=False,
-        ref_template=REFERENCE,
-    )
-    schemas = components.get("$defs", {})
+    schemas = schemas_of([spec.params for spec in table], [spec.result for spec in table if spec.result])
     return {
         "openrpc": "1.3.2",
         "info": {"title": "AgentCore Tools", "version": __version__},
@@ -31,6 +26,15 @@ def openrpc_document(table: Iterable[MethodSpec], public_url: str | None) -> dic
         "methods": [_method(spec, schemas) for spec in table],
         "components": {"schemas": schemas},
     }
+
+
+def schemas_of(taken: Iterable[type[BaseModel]], given: Iterable[type[BaseModel]]) -> dict[str, Any]:
+    """JSON Schemas of what the service takes and of what it gives, by name of the model."""
+    takes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in taken]
+    gives: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "serialization") for model in given]
+    _, components = models_json_schema([*takes, *gives], by_alias=False, ref_template=REFERENCE)
+    schemas: dict[str, Any] = components["$defs"]
+    return schemas
 
 
 def _method(spec: MethodSpec, schemas: dict[str, Any]) -> dict[str, Any]:

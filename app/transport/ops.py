@@ -9,19 +9,23 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import choose_encoder
 
 from app.service import Phase, Service
+from app.transport.openapi import refusals
 
 
 def router(service: Service) -> APIRouter:
     """Routes over an open service; none needs a credential."""
-    routes = APIRouter(tags=["ops"])
+    routes = APIRouter(tags=["ops"], responses=dict(refusals([403])))
 
-    @routes.get("/livez", response_class=PlainTextResponse, summary="The event loop turns")
+    @routes.get(
+        "/livez", response_class=PlainTextResponse, operation_id="getLiveness", summary="Whether the event loop turns"
+    )
     async def livez() -> str:
         return "ok\n"
 
     @routes.get(
         "/readyz",
         response_class=PlainTextResponse,
+        operation_id="getReadiness",
         summary="Whether to send calls here, with a line per dependency",
         responses={
             503: {"description": "Starting or draining", "content": {"text/plain": {"schema": {"type": "string"}}}}
@@ -31,7 +35,13 @@ def router(service: Service) -> APIRouter:
         serving = service.lifecycle.phase is Phase.SERVING
         return PlainTextResponse("".join(f"{line}\n" for line in readiness(service)), 200 if serving else 503)
 
-    @routes.get("/metrics", response_class=PlainTextResponse, summary="Prometheus text or OpenMetrics, by Accept")
+    @routes.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        operation_id="getMetrics",
+        summary="Prometheus text or OpenMetrics, by Accept",
+        responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
+    )
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(service.metrics.registry), media_type=content_type)

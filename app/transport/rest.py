@@ -1,12 +1,166 @@
-"""REST: discovery and one execute route, over the same executor as the JSON-RPC door."""
+"""REST: discovery and one execute route, over the same registry and executor as the JSON-RPC door.
+
+Owns how a request's query and body are read and how a refusal becomes an HTTP status. Answers are bytes that the
+registry and the methods built; FastAPI routes them and documents them.
+"""
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+import math
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import orjson
+from fastapi import APIRouter, FastAPI, Request, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from app.calls import LOCAL_CALLER, Caller
+from app.errors import DRAINING, InternalError, InvalidParams, InvalidRequest, MethodNotFound, ToolServiceError
 from app.service import Service
-from app.transport.methods import Methods
+from app.tools.registry import Registry, ToolFilter
+from app.tools.schema import violations
+from app.transport import openapi
+from app.transport.jsonrpc import RequestContext, decode
+from app.transport.methods import SCOPE_EXECUTE, SCOPE_READ, Methods, require_scope
+from app.transport.rpc import AsgiClient, ClientGone, read_body
+from app.transport.shapes import NoParams, Params, RestExecuteBody, ToolsQuery
+
+P = TypeVar("P", bound=Params)
+
+REPEATABLE = frozenset({"tag"})
+"""Query parameters that are lists."""
+
+READ_REFUSALS = (403, 414, 422, 500)
+EXECUTE_REFUSALS = (400, 403, 404, 408, 413, 414, 422, 500, 503)
 
 
 def mount(app: FastAPI, service: Service, methods: Methods) -> None:
-    """Add the REST routes and the documents."""
+    """Add the routes, and the one shape of every error of this application."""
+    answer_errors(app, service.metrics.count_error)
+    settings = service.settings
+    tools = ToolRoutes(service.registry, methods, settings.max_request_bytes, settings.request_read_timeout_s)
+    app.include_router(tools.router())
+
+
+class ToolRoutes:
+    """The endpoints under /api/v1/tools."""
+
+    def __init__(self, registry: Registry, methods: Methods, body_bytes_max: int, read_timeout_s: float) -> None:
+        self._registry = registry
+        self._methods = methods
+        self._body_bytes_max = body_bytes_max
+        self._read_timeout_s = read_timeout_s
+
+    def router(self) -> APIRouter:
+        routes = APIRouter(prefix="/api/v1/tools", tags=["tools"], default_response_class=Response)
+        routes.add_api_route("", self.listing, methods=["GET"], **openapi.LIST_TOOLS.described(READ_REFUSALS))
+        routes.add_api_route(
+            "/{tool_id}", self.detail, methods=["GET"], **openapi.GET_TOOL.described((*READ_REFUSALS, 404))
+        )
+        routes.add_api_route(
+            "/{tool_id}/execute",
+            self.execute,
+            methods=["POST"],
+            **openapi.EXECUTE_TOOL.described(EXECUTE_REFUSALS),
+        )
+        return routes
+
+    async def listing(self, request: Request) -> Response:
+        caller = _caller(SCOPE_READ)
+        asked = read_query(request, ToolsQuery)
+        wanted = ToolFilter(asked.category, tuple(asked.tag or ()))
+        if asked.query is None or not asked.query.strip():
+            return _json(self._registry.page(wanted, caller, asked.limit, asked.cursor))
+        if asked.cursor is not None:
+            raise InvalidParams.at("cursor", "A search has one page; leave out cursor or query")
+        found = self._registry.search(asked.query, wanted, caller, asked.limit)
+        return _json(found[:-1] + b',"next_cursor":null}')
+
+    async def detail(self, request: Request) -> Response:
+        caller = _caller(SCOPE_READ)
+        read_query(request, NoParams)
+        return _json(self._registry.detail(request.path_params["tool_id"], caller))
+
+    async def execute(self, request: Request) -> Response:
+        caller = _caller(SCOPE_EXECUTE)
+        read_query(request, NoParams)
+        try:
+            body = await read_body(request.receive, self._body_bytes_max, self._read_timeout_s)
+        except ClientGone:
+            return Response(status_code=400)  # nobody is there to read it
+        context = RequestContext(caller, time.perf_counter(), AsgiClient(request.receive))
+        asked = _validated(RestExecuteBody, decode(body) if body else {}, strict=True)
+        return _json(await self._methods.execute(context, request.path_params["tool_id"], asked))
+
+
+def _caller(scope: str) -> Caller:
+    """Who calls, when it may."""
+    require_scope(LOCAL_CALLER, scope)
+    return LOCAL_CALLER
+
+
+def read_query(request: Request, shape: type[P]) -> P:
+    """The query as its shape. Unknown names are refused, and repeated ones where the shape has no list."""
+    values: dict[str, Any] = {}
+    for name, value in request.query_params.multi_items():
+        if name in REPEATABLE:
+            values.setdefault(name, []).append(value)
+        elif name in values and name in shape.model_fields:
+            raise InvalidParams.at(name, "Given more than once", "repeated")
+        else:
+            values[name] = value
+    return _validated(shape, values, strict=False)
+
+
+def _validated(shape: type[P], value: Any, *, strict: bool) -> P:
+    try:
+        return shape.model_validate(value, strict=strict)
+    except ValidationError as error:
+        raise InvalidParams("Invalid parameters; /openapi.json shows the schema", violations(error)) from None
+
+
+def _json(written: bytes) -> Response:
+    return Response(written, media_type="application/json")
+
+
+def answer_errors(app: FastAPI, count_error: Callable[[str], None]) -> None:
+    """Whatever goes wrong in this application, the answer is `{"error": {code, message, data}}`."""
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ToolServiceError)
+        if error.execution_id is None:
+            count_error(error.kind.error_type)  # one with an id was counted by the executor
+        return error_response(error)
+
+    async def crashed(request: Request, error: Exception) -> Response:
+        count_error(InternalError.kind.error_type)
+        return error_response(InternalError())  # the server logs the traceback
+
+    app.add_exception_handler(ToolServiceError, refused)
+    app.add_exception_handler(HTTPException, _unroutable)
+    app.add_exception_handler(Exception, crashed)
+
+
+async def _unroutable(request: Request, error: Exception) -> Response:
+    """No route for the path, or none for the method."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return error_response(MethodNotFound("No such path; /openapi.json lists what there is"))
+    refusal = InvalidRequest(f"{error.detail}; /openapi.json lists what there is")
+    refusal.http_status = error.status_code
+    response = error_response(refusal)
+    for name, value in (error.headers or {}).items():
+        response.headers[name] = f"{value}, HEAD" if name.lower() == "allow" and "GET" in value else value
+    return response
+
+
+def error_response(error: ToolServiceError) -> Response:
+    """A refusal with the HTTP status of its kind and, where it is known, when to come back."""
+    headers = {}
+    if error.retry_after_ms is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_ms / 1000)))
+    if error.kind is DRAINING or error.http_status in (408, 413):
+        headers["Connection"] = "close"
+    return Response(orjson.dumps({"error": error.as_error()}), error.http_status, headers, "application/json")

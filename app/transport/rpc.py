@@ -22,6 +22,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 Headers = list[tuple[bytes, bytes]]
 
+RPC_PATH = "/api/v1/jsonrpc"
+
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
 CLOSE: tuple[bytes, bytes] = (b"connection", b"close")
 

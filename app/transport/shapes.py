@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from app.calls import Status
+from app.errors import REFUSALS
 from app.tools.registry import LIST_LIMIT_DEFAULT, LIST_LIMIT_MAX, SEARCH_LIMIT_DEFAULT, SEARCH_LIMIT_MAX
+from app.tools.tool import CATEGORIES
 
 LABEL_CHARACTERS_MAX = 256
 PLAN_CONCURRENCY_MAX = 100
@@ -61,22 +63,36 @@ class ExecutionContext(Params):
     metadata: dict[str, Any] | None = Field(None, description="Handed to the tool as it is")
 
 
-class ExecuteParams(Params):
-    tool_id: ToolId
-    parameters: dict[str, Any] = Field(default_factory=dict, description="Arguments that fit the tool's schema")
-    agent_id: Label | None = Field(
-        None,
+Arguments = Annotated[dict[str, Any], Field(default_factory=dict, description="Arguments that fit the tool's schema")]
+AgentLabel = Annotated[
+    Label | None,
+    Field(
         description="A label for the log, never an identity",
         validation_alias=AliasChoices("agent_id", "identifier"),
-    )
+    ),
+]
+TimeoutOverride = Annotated[
+    Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+    Field(description="Seconds; can only shorten the tool's own timeout"),
+]
+CallId = Annotated[
+    Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None,
+    Field(description="Your name for this call, for tools.cancel; unique among your running calls"),
+]
+IdempotencyKey = Annotated[
+    Annotated[str, Field(min_length=1, max_length=LABEL_CHARACTERS_MAX)] | None,
+    Field(description="Only for tools that are read_only or idempotent, where repeating is harmless"),
+]
+
+
+class ExecuteParams(Params):
+    tool_id: ToolId
+    parameters: Arguments
+    agent_id: AgentLabel = None
     execution_context: ExecutionContext | None = None
-    timeout_override: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="Seconds; can only shorten the tool's own timeout"
-    )
-    call_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = Field(
-        None, description="Your name for this call, for tools.cancel; unique among your running calls"
-    )
-    idempotency_key: Annotated[str, Field(min_length=1, max_length=LABEL_CHARACTERS_MAX)] | None = None
+    timeout_override: TimeoutOverride = None
+    call_id: CallId = None
+    idempotency_key: IdempotencyKey = None
 
 
 class BatchParams(Params):
@@ -111,12 +127,27 @@ class CancelParams(Params):
 class RestExecuteBody(Params):
     """The body of POST /api/v1/tools/{tool_id}/execute: ExecuteParams without the tool's id."""
 
-    parameters: dict[str, Any] = Field(default_factory=dict, description="Arguments that fit the tool's schema")
-    agent_id: Label | None = None
+    parameters: Arguments
+    agent_id: AgentLabel = None
     execution_context: ExecutionContext | None = None
-    timeout_override: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    call_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
-    idempotency_key: Annotated[str, Field(min_length=1, max_length=LABEL_CHARACTERS_MAX)] | None = None
+    timeout_override: TimeoutOverride = None
+    call_id: CallId = None
+    idempotency_key: IdempotencyKey = None
+
+
+class ToolsQuery(Params):
+    """The query of GET /api/v1/tools."""
+
+    query: Label | None = Field(
+        None, description="Words to look for in id, name, description and tags; the answer is then ranked, best first"
+    )
+    category: Label | None = Field(None, description=f"Only tools of this category: {', '.join(CATEGORIES)}")
+    tag: Names | None = Field(None, description="Only tools that have any of these; may be repeated")
+    limit: Annotated[int, Field(ge=1, le=LIST_LIMIT_MAX)] | None = Field(
+        None,
+        description=f"Tools in the answer; {LIST_LIMIT_DEFAULT}, or {SEARCH_LIMIT_DEFAULT} with query, if not given",
+    )
+    cursor: Label | None = Field(None, description="next_cursor of the page before; not together with query")
 
 
 class ToolSummary(BaseModel):
@@ -154,6 +185,12 @@ class ToolPage(BaseModel):
     next_cursor: str | None = Field(description="For the next page; null on the last")
 
 
+class ToolListing(ToolPage):
+    """The answer of GET /api/v1/tools; with query it is one page, ranked."""
+
+    query: str | None = Field(None, description="The query, where there was one")
+
+
 class SearchResult(BaseModel):
     tools: list[ToolSummary] = Field(description="Best first")
     count: int
@@ -182,12 +219,30 @@ class Execution(BaseModel):
     trace_id: str
 
 
+class Violation(BaseModel):
+    path: str = Field(description="Where, as a.b.0")
+    message: str
+    type: str
+
+
+class ErrorDetails(BaseModel):
+    """What a client can act on. Some errors say more than this."""
+
+    model_config = ConfigDict(extra="allow")
+
+    error_type: str = Field(json_schema_extra={"enum": [kind.error_type for kind in REFUSALS]})
+    retryable: bool
+    execution_id: str | None = Field(None, description="Where a call of a tool was refused")
+    retry_after_ms: int | None = Field(None, description="Where it is known")
+    errors: list[Violation] | None = Field(None, description="With invalid_params: what is wrong where")
+
+
 class RpcError(BaseModel):
     """An error object of JSON-RPC 2.0; REST wraps the same."""
 
     code: int
     message: str
-    data: dict[str, Any]
+    data: ErrorDetails
 
 
 class Refused(BaseModel):

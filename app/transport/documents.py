@@ -1,0 +1,271 @@
+"""The OpenAPI document of the whole service and the page that shows it, both built once.
+
+FastAPI contributes its routes; the shapes and the JSON-RPC door, which stands ahead of FastAPI, are added here from
+the method table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from app.transport import shapes
+from app.transport.methods import MethodSpec
+from app.transport.openapi import (
+    EXECUTE_TOOL,
+    EXECUTION,
+    GET_TOOL,
+    LIST_TOOLS,
+    RETRY_AFTER,
+    Json,
+    reference,
+    refusals,
+    response,
+)
+from app.transport.openrpc import schemas_of
+from app.transport.rpc import RPC_PATH
+
+TAGS = [
+    {"name": "json-rpc", "description": "The main door: every method, single or in a batch."},
+    {"name": "tools", "description": "Discovery and calls in REST shape, over the same registry and executor."},
+    {"name": "ops", "description": "What probes and Prometheus ask. Never needs a credential."},
+    {"name": "documents", "description": "This description."},
+]
+
+DESCRIPTION = """\
+A call that ran is answered with an Execution and HTTP status 200, whatever its own `status` says: that a tool failed is
+a result. A call that was refused is an error, `{"error": {"code", "message", "data"}}`, on every REST path.
+
+Any path can also answer 400, 408, 431, 503 or 505 before a route is reached, when what arrives is not HTTP/1.1, comes
+too slowly, has headers that are too large, or finds no free connection; and 405 with `Allow` for another method.
+"""
+
+ANSWERS = {each.id: each.answer for each in (LIST_TOOLS, GET_TOOL, EXECUTE_TOOL)}
+
+_ECHO = {"tool_id": "echo", "parameters": {"message": "Hello"}}
+_FAILING = {"tool_id": "calculator", "parameters": {"operation": "divide", "a": 1, "b": 0}}
+METHOD_EXAMPLES: dict[str, Json] = {
+    "tools.list": {"category": "utility", "limit": 20},
+    "tools.get": {"tool_id": "echo"},
+    "tools.search": {"name_query": "message", "limit": 5},
+    "tools.execute": _ECHO,
+    "tools.execute_batch": {"requests": [_ECHO, _FAILING], "max_concurrent": 2},
+    "tools.execute_parallel": {
+        "tasks": [
+            {"task_id": "first", **_ECHO},
+            {
+                "task_id": "second",
+                "tool_id": "echo",
+                "parameters": {"message": {"$from": "first", "path": "message"}},
+                "dependencies": ["first"],
+            },
+        ]
+    },
+    "tools.execute_with_fallback": {"primary": _FAILING, "fallback": _ECHO},
+    "tools.cancel": {"call_id": "greeting-1"},
+}
+"""Params by method; a method that is not here takes none."""
+
+OPENRPC = {"type": "object", "title": "OpenRPC document", "required": ["openrpc", "info", "methods"]}
+REQUEST_ID = {"type": ["string", "number", "null"]}
+
+
+def mount(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None) -> None:
+    """Add /openapi.json and /docs. Call it when every other route is there."""
+    document_json = b""
+    page_html = get_swagger_ui_html(
+        openapi_url="openapi.json",  # relative, so that it is found behind a proxy that adds a prefix
+        title=app.title,
+        swagger_favicon_url="data:,",
+    ).body
+
+    async def document(request: Request) -> Response:
+        return Response(document_json, media_type="application/json")
+
+    async def page(request: Request) -> Response:
+        return Response(page_html, media_type="text/html")
+
+    app.add_api_route(
+        "/openapi.json",
+        document,
+        methods=["GET"],
+        tags=["documents"],
+        operation_id="getOpenApi",
+        summary="This document",
+        response_class=Response,
+        responses={200: response("OpenAPI 3.1", {"type": "object"}), **refusals([403])},
+    )
+    app.add_api_route(
+        "/docs",
+        page,
+        methods=["GET"],
+        tags=["documents"],
+        operation_id="getDocs",
+        summary="This document as a page",
+        description="Swagger UI. Its scripts come from cdn.jsdelivr.net: without the internet the page stays blank.",
+        response_class=Response,
+        responses={
+            200: {"description": "A page", "content": {"text/html": {"schema": {"type": "string"}}}},
+            **refusals([403]),
+        },
+    )
+    document_json = orjson.dumps(openapi_document(app, table, public_url))
+
+
+def openapi_document(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None) -> Json:
+    """Every route of the application, and the JSON-RPC door of this table."""
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        summary=app.summary,
+        description=DESCRIPTION,
+        tags=TAGS,
+        servers=[{"url": public_url or "/"}],
+        routes=app.routes,
+    )
+    for item in document["paths"].values():
+        for operation in item.values():
+            if operation["operationId"] in ANSWERS:  # get_openapi leaves out whatever is null, in examples too
+                operation["responses"]["200"] = ANSWERS[operation["operationId"]]
+    document["paths"] = {RPC_PATH: {"post": _door(table)}, **document["paths"]}
+    document["components"] = {"schemas": {**_shapes(table), **_envelopes(table)}}
+    return document
+
+
+def _shapes(table: Sequence[MethodSpec]) -> Json:
+    taken: list[type[BaseModel]] = [shapes.RestExecuteBody, *(spec.params for spec in table)]
+    given: list[type[BaseModel]] = [shapes.ToolListing, shapes.Refused]
+    return schemas_of(taken, [*given, *(spec.result for spec in table if spec.result)])
+
+
+def _door(table: Sequence[MethodSpec]) -> Json:
+    described = "\n".join(f"- `{spec.name}`: {spec.summary}" for spec in table)
+    return {
+        "tags": ["json-rpc"],
+        "operationId": "callMethods",
+        "summary": "JSON-RPC 2.0, single or batch",
+        "description": f"{described}\n\n`rpc.discover` gives the same as an OpenRPC document.",
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {"anyOf": [reference("RpcRequest"), _array_of("RpcRequest")]},
+                    "examples": _door_examples(table),
+                }
+            },
+        },
+        "responses": {
+            "200": response(
+                "The result or the error of each request that has an id",
+                {"anyOf": [reference("RpcResponse"), _array_of("RpcResponse")]},
+                {"tools.execute": {"jsonrpc": "2.0", "result": EXECUTION, "id": 1}},
+            ),
+            "204": {"description": "There were only notifications: requests without an id"},
+            "403": refusals([403])[403],
+            **{str(status): answer for status, answer in refusals((408, 413), "RpcResponse").items()},
+            "503": {
+                **response(
+                    "A call was refused because this replica shuts down",
+                    {"anyOf": [reference("RpcResponse"), _array_of("RpcResponse")]},
+                ),
+                "headers": RETRY_AFTER,
+            },
+        },
+    }
+
+
+def _array_of(name: str) -> Json:
+    return {"type": "array", "items": reference(name), "minItems": 1}
+
+
+def _door_examples(table: Sequence[MethodSpec]) -> Json:
+    single = {spec.name: _request(spec.name) for spec in table}
+    others: Json = {
+        "by position": {"jsonrpc": "2.0", "method": "tools.get", "params": ["echo"], "id": 1},
+        "batch": [_request("tools.execute"), {**_request("rpc.ping"), "id": 2}],
+    }
+    examples: Json = {name: {"value": value} for name, value in (single | others).items()}
+    examples["notification"] = {
+        "summary": "No id: answers 204",
+        "value": {"jsonrpc": "2.0", "method": "rpc.ping"},
+        "x-status": 204,
+    }
+    return examples
+
+
+def _request(method: str) -> Json:
+    params = METHOD_EXAMPLES.get(method)
+    return {"jsonrpc": "2.0", "method": method, **({"params": params} if params else {}), "id": 1}
+
+
+def _envelopes(table: Sequence[MethodSpec]) -> Json:
+    """The JSON-RPC objects around params and results."""
+    requests = {_request_name(spec): _request_schema(spec) for spec in table}
+    results = [reference(spec.result.__name__) if spec.result else OPENRPC for spec in table]
+    return {
+        **requests,
+        "RpcRequest": {
+            "oneOf": [reference(name) for name in requests],
+            "discriminator": {
+                "propertyName": "method",
+                "mapping": {spec.name: reference(_request_name(spec))["$ref"] for spec in table},
+            },
+        },
+        "RpcResponse": {
+            "oneOf": [
+                _response_schema("result", {"anyOf": _distinct(results)}),
+                _response_schema("error", reference("RpcError")),
+            ]
+        },
+    }
+
+
+def _request_name(spec: MethodSpec) -> str:
+    """tools.execute_batch: ToolsExecuteBatchRequest."""
+    return "".join(word.capitalize() for word in spec.name.replace(".", "_").split("_")) + "Request"
+
+
+def _request_schema(spec: MethodSpec) -> Json:
+    named = reference(spec.params.__name__)
+    needed = any(each.is_required() for each in spec.params.model_fields.values())
+    return {
+        "type": "object",
+        "title": spec.name,
+        "description": spec.summary,
+        "properties": {
+            "jsonrpc": {"const": "2.0"},
+            "method": {"const": spec.name},
+            "params": {
+                "description": "By name, or by position",
+                "anyOf": [named, {"type": "array", "maxItems": len(spec.params.model_fields)}],
+            },
+            "id": {**REQUEST_ID, "description": "Comes back in the answer; without it there is none"},
+            "a2a_context": {
+                "type": ["object", "null"],
+                "description": "source_agent, trace_id, session_id of a caller",
+            },
+        },
+        "required": ["jsonrpc", "method", *(["params"] if needed else [])],
+    }
+
+
+def _response_schema(member: str, schema: Json) -> Json:
+    return {
+        "type": "object",
+        "properties": {"jsonrpc": {"const": "2.0"}, member: schema, "id": REQUEST_ID},
+        "required": ["jsonrpc", member, "id"],
+        "additionalProperties": False,
+    }
+
+
+def _distinct(schemas: Iterable[Json]) -> list[Json]:
+    kept: list[Json] = []
+    for schema in schemas:
+        if schema not in kept:
+            kept.append(schema)
+    return kept

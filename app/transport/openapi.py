@@ -1,0 +1,168 @@
+"""What routes say of themselves, in the words of OpenAPI 3.1 (https://spec.openapis.org/oas/v3.1.1).
+
+`documents.py` makes the document of it. Every request example is executed by a test: an example that cannot be pasted
+is a defect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.transport import shapes
+from app.transport.openrpc import REFERENCE
+
+Json = dict[str, Any]
+
+REFUSED_BECAUSE = {
+    400: "The body is not JSON that this service takes",
+    403: "A foreign Origin or Host, or a missing scope",
+    404: "No such tool, or none that you may call",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    414: "The URL is too long",
+    422: "A parameter does not fit; `data.errors` says which and why",
+    500: "A defect of this service; the log has the rest",
+    503: "Overloaded or shutting down; come back after `Retry-After` seconds",
+}
+RETRY_AFTER = {"Retry-After": {"description": "Seconds", "schema": {"type": "integer", "minimum": 1}}}
+
+
+def reference(name: str) -> Json:
+    return {"$ref": REFERENCE.format(model=name)}
+
+
+def response(description: str, schema: Json, examples: Mapping[str, Any] | None = None) -> Json:
+    content: Json = {"schema": schema}
+    if examples:
+        content["examples"] = {name: {"value": value} for name, value in examples.items()}
+    return {"description": description, "content": {"application/json": content}}
+
+
+def refusals(statuses: Iterable[int], shape: str = "Refused") -> dict[int | str, Json]:
+    """Responses in the one shape of errors."""
+    written: dict[int | str, Json] = {
+        status: response(REFUSED_BECAUSE[status], reference(shape)) for status in sorted(statuses)
+    }
+    if 503 in written:
+        written[503]["headers"] = RETRY_AFTER
+    return written
+
+
+def query_parameters(shape: type[shapes.Params], examples: Mapping[str, Any]) -> list[Json]:
+    """Parameters of a query from its shape; a query has no null, so what is optional is left out instead."""
+    properties = shape.model_json_schema()["properties"]
+    return [_query_parameter(name, schema, examples.get(name)) for name, schema in properties.items()]
+
+
+def _query_parameter(name: str, schema: Json, example: Any) -> Json:
+    (plain,) = (branch for branch in schema["anyOf"] if branch.get("type") != "null")
+    parameter = {"name": name, "in": "query", "required": False, "description": schema["description"], "schema": plain}
+    return parameter if example is None else {**parameter, "example": example}
+
+
+TOOL_ID = {
+    "name": "tool_id",
+    "in": "path",
+    "required": True,
+    "description": "Id of the tool, as the list gives it",
+    "schema": {"type": "string", "pattern": "^[A-Za-z_][A-Za-z0-9_-]{0,63}$"},
+    "example": "echo",
+}
+
+ECHO_SUMMARY = {
+    "tool_id": "echo",
+    "name": "Echo",
+    "description": "Return the message.",
+    "version": "1.0.0",
+    "category": "utility",
+    "tags": ["text", "test"],
+    "capabilities": ["echo"],
+}
+EXECUTION = {
+    "execution_id": "01981c5e-7c1a-7000-8000-0123456789ab",
+    "tool_id": "echo",
+    "status": "success",
+    "result": {"message": "Hello"},
+    "error": None,
+    "execution_time_ms": 0.05,
+    "overhead_ms": 0.12,
+    "timestamp": "2026-11-20T15:00:00.000Z",
+    "attempts": 1,
+    "cached": False,
+    "trace_id": "01981c5e7c1a700080000123456789ab",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What a route of REST says of itself."""
+
+    id: str
+    summary: str
+    description: str
+    answer: Json
+    extra: Json = field(default_factory=dict)
+
+    def described(self, statuses: Iterable[int]) -> dict[str, Any]:
+        """Keyword arguments for FastAPI's `add_api_route`."""
+        return {
+            "operation_id": self.id,
+            "summary": self.summary,
+            "description": self.description,
+            "responses": {200: self.answer, **refusals(statuses)},
+            "openapi_extra": self.extra,
+        }
+
+
+LIST_TOOLS = Operation(
+    "listTools",
+    "Tools, in pages or by words",
+    "In the order of ids, page by page; with `query` one page, best match first, whose `next_cursor` is null.",
+    response(
+        "The tools",
+        reference("ToolListing"),
+        {"search": {"tools": [ECHO_SUMMARY], "count": 1, "query": "message", "next_cursor": None}},
+    ),
+    {
+        "parameters": query_parameters(
+            shapes.ToolsQuery, {"query": "message", "category": "utility", "tag": ["text"], "limit": 20}
+        )
+    },
+)
+GET_TOOL = Operation(
+    "getTool",
+    "One tool with its schemas",
+    "`parameters` and `result` are JSON Schema 2020-12: what an execute request must hold, and what comes back.",
+    response("The tool", reference("ToolDetail")),
+    {"parameters": [TOOL_ID]},
+)
+EXECUTE_TOOL = Operation(
+    "executeTool",
+    "Run a tool",
+    "`parameters` must fit the schema that the tool's own path gives. No body means no arguments.",
+    response("What came of the call, also when the tool failed", reference("Execution"), {"success": EXECUTION}),
+    {
+        "parameters": [TOOL_ID],
+        "requestBody": {
+            "content": {
+                "application/json": {
+                    "schema": reference("RestExecuteBody"),
+                    "examples": {
+                        "plain": {"value": {"parameters": {"message": "Hello"}}},
+                        "labelled": {
+                            "value": {
+                                "parameters": {"message": "Hello", "uppercase": True},
+                                "agent_id": "planner",
+                                "execution_context": {"trace_id": "trace-1", "session_id": "session-1"},
+                                "timeout_override": 2.5,
+                                "call_id": "greeting-1",
+                            }
+                        },
+                    },
+                }
+            }
+        },
+    },
+)
