@@ -1,0 +1,50 @@
+"""Which charset a response declares, and the codec for it. Knows only charsets of web pages.
+
+Python's registry also holds codecs that take quadratic time (idna, punycode) and remembers every unknown name.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([A-Za-z0-9_:.-]{2,40})", re.IGNORECASE)
+_KNOWN = re.compile(
+    r"utf-?8|utf-16(le|be)?|us-ascii|ascii|latin-?1|iso-?8859-?(1[0-6]?|[2-9])|(windows-|cp)125[0-8]|koi8-[ru]"
+    r"|gb2312|gbk|gb18030|big5|euc-jp|euc-kr|shift[_-]jis|sjis|iso-2022-jp|macintosh|tis-620"
+)
+
+META_BYTES_MAX = 1024
+"""Where the HTML Standard stops looking for a declaration (section 13.2.3.2)."""
+
+
+def declared_codec(text: str) -> str | None:
+    """The codec named by a `charset=` in a Content-Type or a meta element, if it is one of the web's."""
+    match = _CHARSET.search(text)
+    return None if match is None else _codec(match[1].lower())
+
+
+def _codec(label: str) -> str | None:
+    if not _KNOWN.fullmatch(label):
+        return None
+    try:
+        return codecs.lookup(label).name
+    except LookupError:
+        return None
+
+
+def decoded_page(body: bytes, content_type: str) -> str:
+    """HTML as text: header, byte order mark, meta element, UTF-8, and last what browsers assume."""
+    codec = declared_codec(content_type)
+    if body.startswith(codecs.BOM_UTF8):
+        codec = "utf-8-sig"
+    elif body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        codec = "utf-16"
+    elif codec is None:
+        codec = declared_codec(body[:META_BYTES_MAX].decode("latin-1"))
+    if codec is not None:
+        return body.decode(codec, errors="replace")
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        return body.decode("cp1252", errors="replace")

@@ -1,0 +1,392 @@
+"""http_request, web_scrape and graphql_query against real servers, through their own schemas."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+import pytest
+
+from app.calls import LOCAL_CALLER
+from app.egress import EgressClient, parse_egress_allow
+from app.errors import InvalidParams, ToolError
+from app.tools.builtin.page import read_page
+from app.tools.builtin.web import graphql_query, http_request, web_scrape
+from app.tools.tool import FunctionTool, ToolContext
+from tests.origin import WAIT_S_MAX, Received, origin, redirect, response
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@asynccontextmanager
+async def tool_context(allow: str = "127.0.0.1", within_s: float = WAIT_S_MAX) -> AsyncIterator[ToolContext]:
+    client = EgressClient(parse_egress_allow(allow), 4)
+    try:
+        yield ToolContext("execution", LOCAL_CALLER, time.perf_counter() + within_s, client)
+    finally:
+        await client.aclose()
+
+
+async def run(tool: FunctionTool, context: ToolContext, **parameters: Any) -> Any:
+    """What an agent would get: parameters and result go through the tool's schemas."""
+    value = await tool.invoke(tool.parameters.validate(parameters), context)
+    return orjson.loads(tool.result.encode(value))
+
+
+async def failure_of(tool: FunctionTool, context: ToolContext, **parameters: Any) -> ToolError:
+    with pytest.raises(ToolError) as caught:
+        await run(tool, context, **parameters)
+    return caught.value
+
+
+def html(markup: str, content_type: str = "text/html; charset=utf-8", charset: str = "utf-8") -> bytes:
+    return response(markup.encode(charset), content_type=content_type)
+
+
+async def test_request_returns_exactly_what_the_contract_says() -> None:
+    async with origin({"/": response(b"hi", content_type="text/plain")}) as server, tool_context() as context:
+        result = await run(http_request, context, url=server.url())
+    assert result == {
+        "status_code": 200,
+        "headers": {"content-length": "2", "content-type": "text/plain"},
+        "body": "hi",
+        "url": server.url(),
+    }
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+async def test_every_listed_method_is_sent(method: str) -> None:
+    async with origin({"/": b"HTTP/1.1 204 No Content\r\n\r\n"}) as server, tool_context() as context:
+        assert (await run(http_request, context, url=server.url(), method=method))["status_code"] == 204
+        assert server.received[0].method == method
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"method": "TRACE"}, {"timeout": 0}, {"timeout": 1e9}, {"url": ""}, {"body": 1}]
+)
+def test_parameters_outside_the_schema_are_refused(parameters: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParams):
+        http_request.parameters.validate({"url": "http://a.test/", **parameters})
+
+
+@pytest.mark.parametrize(
+    ("body", "sent", "content_type"),
+    [
+        ("plain ü", "plain ü".encode(), "text/plain; charset=utf-8"),
+        ({"a": [1, None]}, b'{"a":[1,null]}', "application/json"),
+        ([1, "2"], b'[1,"2"]', "application/json"),
+        ([], b"[]", "application/json"),
+        (None, b"", None),
+    ],
+)
+async def test_body_is_text_or_json(body: Any, sent: bytes, content_type: str | None) -> None:
+    async with origin({"/": response()}) as server, tool_context() as context:
+        await run(http_request, context, url=server.url(), method="POST", body=body)
+    assert server.received[0].body == sent
+    assert server.received[0].headers.get("content-type") == content_type
+
+
+async def test_headers_and_parameters_of_the_caller_are_sent_as_given() -> None:
+    async with origin({"/": response()}) as server, tool_context() as context:
+        await run(
+            http_request,
+            context,
+            url=server.url(),
+            method="POST",
+            headers={"content-TYPE": "application/x-own", "X-A": "1"},
+            params={"q": "a b", "n": 1, "f": 1.5, "t": True},
+            body={"a": 1},
+        )
+    (request,) = server.received
+    assert (request.headers["content-type"], request.headers["x-a"]) == ("application/x-own", "1")
+    assert request.target == "/?q=a+b&n=1&f=1.5&t=true"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        ("image/png", b"\x89PNG\r\n"),
+        ("application/octet-stream", b"text, but nobody says so"),
+        ("text/plain", b"\xff\xfe\xfd"),
+        ("text/plain; charset=ascii", "ü".encode()),
+        ("text/plain", b"nul\x00"),
+        ("", b"\xff"),
+    ],
+)
+async def test_body_that_is_no_text_comes_as_base64(content_type: str, body: bytes) -> None:
+    reply = response(body, content_type=content_type) if content_type else response(body)
+    async with origin({"/": reply}) as server, tool_context() as context:
+        result = await run(http_request, context, url=server.url())
+    assert result["body_base64"] is True
+    assert base64.b64decode(result["body"]) == body
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "text"),
+    [
+        ("text/plain", "ü".encode(), "ü"),
+        ("text/plain; charset=iso-8859-1", b"\xfc", "ü"),
+        ('TEXT/HTML; Charset="windows-1251"', "ж".encode("windows-1251"), "ж"),
+        ("application/json", b'{"a":1}', '{"a":1}'),
+        ("application/problem+json", b"{}", "{}"),
+        ("application/atom+xml", b"<a/>", "<a/>"),
+        ("text/plain; charset=punycode", b"abc", "abc"),
+        ("text/plain; charset=no-such", b"abc", "abc"),
+        ("", b"abc", "abc"),
+        ("image/png", b"", ""),
+    ],
+)
+async def test_body_that_is_text_comes_as_text(content_type: str, body: bytes, text: str) -> None:
+    reply = response(body, content_type=content_type) if content_type else response(body)
+    async with origin({"/": reply}) as server, tool_context() as context:
+        result = await run(http_request, context, url=server.url())
+    assert result["body"] == text
+    assert "body_base64" not in result or not body
+
+
+async def test_error_status_of_the_server_is_a_result() -> None:
+    async with origin({"/": response(b"no", status="503 Busy")}) as server, tool_context() as context:
+        result = await run(http_request, context, url=server.url())
+    assert (result["status_code"], result["body"]) == (503, "no")
+
+
+async def test_url_in_the_result_is_the_last_one() -> None:
+    async with origin({"/": redirect("/end"), "/end": response()}) as server, tool_context() as context:
+        assert (await run(http_request, context, url=server.url()))["url"] == server.url("/end")
+
+
+async def test_private_address_is_refused_without_a_word_about_it() -> None:
+    async with tool_context(allow="") as context:
+        for tool in (http_request, web_scrape):
+            error = await failure_of(tool, context, url="http://127.0.0.1:8001/secret")
+            assert (error.code, str(error)) == ("EGRESS_REFUSED", "egress refused")
+        error = await failure_of(graphql_query, context, endpoint="http://127.0.0.1/", query="{a}")
+        assert error.code == "EGRESS_REFUSED"
+
+
+async def _silent(request: Received, writer: asyncio.StreamWriter) -> None:
+    await asyncio.Event().wait()
+
+
+async def test_timeout_of_the_caller_ends_the_request() -> None:
+    async with origin({"/": _silent}) as server, tool_context() as context:
+        error = await failure_of(http_request, context, url=server.url(), timeout=0.1)
+        assert (error.code, error.retryable) == ("EGRESS_TIMEOUT", True)
+        await server.until(lambda: server.open == 0)
+
+
+async def test_deadline_of_the_call_ends_the_request() -> None:
+    async with origin({"/": _silent}) as server, tool_context(within_s=0.1) as context:
+        error = await failure_of(http_request, context, url=server.url(), timeout=300)
+        assert error.code == "EGRESS_TIMEOUT"
+
+
+async def test_response_that_could_not_leave_as_base64_is_too_large() -> None:
+    async with origin({"/": response(bytes(800_000))}) as server, tool_context() as context:
+        assert (await failure_of(http_request, context, url=server.url())).code == "EGRESS_RESPONSE_TOO_LARGE"
+
+
+PAGE = """<!DOCTYPE html><HTML lang="en-GB"><head><title> The
+ &lt;Title&gt; </title><meta name="Description" content="About &amp; about">
+<meta property="og:title" content='OG "title"'><meta property=og:image content=/i.png><meta name="viewport" content="x">
+<link rel="stylesheet" href="/s.css"><link rel=canonical href="/canonical#part">
+<style>p { color: red }</style><script>var a = "<p>not text</p>";</script></head>
+<body><!-- hidden --><h1>Head&nbsp;line</h1><p>One <b>bold</b>word &amp; more<br>next</p><noscript>enable</noscript>
+<svg><title>icon</title><text>drawn</text></svg><template><p>later</p></template>
+<ul><li><a href="a?x=1&amp;y=2">A</a><li><a href='/b#frag'>B</a><li><a href=//other.test/c>C</a></ul>
+<a href="/b">again</a><a href="#top">top</a><a href="mailto:x@y.test">mail</a><a href="javascript:alert(1)">js</a>
+<a href="ftp://f.test/">ftp</a><a name="x">none</a><a href="http://[">broken</a>
+<table><tr><td>1</td><td>2</td></tr></table><p data-x="a > b" title='</p>'>tail</p><textarea>form</textarea>
+</body></HTML><script>unclosed"""
+
+
+async def test_page_is_read_as_a_person_would() -> None:
+    async with origin({"/dir/": html(PAGE)}) as server, tool_context() as context:
+        result = await run(web_scrape, context, url=server.url("/dir/"), include_links=True)
+    assert result.keys() == {"title", "text", "links", "metadata", "url"}
+    assert result["title"] == "The <Title>"
+    assert result["text"].split("\n") == [
+        "Head line",
+        "One boldword & more",
+        "next",
+        "A",
+        "B",
+        "C",
+        "againtopmailjs ftpnonebroken",
+        "1 2",
+        "tail",
+    ]
+    assert result["links"] == [server.url("/dir/a?x=1&y=2"), server.url("/b"), "http://other.test/c"]
+    assert result["metadata"] == {
+        "language": "en-GB",
+        "description": "About & about",
+        "og:title": 'OG "title"',
+        "og:image": "/i.png",
+        "canonical": server.url("/canonical"),
+    }
+
+
+async def test_links_come_only_when_asked_for() -> None:
+    async with origin({"/": html("<a href=/x>x</a>")}) as server, tool_context() as context:
+        assert (await run(web_scrape, context, url=server.url()))["links"] == []
+
+
+async def test_links_follow_the_base_of_the_page_and_its_last_url() -> None:
+    based = html('<base href="/docs/"><base href="/no/"><a href="x">x</a>')
+    pages = {"/": redirect("/a/b"), "/a/b": html('<a href="x">x</a>'), "/c": based}
+    async with origin({**pages}) as server, tool_context() as context:
+        moved = await run(web_scrape, context, url=server.url(), include_links=True)
+        fixed = await run(web_scrape, context, url=server.url("/c"), include_links=True)
+    assert moved["links"] == [server.url("/a/x")]
+    assert fixed["links"] == [server.url("/docs/x")]
+
+
+async def test_text_is_cut_at_the_number_of_characters_asked_for() -> None:
+    async with origin({"/": html("<p>word</p>" * 10_000)}) as server, tool_context() as context:
+        assert (await run(web_scrape, context, url=server.url(), max_characters=9))["text"] == "word\nword"
+        assert len((await run(web_scrape, context, url=server.url()))["text"]) == 4_999
+
+
+@pytest.mark.parametrize(
+    ("content_type", "markup", "charset"),
+    [
+        ("text/html; charset=windows-1251", "<p>Привет", "windows-1251"),
+        ("text/html", "<meta charset=windows-1251><p>Привет", "windows-1251"),
+        ("text/html", '<meta http-equiv=content-type content="text/html; charset=koi8-r"><p>Привет', "koi8-r"),
+        ("text/html; charset=utf-8", "<meta charset=windows-1251><p>Привет", "utf-8"),
+        ("text/html", "<p>Привет", "utf-8"),
+        ("text/html", "<p>Привет", "utf-16"),
+        ("text/html; charset=latin1", "<p>Привет", "utf-8-sig"),
+        ("application/xhtml+xml; charset=zlib", "<p>Привет", "utf-8"),
+        ("text/html", "<p>h\xe9llo", "cp1252"),
+    ],
+)
+async def test_charset_is_found_where_the_page_declares_it(content_type: str, markup: str, charset: str) -> None:
+    async with origin({"/": html(markup, content_type, charset)}) as server, tool_context() as context:
+        assert (await run(web_scrape, context, url=server.url()))["text"] in ("Привет", "h\xe9llo")
+
+
+@pytest.mark.parametrize(("status", "retryable"), [("404 Not Found", False), ("429 Slow", True), ("503 Busy", True)])
+async def test_page_that_the_server_does_not_give_is_a_failure(status: str, retryable: bool) -> None:
+    async with origin({"/": response(b"<p>error", status=status)}) as server, tool_context() as context:
+        error = await failure_of(web_scrape, context, url=server.url())
+    assert (error.code, error.retryable) == ("HTTP_STATUS", retryable)
+
+
+async def test_content_that_is_no_html_is_a_failure() -> None:
+    async with origin({"/": response(b"%PDF", content_type="application/pdf")}) as server, tool_context() as context:
+        assert (await failure_of(web_scrape, context, url=server.url())).code == "NOT_HTML"
+
+
+async def test_large_page_does_not_hold_the_event_loop() -> None:
+    async with origin({"/": html("<div>" * 300_000 + "deep")}) as server, tool_context() as context:
+        call = asyncio.create_task(run(web_scrape, context, url=server.url()))
+        turns = 0
+        while not call.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert (await call)["text"] == "deep"
+        assert turns > 100
+
+
+HOSTILE = {
+    "nested": "<div>",
+    "comments": "<!--",
+    "open tags": "<a ",
+    "open quotes": "<a b='",
+    "ampersands": "&",
+    "brackets": "<",
+    "closing": "</",
+    "raw text": "<script></scrip",
+    "declarations": "<!",
+    "equals": "<a = ",
+    "attributes": " a=b",
+    "digits": "9",
+    "blanks": " ",
+    "titles": "<title></title>",
+    "bases": "<base href=/x>",
+    "links": "<a href=http://[>",
+    "metadata": "<meta property=og:x content=y>",
+    "formatting": "<b id=1><p>",
+    "cells": "<td> ",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_markup_costs_time_in_proportion_to_its_length(name: str) -> None:
+    start = {"attributes": "<a", "digits": "&#"}.get(name, "")
+
+    def seconds(length: int) -> float:
+        markup = start + HOSTILE[name] * (length // len(HOSTILE[name]))
+        began = time.thread_time()
+        page = read_page(markup, "http://a.test/", 100_000, include_links=True)
+        assert len(page.text) <= 100_000 >= len(page.metadata) * 600 + len(page.links)
+        return time.thread_time() - began
+
+    # ten times the length: ten times the time, a hundred times where cost were quadratic
+    assert seconds(300_000) < 40 * max(seconds(30_000), 0.002)
+
+
+async def test_graphql_query_is_sent_as_json_and_its_data_returned() -> None:
+    reply = response(b'{"data":{"a":1}}', content_type="application/json")
+    async with origin({"/g": reply}) as server, tool_context() as context:
+        result = await run(
+            graphql_query,
+            context,
+            endpoint=server.url("/g"),
+            query="query($x: Int) { a(x: $x) }",
+            variables={"x": 1},
+            headers={"Authorization": "Bearer t"},
+        )
+    assert result == {"data": {"a": 1}, "errors": []}
+    (request,) = server.received
+    assert orjson.loads(request.body) == {"query": "query($x: Int) { a(x: $x) }", "variables": {"x": 1}}
+    assert request.headers["content-type"] == "application/json"
+    assert request.headers["authorization"] == "Bearer t"
+
+
+@pytest.mark.parametrize("status", ["200 OK", "400 Bad Request"])
+async def test_graphql_errors_are_passed_on_as_data(status: str) -> None:
+    reply = response(b'{"errors":[{"message":"no field b"}],"data":null}', status=status)
+    async with origin({"/": reply}) as server, tool_context() as context:
+        result = await run(graphql_query, context, endpoint=server.url(), query="{b}")
+    assert result == {"data": None, "errors": [{"message": "no field b"}]}
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        (response(b"<html>"), "GRAPHQL_RESPONSE_INVALID"),
+        (response(b"[]"), "GRAPHQL_RESPONSE_INVALID"),
+        (response(b'{"other":1}'), "GRAPHQL_RESPONSE_INVALID"),
+        (response(b'{"data":NaN}'), "GRAPHQL_RESPONSE_INVALID"),
+        (response(b"[" * 100_000), "GRAPHQL_RESPONSE_INVALID"),
+        (response(b"gone", status="502 Bad Gateway"), "HTTP_STATUS"),
+    ],
+)
+async def test_answer_that_is_no_graphql_is_a_failure(reply: bytes, code: str) -> None:
+    async with origin({"/": reply}) as server, tool_context() as context:
+        assert (await failure_of(graphql_query, context, endpoint=server.url(), query="{a}")).code == code
+
+
+def test_tools_declare_what_they_do() -> None:
+    assert {tool.spec.id: tool.spec.read_only for tool in (http_request, web_scrape, graphql_query)} == {
+        "http_request": False,
+        "web_scrape": True,
+        "graphql_query": False,
+    }
+    for tool in (http_request, web_scrape, graphql_query):
+        assert tool.spec.timeout == 30
+        assert not tool.spec.destructive
+        properties = tool.parameters.json_schema["properties"]
+        assert all("description" in schema for schema in properties.values()), tool.spec.id
