@@ -58,12 +58,11 @@ def _listen(host: str, port: int) -> Finding:
 
 
 def _open_files() -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES_MIN:
-        return Finding(
-            "open files", False, f"the limit is {soft}; raise it to {OPEN_FILES_MIN}: ulimit -n {OPEN_FILES_MIN}"
-        )
-    return Finding("open files", True, f"{soft} of {hard}")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # the service raises its soft limit to the hard one
+    if hard != resource.RLIM_INFINITY and hard < OPEN_FILES_MIN:
+        says = f"the hard limit is {hard}; raise it to {OPEN_FILES_MIN}, as root: ulimit -Hn {OPEN_FILES_MIN}"
+        return Finding("open files", False, says)
+    return Finding("open files", True, f"up to {hard}")
 
 
 def _clock() -> Finding:

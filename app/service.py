@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from app.egress import EgressClient, parse_egress_allow
+from app.egress import EgressAllow, EgressClient, parse_egress_allow
 from app.executor.executor import Executor
 from app.executor.runner import Runner
 from app.executor.threads import ThreadPool
 from app.limits.concurrency import Slots
-from app.settings import Settings
+from app.settings import Settings, SettingsError
 from app.telemetry.metrics import Metrics
 from app.telemetry.supervision import LoopWatch, Supervisor
 from app.tools.builtin import builtin_tools
@@ -25,6 +25,10 @@ from app.tools.registry import Registry
 from app.tools.tool import Tool
 
 logger = logging.getLogger("app.service")
+
+
+NOT_ENFORCED_YET = ("retries", "rate_limits", "quotas", "cache_ttl", "cache_shared", "log_mode", "log_payloads")
+"""Declarations that are kept and have no effect yet: said once at start, so that nobody relies on them."""
 
 
 class Phase(Enum):
@@ -73,7 +77,7 @@ async def open_service(
         metrics = Metrics()
         lifecycle = Lifecycle()
         http = EgressClient(
-            parse_egress_allow(",".join(settings.egress_allow)),
+            _egress_allow(settings),
             settings.http_connection_pool_size,
             [listen] if listen else [],
         )
@@ -97,8 +101,9 @@ async def open_service(
             timeout_ceiling_s=settings.tool_execution_timeout,
             rebuild_validators=not settings.enable_parameter_validation_cache,
         )
-        for tool_id in registry.snapshot.ids:
-            metrics.for_tool(tool_id)
+        for tool in registry.snapshot.tools.values():
+            metrics.for_tool(tool.spec.id)
+            _warn_of_unenforced(tool)
         watch = LoopWatch()
         supervisor = Supervisor(lifecycle.crash)
         stack.push_async_callback(supervisor.close)
@@ -112,3 +117,16 @@ async def open_service(
             registered_tools=lambda: len(registry),
         )
         yield Service(settings, registry, executor, metrics, lifecycle, tuple(loaded.problems))
+
+
+def _warn_of_unenforced(tool: Tool) -> None:
+    declared = [name for name in NOT_ENFORCED_YET if getattr(tool.spec, name)]
+    if declared:
+        logger.warning("declared but not enforced yet", extra={"tool_id": tool.spec.id, "declared": declared})
+
+
+def _egress_allow(settings: Settings) -> EgressAllow:
+    try:
+        return parse_egress_allow(",".join(settings.egress_allow))
+    except ValueError as error:
+        raise SettingsError(f"EGRESS_ALLOW: {error}") from None

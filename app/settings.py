@@ -14,8 +14,6 @@ from typing import Annotated, Any, Literal
 from dotenv import dotenv_values
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from app.egress import parse_egress_allow
-
 
 class SettingsError(ValueError):
     """A setting that cannot be: names the variable and its bound, never its value, which may be a secret."""
@@ -26,11 +24,6 @@ def _items(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(item.strip() for item in value.split(",") if item.strip())
     return value
-
-
-def _egress(items: tuple[str, ...]) -> tuple[str, ...]:
-    parse_egress_allow(",".join(items))  # raises ValueError with its reason
-    return items
 
 
 def _web_url(value: str) -> str:
@@ -88,7 +81,7 @@ class Settings(BaseModel):
     forwarded_allow_ips: CommaList = Field(
         (), description="Proxies whose X-Forwarded-For and -Proto are believed, comma separated"
     )
-    egress_allow: Annotated[CommaList, AfterValidator(_egress)] = Field(
+    egress_allow: CommaList = Field(
         (), description="Hosts or networks that tools may reach though egress refuses them, each with optional :port"
     )
     wikipedia_url: WebUrl = Field("https://en.wikipedia.org/w/api.php", description="MediaWiki API of wikipedia_search")

@@ -37,7 +37,7 @@ _BRACKETS = bytes.maketrans(b"[{]}", b"(())")
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[{]}")
 _DIGITS = bytes.maketrans(b"0123456789", b"0000000000")
 _LONG_NUMBER = b"0" * 19
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|-?[0-9]++(?![.eE0-9])')
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|(-?[0-9]++)([.eE][-+.eE0-9]*+)?')
 _INT64_MIN, _UINT64_MAX = -(2**63), 2**64 - 1
 
 
@@ -78,11 +78,9 @@ def _deeper_than(value: Any, levels: int) -> bool:
 
 def holds_long_integer(body: bytes) -> bool:
     """Whether a number outside of strings, without fraction or exponent, passes 64 bits. `body` is valid JSON."""
-    tokens = (match.group() for match in _TOKEN.finditer(body))
+    integers = (match[1] for match in _TOKEN.finditer(body) if match[1] and not match[2])
     return any(
-        len(token) >= 19 and (len(token) > 20 or not _INT64_MIN <= int(token) <= _UINT64_MAX)
-        for token in tokens
-        if token[0] != 0x22
+        len(digits) > 20 or not _INT64_MIN <= int(digits) <= _UINT64_MAX for digits in integers if len(digits) >= 19
     )
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import resource
 import signal
 from collections.abc import Iterator
 
@@ -83,6 +84,7 @@ class Server(uvicorn.Server):
         await super().startup()
         if self.started:
             freeze_garbage()
+            raise_open_files()
             self._service.lifecycle.phase = Phase.SERVING
             logger.info("serving", extra={"url": f"http://{self.config.host}:{self.port}"})
 
@@ -114,3 +116,9 @@ def freeze_garbage() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, 20, 100)
+
+
+def raise_open_files() -> None:
+    """Take all the open files that we may have; the soft limit of 1,024 is for programs that use select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

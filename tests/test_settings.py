@@ -1,0 +1,354 @@
+"""Every setting has the effect that it says, and a value that cannot be is refused by name."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app.calls import LOCAL_CALLER, ToolCall, new_execution_id
+from app.service import open_service
+from app.settings import Settings, SettingsError, read_settings
+from app.tools.registry import Registry, ToolFilter
+from app.tools.tool import FunctionTool, tool
+from tests.conftest import ROOT, Running, Serve, end, service_environ, start_service
+
+TUNED = {
+    "TOOL_MODULES": "tests.tools_for_tests",
+    "TOOL_EXECUTION_TIMEOUT": "0.4",
+    "MAX_CONCURRENT_EXECUTIONS": "2",
+    "MAX_REQUEST_BYTES": "4096",
+    "MAX_RESULT_BYTES": "1024",
+    "MAX_BATCH_SIZE": "3",
+    "REQUEST_READ_TIMEOUT_S": "0.4",
+    "PUBLIC_URL": "https://tools.example.org/",
+    "CORS_ALLOW_ORIGINS": "https://app.example.org, https://other.example.org",
+    "LOG_LEVEL": "DEBUG",
+}
+
+
+@pytest.fixture(scope="module")
+def tuned() -> Iterator[Running]:
+    """A service with nearly every setting away from its default."""
+    running = start_service(**TUNED)
+    yield running
+    end(running)
+
+
+def refused(*arguments: str, **environ: str) -> str:
+    """What a service that will not start says; it exits 2."""
+    done = subprocess.run(
+        [sys.executable, "-m", "app", "serve", *arguments],
+        cwd=ROOT,
+        env=service_environ(**environ),
+        capture_output=True,
+    )
+    assert done.returncode == 2 and done.stdout == b""
+    return done.stderr.decode()
+
+
+def test_every_setting_is_named_by_a_test_here() -> None:
+    text = Path(__file__).read_text()
+    tests = " ".join(re.findall(r"def test_(\w+)", text))
+    assert [name for name in Settings.model_fields if f"{name}_" not in tests] == []
+
+
+def test_tool_execution_timeout_bounds_every_run(tuned: Running) -> None:
+    execution = tuned.execute("wait", {"seconds": 30}, timeout_override=60)
+    assert execution["status"] == "timeout" and execution["execution_time_ms"] >= 400
+    assert tuned.rpc("tools.get", {"tool_id": "wait"})["result"]["timeout_seconds"] == 0.4
+
+
+def test_tool_execution_timeout_bounds_a_whole_plan(tuned: Running) -> None:
+    tasks = [
+        {
+            "task_id": str(n),
+            "tool_id": "wait",
+            "parameters": {"seconds": 0.3},
+            "dependencies": [str(n - 1)] if n else [],
+        }
+        for n in range(3)
+    ]
+    result = tuned.rpc("tools.execute_parallel", {"tasks": tasks})["result"]
+    statuses = [result["results"][str(n)]["status"] for n in range(3)]
+    assert statuses == ["success", "timeout", "skipped"]
+
+
+def test_max_concurrent_executions_bounds_what_runs_at_once(tuned: Running) -> None:
+    assert tuned.metric("tool_execution_limit") == 2
+    requests = [{"tool_id": "wait", "parameters": {"seconds": 0.3}} for _ in range(3)]
+    result = tuned.rpc("tools.execute_batch", {"requests": requests, "max_concurrent": 3})["result"]
+    waited = [item["overhead_ms"] for item in result["results"]]
+    assert result["successful_count"] == 3 and sum(overhead > 200 for overhead in waited) == 1
+
+
+def test_max_request_bytes_is_413_past_it(tuned: Running) -> None:
+    response = tuned.http.post("/api/v1/jsonrpc", content=b" " * 4097)
+    assert response.status_code == 413 and "4096" in response.json()["error"]["message"]
+
+
+def test_max_result_bytes_fails_a_longer_result(tuned: Running) -> None:
+    assert tuned.execute("return_long", {"characters": 1022})["status"] == "success"
+    longer = tuned.execute("return_long", {"characters": 1023})
+    assert longer["status"] == "failed" and longer["error"]["code"] == "TOOL_RESULT_TOO_LARGE"
+
+
+def test_max_batch_size_bounds_batches_and_plans(tuned: Running) -> None:
+    four = [{"jsonrpc": "2.0", "method": "rpc.ping", "id": n} for n in range(4)]
+    assert tuned.http.post("/api/v1/jsonrpc", json=four).json()["error"]["code"] == -32600
+    calls = [{"tool_id": "echo", "parameters": {"message": "x"}}] * 4
+    assert tuned.rpc("tools.execute_batch", {"requests": calls})["error"]["code"] == -32602
+
+
+def test_request_read_timeout_s_cuts_a_body_that_trickles(tuned: Running) -> None:
+    with socket.create_connection(("127.0.0.1", tuned.port), timeout=30) as client:
+        client.sendall(b"POST /api/v1/jsonrpc HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        answer = client.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_public_url_is_where_the_documents_point(tuned: Running) -> None:
+    servers = tuned.rpc("rpc.discover")["result"]["servers"]
+    assert servers[0]["url"] == "https://tools.example.org/api/v1/jsonrpc"
+    assert tuned.http.get("/openapi.json").json()["servers"][0]["url"] == "https://tools.example.org"
+    own = {"Origin": "https://tools.example.org"}
+    assert tuned.http.get("/api/v1/tools", headers=own).status_code == 200
+
+
+@pytest.mark.parametrize(("origin", "status"), [("https://other.example.org", 200), ("https://evil.example.org", 403)])
+def test_cors_allow_origins_lets_those_pages_call(tuned: Running, origin: str, status: int) -> None:
+    body = {"jsonrpc": "2.0", "id": 1, "method": "rpc.ping"}
+    response = tuned.http.post("/api/v1/jsonrpc", json=body, headers={"Origin": origin})
+    assert response.status_code == status
+    assert response.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
+
+
+def test_tool_modules_are_loaded_and_a_broken_one_is_named(serve: Serve) -> None:
+    running = serve(TOOL_MODULES="tests.tools_for_tests,tests.no_such_module")
+    assert running.execute("count_calls")["status"] == "success"
+    assert "tests.no_such_module" in running.http.get("/readyz").text
+    event = running.read_log(lambda event: event["message"] == "tools not loaded")
+    assert event["source"] == "tests.no_such_module" and "ModuleNotFoundError" in event["reason"]
+
+
+@pytest.mark.parametrize(("level", "written"), [("INFO", True), ("ERROR", False)])
+def test_log_level_holds_lesser_events_back(level: str, written: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app", "serve", "--port", str(port)],
+        cwd=ROOT,
+        env=service_environ(LOG_LEVEL=level),
+        stdout=subprocess.PIPE,
+    )
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(retries=8), trust_env=False) as client:
+            assert client.get(f"http://127.0.0.1:{port}/livez").status_code == 200
+        process.terminate()
+        stdout, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (b"serving" in stdout) is written
+    assert "LOG_LEVEL" in refused(LOG_LEVEL="nonsense")
+
+
+def test_drain_seconds_keeps_serving_after_sigterm(serve: Serve) -> None:
+    running = serve(DRAIN_SECONDS="2")
+    assert running.http.get("/readyz").status_code == 200
+    running.process.send_signal(signal.SIGTERM)
+    running.read_log(lambda event: event["message"] == "draining")
+    ready = running.http.get("/readyz")
+    assert ready.status_code == 503 and "draining" in ready.text and ready.headers["connection"] == "close"
+    assert running.execute("echo", {"message": "still here"})["status"] == "success"
+    assert running.process.wait(timeout=60) == 0
+
+
+class Upstream:
+    """A real HTTP server that answers `{}` or what it is told, and remembers what was asked."""
+
+    def __init__(self, answer: Any) -> None:
+        self.paths: list[str] = []
+        self.open = 0
+        self.most_open = 0
+        self.gate = threading.Event()
+        upstream = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                upstream.paths.append(self.path)
+                upstream.open += 1
+                upstream.most_open = max(upstream.most_open, upstream.open)
+                if "wait" in self.path:
+                    upstream.gate.wait(5)
+                upstream.open -= 1
+                body = json.dumps(answer).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_address[1]
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.gate.set()
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    server = Upstream({"results": [{"title": "T", "url": "https://example.org", "content": "S"}]})
+    yield server
+    server.close()
+
+
+def test_egress_allow_opens_what_is_refused_otherwise(serve: Serve, upstream: Upstream) -> None:
+    url = f"http://127.0.0.1:{upstream.port}/"
+    closed = serve().execute("http_request", {"url": url})
+    assert closed["status"] == "failed" and closed["error"]["code"] == "EGRESS_REFUSED"
+    assert "EGRESS_ALLOW" in refused("--port", "0", EGRESS_ALLOW="http://x/")
+    opened = serve(EGRESS_ALLOW=f"127.0.0.1:{upstream.port}").execute("http_request", {"url": url})
+    assert opened["status"] == "success" and opened["result"]["status_code"] == 200
+
+
+def test_searxng_url_is_where_web_search_asks(serve: Serve, upstream: Upstream) -> None:
+    unset = serve().execute("web_search", {"query": "x"})
+    assert unset["status"] == "failed" and "SEARXNG_URL" in unset["error"]["message"]
+    running = serve(EGRESS_ALLOW="127.0.0.1", SEARXNG_URL=f"http://127.0.0.1:{upstream.port}/search")
+    found = running.execute("web_search", {"query": "needle"})
+    assert found["result"]["results"] == [{"title": "T", "url": "https://example.org", "snippet": "S"}]
+    assert "needle" in upstream.paths[0]
+
+
+def test_wikipedia_url_is_where_wikipedia_search_asks(serve: Serve, upstream: Upstream) -> None:
+    running = serve(EGRESS_ALLOW="127.0.0.1", WIKIPEDIA_URL=f"http://127.0.0.1:{upstream.port}/w/api.php")
+    running.execute("wikipedia_search", {"query": "needle"})
+    assert upstream.paths[0].startswith("/w/api.php?") and "needle" in upstream.paths[0]
+
+
+def test_http_connection_pool_size_bounds_outgoing_connections(serve: Serve, upstream: Upstream) -> None:
+    running = serve(EGRESS_ALLOW="127.0.0.1", HTTP_CONNECTION_POOL_SIZE="2")
+    url = f"http://127.0.0.1:{upstream.port}/wait"
+    requests = [{"tool_id": "http_request", "parameters": {"url": url}} for _ in range(6)]
+    with ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(running.rpc, "tools.execute_batch", {"requests": requests, "max_concurrent": 6})
+        upstream.gate.set()
+        assert batch.result(60)["result"]["successful_count"] == 6
+    assert upstream.most_open <= 2
+
+
+def test_forwarded_allow_ips_believes_those_proxies_scheme(serve: Serve) -> None:
+    forwarded = {"X-Forwarded-Proto": "https", "Origin": "https://localhost:9", "Host": "localhost:9"}
+    assert serve().http.get("/api/v1/tools", headers=forwarded).status_code == 403
+    trusting = serve(FORWARDED_ALLOW_IPS="127.0.0.1")
+    assert trusting.http.get("/api/v1/tools", headers=forwarded).status_code == 200
+
+
+def test_profile_sets_defaults_that_single_variables_override(serve: Serve) -> None:
+    assert serve("--profile", "constrained").metric("tool_execution_limit") == 500
+    assert serve(PROFILE="constrained", MAX_CONCURRENT_EXECUTIONS="7").metric("tool_execution_limit") == 7
+    assert read_settings({"PROFILE": "constrained"}).http_connection_pool_size == 20
+    assert "default, " in refused("--profile", "fast").replace("'", "").replace(" or ", ", ")
+
+
+def test_auth_mode_none_is_needed_beyond_loopback(serve: Serve) -> None:
+    message = refused("--host", "0.0.0.0", "--port", "0")
+    assert "AUTH_MODE=none" in message and "loopback" in message
+    assert "AUTH_MODE" in refused("--port", "0", AUTH_MODE="required")
+    running = serve("--host", "0.0.0.0", AUTH_MODE="none")
+    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: tools.example.org\r\nConnection: close\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+@tool(read_only=True)
+async def give(value: int) -> int:
+    """Return the value."""
+    return value
+
+
+class CountsRebuilds(FunctionTool):
+    """A tool that tells how often its schemas were built anew."""
+
+    __slots__ = ("rebuilds",)
+
+    def rebuilt(self) -> FunctionTool:
+        self.rebuilds += 1
+        return super().rebuilt()
+
+
+@pytest.mark.parametrize(("enabled", "rebuilds"), [(True, 0), (False, 3)])
+def test_enable_parameter_validation_cache_false_builds_validators_on_every_call(enabled: bool, rebuilds: int) -> None:
+    async def run() -> int:
+        counting = CountsRebuilds(give.function, give.spec)
+        counting.rebuilds = 0
+        settings = Settings(enable_parameter_validation_cache=enabled)
+        async with open_service(settings, extra_tools=[counting]) as service:
+            for _ in range(3):
+                call = ToolCall(new_execution_id(), "give", {"value": 1}, LOCAL_CALLER, 0.0)
+                assert (await service.executor.execute(call)).status == "success"
+        return counting.rebuilds
+
+    assert asyncio.run(run()) == rebuilds
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_enable_registry_cache_false_builds_list_answers_anew(enabled: bool) -> None:
+    registry = Registry([give], timeout_ceiling_s=1.0, cache_answers=enabled)
+    first, second = (registry.page(ToolFilter(), LOCAL_CALLER, None, None) for _ in range(2))
+    assert first == second and (first is second) is enabled
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("TOOL_EXECUTION_TIMEOUT", "0", "greater than 0"),
+        ("TOOL_EXECUTION_TIMEOUT", "abc-canary", "number"),
+        ("MAX_CONCURRENT_EXECUTIONS", "0", "greater than or equal to 1"),
+        ("MAX_REQUEST_BYTES", "10", "1024"),
+        ("DRAIN_SECONDS", "-1", "greater than or equal to 0"),
+        ("DRAIN_SECONDS", "nan", "300"),
+        ("ENABLE_REGISTRY_CACHE", "perhaps-canary", "boolean"),
+        ("AUTH_MODE", "canary", "'none'"),
+        ("PUBLIC_URL", "ftp://canary", "http"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name_and_bound_and_never_shown(name: str, value: str, says: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings({name: value})
+    assert name in str(caught.value) and says in str(caught.value) and "canary" not in str(caught.value)
+
+
+def test_all_bad_values_are_told_at_once() -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings({"DRAIN_SECONDS": "-1", "MAX_BATCH_SIZE": "0"})
+    assert "DRAIN_SECONDS" in str(caught.value) and "MAX_BATCH_SIZE" in str(caught.value)
+
+
+def test_the_environment_wins_over_dotenv_and_dotenv_over_the_profile(tmp_path: Path) -> None:
+    dotenv = tmp_path / ".env"
+    dotenv.write_text("PROFILE=constrained\nMAX_CONCURRENT_EXECUTIONS=11\nMAX_BATCH_SIZE=12\n")
+    settings = read_settings({"MAX_BATCH_SIZE": "13"}, dotenv)
+    assert (settings.max_concurrent_executions, settings.max_batch_size) == (11, 13)
+    assert settings.http_connection_pool_size == 20
