@@ -44,7 +44,8 @@ LOCUST_S_MAX = 60.0
 
 END_S_MAX = 15.0
 WARNINGS_MAX = 20
-"""A service that warns on every call would bury the table."""
+WARNING_CHARACTERS_MAX = 300
+"""A service that warns on every call, or with a stack, would bury the table."""
 
 OPEN_FILES = 65_536
 """A connection for each user here, and one more in the service; many shells allow 1,024."""
@@ -205,7 +206,7 @@ def _drain_log(process: subprocess.Popen[bytes], urls: queue.SimpleQueue[str | N
                 urls.put(event["url"])
             elif event.get("level") in ("WARNING", "ERROR", "CRITICAL") and shown < WARNINGS_MAX:
                 shown += 1
-                print(f"service: {line.decode(errors='replace').rstrip()}", file=sys.stderr)
+                print(f"service: {line.decode(errors='replace').rstrip()[:WARNING_CHARACTERS_MAX]}", file=sys.stderr)
     urls.put(None)
 
 
