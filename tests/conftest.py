@@ -156,3 +156,9 @@ def service() -> Iterator[Running]:
     running = start_service(TOOL_MODULES="tests.tools_for_tests", EGRESS_ALLOW="127.0.0.1")
     yield running
     end(running)
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """Tests that are coroutines run on the loop that the service runs on."""
+    return "asyncio", {"use_uvloop": True}

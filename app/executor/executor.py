@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from app.calls import Caller, Execution, Status, ToolCall
 from app.egress import EgressClient
@@ -20,10 +21,11 @@ from app.errors import (
     Failure,
     InternalError,
     InvalidParams,
+    Overloaded,
     RunFailed,
     ToolServiceError,
 )
-from app.executor.runner import CANCELLED, Abandoned, Interrupt, Runner
+from app.executor.runner import CANCELLED, Abandoned, Interrupt, Runner, cancelled_from_outside
 from app.limits.concurrency import QUEUE_PATIENCE_S, Slots
 from app.telemetry.metrics import Metrics, ToolSeries
 from app.tools.registry import Registry
@@ -137,7 +139,7 @@ class Executor:
                 execution = run.ended("success", await self._perform(call, run))
             except asyncio.CancelledError:
                 execution = run.ended("cancelled", error=CANCELLED)
-                if not run.interrupt.requested:
+                if not run.interrupt.requested or cancelled_from_outside():
                     self._finish(run, execution)
                     raise
             finally:
@@ -160,28 +162,34 @@ class Executor:
         found = time.perf_counter()
         self._metrics.lookup.observe(found - begin)
         stages["registry"].observe(found - call.received_at)
-        arguments = (tool.rebuilt() if self._rebuild_validators else tool).parameters.validate(call.parameters)
+        arguments = self._arguments(call, tool)
         _check_idempotency(call, tool)
         validated = time.perf_counter()
         stages["validation"].observe(validated - found)
         timeout_s = self._timeout_s(call, tool)
-        release = await self._take_slots(state, run, timeout_s)
+        release = await self._take_slots(state, run, min(QUEUE_PATIENCE_S, timeout_s))
         started = time.perf_counter()
         stages["limits"].observe(started - validated)
         watcher: asyncio.Task[None] | None = None
         try:
             run.attempts = 1
-            context = self._context(call, started + timeout_s)
+            deadline = started + timeout_s
+            if call.deadline is not None and call.deadline < deadline:
+                deadline = call.deadline  # a plan does not wait for what waited for its slot
+            context = self._context(call, deadline)
             if tool.spec.cancel_on_disconnect and call.client_gone is not None:
                 watcher = asyncio.create_task(
                     _cancel_when_gone(call.client_gone, run.interrupt), name=f"client-watch:{call.execution_id}"
                 )
             value = await self._runner.run(tool, arguments, context, run.interrupt, state.abandoned)
+        except Overloaded:
+            run.attempts = 0  # refused after all: nothing ran
+            raise
         finally:
             if watcher is not None:
                 watcher.cancel()
             ended = time.perf_counter()
-            run.run_s = ended - started
+            run.run_s = (ended - started) * run.attempts
             release()
         result = self._runner.encode(tool, value)
         stages["serialisation"].observe(time.perf_counter() - ended)
@@ -204,6 +212,15 @@ class Executor:
         if call.call_id is not None:
             del self._call_ids[call.caller.tenant, call.caller.subject, call.call_id]
 
+    def _arguments(self, call: ToolCall, tool: Tool) -> dict[str, Any]:
+        try:
+            return (tool.rebuilt() if self._rebuild_validators else tool).parameters.validate(call.parameters)
+        except ToolServiceError:
+            raise
+        except BaseException as error:  # validators of the tool's author run in there; nothing awaits
+            logger.exception("validator crashed", extra={"tool_id": call.tool_id, "execution_id": call.execution_id})
+            raise InternalError from error
+
     def _state_of(self, tool: Tool) -> ToolState:
         state = ToolState(tool, self._metrics.for_tool(tool.spec.id))
         self._states[tool.spec.id] = state
@@ -220,25 +237,29 @@ class Executor:
             timeout_s = min(timeout_s, max(0.0, call.deadline - time.perf_counter()))
         return timeout_s
 
-    async def _take_slots(self, state: ToolState, run: Run, timeout_s: float) -> Callable[[], None]:
-        """Wait for the tool's slot, then for the process's; the way to give both back."""
+    async def _take_slots(self, state: ToolState, run: Run, patience_s: float) -> Callable[[], None]:
+        """Wait for the tool's slot, then for the process's, in one patience; the way to give both back."""
         if state.slots is None:
-            await self._take_slot(self._slots, run, timeout_s)
+            await self._take_slot(self._slots, run, patience_s)
             return self._slots.release
-        await self._take_slot(state.slots, run, timeout_s)
+        patience_ends = time.perf_counter() + patience_s
+        await self._take_slot(state.slots, run, patience_s)
         try:
-            await self._take_slot(self._slots, run, timeout_s)
+            await self._take_slot(self._slots, run, patience_ends - time.perf_counter())
         except BaseException:
             state.slots.release()
             raise
         return _both(state.slots.release, self._slots.release)
 
-    async def _take_slot(self, slots: Slots, run: Run, timeout_s: float) -> None:
+    async def _take_slot(self, slots: Slots, run: Run, patience_s: float) -> None:
         if slots.take_now():
             return
         turn = slots.wait()
         run.interrupt.watch(turn)
-        await slots.take(turn, min(QUEUE_PATIENCE_S, timeout_s))
+        await slots.take(turn, patience_s)
+        if run.interrupt.requested:  # in the tick in which the slot came
+            slots.release()
+            raise asyncio.CancelledError
 
     def _context(self, call: ToolCall, deadline: float) -> ToolContext:
         return ToolContext(
@@ -253,15 +274,15 @@ class Executor:
         )
 
     def cancel(self, caller: Caller, execution_id: str | None, call_id: str | None) -> bool:
-        """Cancel a running call of the caller's own, or anyone's for an admin. False: there is none."""
+        """Cancel a running call of the caller's own, or anyone's for an admin. False: there is none, or it has
+        its outcome already."""
         if execution_id is not None:
             run = self._running.get(execution_id)
         else:
             run = self._call_ids.get((caller.tenant, caller.subject, call_id or ""))
         if run is None or not _may_cancel(caller, run.call.caller):
             return False
-        run.interrupt.cancel()
-        return True
+        return run.interrupt.cancel()
 
     def _finish(self, run: Run, execution: Execution) -> None:
         """The epilogue of every call. Never awaits: a slow sink must not slow a call."""

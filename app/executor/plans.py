@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -28,6 +28,10 @@ from app.errors import (
 Execute = Callable[[ToolCall], Awaitable[Execution]]
 
 REFERENCE = "$from"
+
+REFERENCED_BYTES_MAX = 4_194_304
+"""Of results that one task reads and pastes. 70,000 references fit a request; to a 1 MiB result each, they would
+make 70 GB of parameters."""
 
 
 async def run_bounded(work: Iterable[Callable[[], Awaitable[None]]], at_once: int) -> None:
@@ -106,10 +110,11 @@ class Plan:
 
     def __init__(self, tasks: Sequence[PlanTask], max_concurrent: int, deadline: float) -> None:
         self._tasks = {task.task_id: task for task in tasks}
+        self._dependencies = {task.task_id: frozenset(task.dependencies) for task in tasks}
         self._slots = asyncio.Semaphore(max_concurrent)
         self._deadline = deadline
         self._dependents: dict[str, list[str]] = {task.task_id: [] for task in tasks}
-        self._missing = {task.task_id: len(set(task.dependencies)) for task in tasks}
+        self._missing = {task_id: len(dependencies) for task_id, dependencies in self._dependencies.items()}
         self._executions: dict[str, Execution] = {}
         self._started: list[str] = []
         self._check(tasks)
@@ -118,11 +123,11 @@ class Plan:
         if len(self._tasks) != len(tasks):
             raise InvalidParams.at("tasks", "task_id must be unique")
         for position, task in enumerate(tasks):
-            for dependency in dict.fromkeys(task.dependencies):
+            for dependency in self._dependencies[task.task_id]:
                 if dependency not in self._tasks:
                     raise InvalidParams.at(f"tasks.{position}.dependencies", "Names a task that is not in the plan")
                 self._dependents[dependency].append(task.task_id)
-            _check_references(task, position)
+            _check_references(task.call.parameters, self._dependencies[task.task_id], position)
         if not self._ends():
             raise InvalidParams.at("tasks", "The dependencies form a cycle")
 
@@ -153,16 +158,18 @@ class Plan:
 
     async def _execution_of(self, execute: Execute, task: PlanTask) -> Execution:
         call = replace(_received_now(task.call), deadline=self._deadline)
-        if any(self._executions[dependency].status != "success" for dependency in task.dependencies):
+        dependencies = {name: self._executions[name] for name in self._dependencies[task.task_id]}
+        if any(execution.status != "success" for execution in dependencies.values()):
             return not_run(call, "skipped")
         if time.perf_counter() >= self._deadline:
             return not_run(call, "timeout")
-        self._started.append(task.task_id)
         try:
-            results = {dependency: self._executions[dependency].result for dependency in task.dependencies}
+            results = Results({name: execution.result or b"null" for name, execution in dependencies.items()})
             call = replace(call, parameters=resolved(call.parameters, results))
         except InvalidParams as refusal:
-            return replace(not_run(call, "failed"), error=None, refusal=refusal)
+            refusal.execution_id = call.execution_id
+            return replace(not_run(call, "failed"), refusal=refusal)
+        self._started.append(task.task_id)
         return await execute(call)
 
     def _ended(self, group: asyncio.TaskGroup, execute: Execute, task_id: str, execution: Execution) -> None:
@@ -194,11 +201,11 @@ def not_run(call: ToolCall, status: Any) -> Execution:
     )
 
 
-def _check_references(task: PlanTask, position: int) -> None:
-    for reference in _references(task.call.parameters):
+def _check_references(parameters: Any, dependencies: Collection[str], position: int) -> None:
+    for reference in _references(parameters):
         if not isinstance(reference[REFERENCE], str) or not isinstance(reference.get("path", ""), str):
             raise InvalidParams.at(f"tasks.{position}.parameters", "$from and path must be strings")
-        if reference[REFERENCE] not in task.dependencies:
+        if reference[REFERENCE] not in dependencies:
             raise InvalidParams.at(f"tasks.{position}.parameters", "$from names a task that is not in dependencies")
 
 
@@ -217,10 +224,33 @@ def _references(value: Any) -> Iterable[dict[str, Any]]:
     return ()
 
 
-def resolved(value: Any, results: dict[str, bytes | None]) -> Any:
+class Results:
+    """Results of a task's dependencies, each parsed once, within REFERENCED_BYTES_MAX in all."""
+
+    def __init__(self, written: Mapping[str, bytes]) -> None:
+        self._written = written
+        self._parsed: dict[str, Any] = {}
+        self._left_bytes = REFERENCED_BYTES_MAX
+
+    def at(self, task_id: str, path: str) -> Any:
+        """What a reference points at. Raises InvalidParams."""
+        if task_id not in self._parsed:
+            self._spend(len(self._written[task_id]))
+            self._parsed[task_id] = orjson.loads(self._written[task_id])
+        found = _pointed_at(self._parsed[task_id], path)
+        self._spend(len(orjson.dumps(found)))
+        return found
+
+    def _spend(self, size_bytes: int) -> None:
+        self._left_bytes -= size_bytes
+        if self._left_bytes < 0:
+            raise InvalidParams.at("parameters", f"$from: over {REFERENCED_BYTES_MAX} bytes of results in one task")
+
+
+def resolved(value: Any, results: Results) -> Any:
     """A copy of the parameters in which each reference is replaced by what it points at. Raises InvalidParams."""
     if _is_reference(value):
-        return _pointed_at(orjson.loads(results[value[REFERENCE]] or b"null"), value.get("path", ""))
+        return results.at(value[REFERENCE], value.get("path", ""))
     if isinstance(value, dict):
         return {key: resolved(item, results) for key, item in value.items()}
     if isinstance(value, list):
@@ -231,7 +261,14 @@ def resolved(value: Any, results: dict[str, bytes | None]) -> Any:
 def _pointed_at(result: Any, path: str) -> Any:
     for step in path.split(".") if path else ():
         try:
-            result = result[int(step)] if isinstance(result, list) else result[step]
+            result = result[_index(step)] if isinstance(result, list) else result[step]
         except (KeyError, IndexError, ValueError, TypeError):
             raise InvalidParams.at("parameters", "$from: the dependency's result has no such path") from None
     return result
+
+
+def _index(step: str) -> int:
+    """Digits alone: `int` would take `-1`, ` 1 ` and `1_0` too."""
+    if not (step.isascii() and step.isdigit()):
+        raise ValueError
+    return int(step)

@@ -7,6 +7,7 @@ cancelled, given a moment, then abandoned and counted. Knows no registry, no lim
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from app.errors import (
+    RESULT_INVALID,
     RESULT_TOO_LARGE,
     TOOL_CANCELLED,
     TOOL_CRASHED,
@@ -26,6 +28,7 @@ from app.errors import (
     clean_text,
     failure,
 )
+from app.executor.containment import contain_exits, in_tool
 from app.executor.threads import Job, ThreadPool
 from app.telemetry.supervision import ignore_result
 from app.tools.tool import Tool, ToolContext
@@ -38,29 +41,40 @@ UNWIND_S = 0.02
 ABANDONED_PER_TOOL_MAX = 8
 """Below the threads of the pool: one tool that hangs for ever must not take all of them."""
 
+RETRY_AFTER_MS_MAX = 86_400_000
+"""A day. An agent that is told to come back later than that has been told no."""
+
 TIMED_OUT = failure(TOOL_TIMEOUT, "The tool did not finish within its deadline")
 CANCELLED = failure(TOOL_CANCELLED, "The call was cancelled")
+CRASHED = failure(TOOL_CRASHED, "The tool failed unexpectedly")
+CANCELLED_ITSELF = failure(TOOL_CRASHED, "The tool cancelled itself")
 
 
 class Interrupt:
     """Lets someone else end what a call is waiting for at this moment."""
 
-    __slots__ = ("_waiting_for", "requested")
+    __slots__ = ("_final", "_waiting_for", "requested")
 
     def __init__(self) -> None:
         self.requested = False
         self._waiting_for: asyncio.Future[Any] | None = None
+        self._final = False
 
-    def watch(self, future: asyncio.Future[Any]) -> None:
-        """Name the future that a cancellation is to end. Ends it at once when the cancellation came before."""
+    def watch(self, future: asyncio.Future[Any], *, final: bool = False) -> None:
+        """Name the future that a cancellation is to end; at once, when the cancellation came before.
+        `final`: when it is done, the call has its outcome."""
         self._waiting_for = future
+        self._final = final
         if self.requested:
             future.cancel()
 
-    def cancel(self) -> None:
+    def cancel(self) -> bool:
+        """False: too late, the call has another outcome already."""
+        waiting_for = self._waiting_for
+        if waiting_for is not None and not waiting_for.cancel() and self._final:
+            return self.requested
         self.requested = True
-        if self._waiting_for is not None:
-            self._waiting_for.cancel()
+        return True
 
 
 class Abandoned:
@@ -84,12 +98,13 @@ class Abandoned:
 
 
 class Runner:
-    """Owns the threads of sync tools. One per service."""
+    """Runs tools on the running event loop and in the threads it is given. One per service."""
 
     def __init__(self, threads: ThreadPool, result_bytes_max: int, on_abandoned: Callable[[], None]) -> None:
         self._threads = threads
         self._result_bytes_max = result_bytes_max
         self._on_abandoned = on_abandoned
+        contain_exits(asyncio.get_running_loop())
 
     async def run(
         self,
@@ -100,43 +115,58 @@ class Runner:
         abandoned: Abandoned,
     ) -> Any:
         """What the tool returned. Raises RunFailed for every way in which a run can end badly,
-        and Overloaded when no thread came free: then nothing ran."""
+        and Overloaded when it could not begin: then nothing ran."""
         abandoned.refuse_past_cap()
-        try:
-            if tool.blocking:
-                return await self._run_in_thread(tool, arguments, context, interrupt, abandoned)
-            return await self._run_on_loop(tool, arguments, context, interrupt, abandoned)
-        except (RunFailed, Overloaded, asyncio.CancelledError):
-            raise
-        except ToolError as error:
-            raise RunFailed(_told_by_tool(error)) from error
-        except Exception as error:
-            logger.exception("tool crashed", extra={"tool_id": tool.spec.id, "execution_id": context.execution_id})
-            raise RunFailed(failure(TOOL_CRASHED, "The tool failed unexpectedly")) from error
+        if tool.blocking:
+            ended = await self._in_thread(tool, arguments, context, interrupt, abandoned)
+        else:
+            ended = await self._on_loop(tool, arguments, context, interrupt, abandoned)
+        if ended.cancelled():
+            raise RunFailed(CANCELLED_ITSELF)
+        error = ended.exception()
+        if error is not None:
+            raise RunFailed(_cause(error, tool, context)) from error
+        return ended.result()
 
     def encode(self, tool: Tool, value: Any) -> bytes:
         """The result as JSON bytes, checked and bounded. Raises RunFailed."""
-        encoded = tool.result.encode(value)
+        try:
+            encoded = tool.result.encode(value)
+        except BaseException as error:  # the tool's own types may raise anything; nothing awaits in there
+            if inspect.iscoroutine(value):
+                value.close()  # somebody forgot an `await`; Python would warn of it later, far from here
+            reason = error.__cause__ if isinstance(error, RunFailed) else error
+            logger.error(
+                "tool result invalid",
+                # Names of types only: texts could quote the result, which is for the log's payload settings to allow.
+                extra={"tool_id": tool.spec.id, "returned": type(value).__name__, "reason": type(reason).__name__},
+            )
+            raise RunFailed(failure(RESULT_INVALID, "The tool returned an invalid result")) from error
         if len(encoded) > self._result_bytes_max:
             raise RunFailed(failure(RESULT_TOO_LARGE, f"The result is over {self._result_bytes_max} bytes"))
         return encoded
 
-    async def _run_on_loop(
+    async def _on_loop(
         self, tool: Tool, arguments: dict[str, Any], context: ToolContext, interrupt: Interrupt, abandoned: Abandoned
-    ) -> Any:
+    ) -> asyncio.Future[Any]:
+        """The tool's task, done."""
         task = _start(_contained(tool, arguments, context), name=f"tool:{tool.spec.id}")
         if not task.done():
             await self._within_deadline(task, context.deadline, interrupt, lambda: self._stop_task(task, abandoned))
-        if task.cancelled():
-            raise RunFailed(failure(TOOL_CRASHED, "The tool cancelled itself"))
-        return task.result()
+        return task
 
-    async def _run_in_thread(
+    async def _in_thread(
         self, tool: Tool, arguments: dict[str, Any], context: ToolContext, interrupt: Interrupt, abandoned: Abandoned
-    ) -> Any:
+    ) -> asyncio.Future[Any]:
+        """The future of the tool's job, done."""
         job = self._threads.submit(lambda: tool.invoke(arguments, context))
-        await self._within_deadline(job.future, context.deadline, interrupt, lambda: self._stop_job(job, abandoned))
-        return job.future.result()
+        try:
+            await self._within_deadline(job.future, context.deadline, interrupt, lambda: self._stop_job(job, abandoned))
+        except RunFailed as failed:
+            if failed.cause is TIMED_OUT and not job.written_off:
+                raise Overloaded("No thread came free in time", retry_after_ms=1000) from None
+            raise
+        return job.future
 
     async def _within_deadline(
         self,
@@ -150,14 +180,14 @@ class Runner:
         ended: asyncio.Future[bool] = loop.create_future()
         running.add_done_callback(lambda _: _settle(ended, True))
         expiry = loop.call_later(max(0.0, deadline - time.perf_counter()), _settle, ended, False)
-        interrupt.watch(ended)
+        interrupt.watch(ended, final=True)
         try:
             in_time = await ended
         except asyncio.CancelledError:
             await stop()
-            if interrupt.requested:
-                raise RunFailed(CANCELLED) from None
-            raise
+            if cancelled_from_outside():
+                raise
+            raise RunFailed(CANCELLED) from None
         finally:
             expiry.cancel()
         if not in_time:
@@ -167,18 +197,26 @@ class Runner:
     async def _stop_task(self, task: asyncio.Task[Any], abandoned: Abandoned) -> None:
         task.add_done_callback(ignore_result)
         task.cancel()
-        await asyncio.wait({task}, timeout=UNWIND_S)
-        if not task.done():
-            self._abandon(task, abandoned)
+        try:
+            await asyncio.wait({task}, timeout=UNWIND_S)
+        finally:  # a second cancellation can come while we wait
+            if not task.done():
+                self._abandon(task, abandoned)
 
     async def _stop_job(self, job: Job, abandoned: Abandoned) -> None:
-        if not self._threads.give_up(job):
-            raise Overloaded("No thread came free in time", retry_after_ms=1000)
-        self._abandon(job.future, abandoned)
+        self._threads.give_up(job)
+        if job.written_off:
+            self._abandon(job.future, abandoned)
 
     def _abandon(self, future: asyncio.Future[Any], abandoned: Abandoned) -> None:
         abandoned.add(future)
         self._on_abandoned()
+
+
+def cancelled_from_outside() -> bool:
+    """Whether the whole request is being cancelled, rather than this one call by its `Interrupt`."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _settle(ended: asyncio.Future[bool], in_time: bool) -> None:
@@ -188,16 +226,31 @@ def _settle(ended: asyncio.Future[bool], in_time: bool) -> None:
 
 async def _contained(tool: Tool, arguments: dict[str, Any], context: ToolContext) -> Any:
     """The tool's coroutine, so that a SystemExit in it ends the call and not the event loop."""
+    in_tool.set(True)
     try:
         return await tool.invoke(arguments, context)
-    except (Exception, asyncio.CancelledError):
-        raise
-    except BaseException as error:
+    except (SystemExit, KeyboardInterrupt) as error:
         raise RuntimeError(f"raised {type(error).__name__}") from error
 
 
+def _cause(error: BaseException, tool: Tool, context: ToolContext) -> Failure:
+    """What an agent may know of a tool's exception: all of a ToolError, nothing of any other."""
+    if isinstance(error, ToolError):
+        try:
+            return _told_by_tool(error)
+        except BaseException as broken:  # a subclass with a __str__ or attributes that fail
+            error.__context__ = broken
+    logger.error("tool crashed", exc_info=error, extra={"tool_id": tool.spec.id, "execution_id": context.execution_id})
+    return CRASHED
+
+
 def _told_by_tool(error: ToolError) -> Failure:
-    return Failure(error.code, TOOL_ERROR.category, clean_text(str(error)), error.retryable, error.retry_after_ms)
+    retry_after_ms = error.retry_after_ms
+    if retry_after_ms is not None:
+        retry_after_ms = max(0, min(int(retry_after_ms), RETRY_AFTER_MS_MAX))
+    # Built anew, because a subclass may have set a code that ToolError would not take.
+    code = ToolError("", code=error.code).code
+    return Failure(code, TOOL_ERROR.category, clean_text(str(error)), bool(error.retryable), retry_after_ms)
 
 
 if sys.version_info >= (3, 12):
@@ -209,4 +262,4 @@ if sys.version_info >= (3, 12):
 else:
 
     def _start(coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        return asyncio.get_running_loop().create_task(coroutine, name=name)
+        return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), name=name)

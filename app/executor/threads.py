@@ -22,14 +22,14 @@ THREADS_MAX = 64
 class Job:
     """One function on its way through the pool; `future` belongs to the event loop."""
 
-    __slots__ = ("_claim", "context", "function", "future", "started", "written_off")
+    __slots__ = ("_claim", "context", "function", "future", "written_off")
 
     def __init__(self, function: Callable[[], Any], future: asyncio.Future[Any]) -> None:
         self.function = function
         self.future = future
         self.context = contextvars.copy_context()
-        self.started = False
         self.written_off = False
+        """Given up while a thread ran it; a job that was given up without this mark never ran."""
         self._claim = threading.Lock()
 
     def claim(self) -> bool:
@@ -53,35 +53,42 @@ class ThreadPool:
         job = Job(function, loop.create_future())
         job.future.add_done_callback(ignore_result)
         self._busy += 1
-        if self._busy > self._threads - self._written_off and self._threads < self._size + self._replaceable():
-            self._threads += 1
-            threading.Thread(target=self._work, args=(loop,), name="sync-tool", daemon=True).start()
         self._jobs.put(job)
+        self._hire(loop)
         return job
 
-    def give_up(self, job: Job) -> bool:
-        """Stop waiting for a job. False: it had not begun and never will. True: its thread is written off."""
-        if job.claim():
-            self._busy -= 1
-            return False
-        job.written_off = True
+    def give_up(self, job: Job) -> None:
+        """Stop waiting for a job. One that has not begun never will; else its thread is written off."""
+        if job.future.done():
+            return  # it ended in the same tick
         self._busy -= 1
+        if job.claim():
+            job.function = _nothing  # the shell stays queued until a thread passes it over; the arguments need not
+            return
+        job.written_off = True
         self._written_off += 1
-        return True
+        self._hire(asyncio.get_running_loop())  # for the jobs that wait behind it
+
+    def _hire(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start a thread when there are more jobs than threads to serve them, up to the cap."""
+        cap = self._size + min(self._written_off, self._size)
+        if self._busy <= self._threads - self._written_off or self._threads >= cap:
+            return
+        try:
+            threading.Thread(target=self._work, args=(loop,), name="sync-tool", daemon=True).start()
+        except RuntimeError:
+            return  # the system has no thread left: the job waits for one of ours, at most until its deadline
+        self._threads += 1
 
     def close(self) -> None:
         """Idle threads end; busy ones are daemons and die with the process."""
         for _ in range(self._threads):
             self._jobs.put(None)
 
-    def _replaceable(self) -> int:
-        return min(self._written_off, self._size)
-
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         while (job := self._jobs.get()) is not None:
             if not job.claim():
                 continue
-            job.started = True
             value, error = _outcome(job)
             try:
                 loop.call_soon_threadsafe(self._post, job, value, error)
@@ -105,12 +112,22 @@ class ThreadPool:
             job.future.set_exception(error)
 
 
+def _nothing() -> None:
+    """What is left of a job that was called off."""
+
+
 def _outcome(job: Job) -> tuple[Any, BaseException | None]:
     try:
         return job.context.run(job.function), None
+    except StopIteration as error:  # no future takes it, for it would end whoever awaits
+        return None, _wrapped(error)
     except Exception as error:
         return None, error
     except BaseException as error:  # SystemExit and friends of tool code must not end a pool's thread
-        exited = RuntimeError(f"raised {type(error).__name__}")
-        exited.__cause__ = error
-        return None, exited
+        return None, _wrapped(error)
+
+
+def _wrapped(error: BaseException) -> RuntimeError:
+    wrapped = RuntimeError(f"raised {type(error).__name__}")
+    wrapped.__cause__ = error
+    return wrapped

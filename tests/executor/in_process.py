@@ -1,0 +1,99 @@
+"""An executor with the tools of one test, and the check that every call gave back what it took."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from app.calls import LOCAL_CALLER, Caller, Execution, ToolCall, new_execution_id
+from app.egress import EgressClient, parse_egress_allow
+from app.executor.executor import Executor
+from app.executor.runner import Runner
+from app.executor.threads import ThreadPool
+from app.limits.concurrency import Slots
+from app.telemetry.metrics import Metrics
+from app.tools.registry import Registry
+from app.tools.tool import FunctionTool
+
+SOON_S = 20.0
+"""Not a claim about speed: past it a test fails instead of hanging."""
+
+
+@dataclass
+class Rig:
+    executor: Executor
+    metrics: Metrics
+    slots: Slots
+    threads: ThreadPool
+
+    def start(
+        self, tool: FunctionTool | str, parameters: Any = None, *, caller: Caller = LOCAL_CALLER, **call: Any
+    ) -> asyncio.Task[Execution]:
+        """A call on its way; its execution id is the task's name."""
+        tool_id = tool if isinstance(tool, str) else tool.spec.id
+        execution_id = new_execution_id()
+        one = ToolCall(execution_id, tool_id, parameters or {}, caller, time.perf_counter(), **call)
+        return asyncio.create_task(self.executor.execute(one), name=execution_id)
+
+    async def call(self, tool: FunctionTool | str, parameters: Any = None, **call: Any) -> Execution:
+        return await asyncio.wait_for(self.start(tool, parameters, **call), SOON_S)
+
+    def runs(self, tool: FunctionTool) -> dict[str, int]:
+        """How often the tool ran, by how it ended."""
+        return {status: count for status, count in self.metrics.for_tool(tool.spec.id).executions.items() if count}
+
+    def errors(self) -> dict[str, int]:
+        return {error_type: count for error_type, count in self.metrics.errors.items() if count}
+
+    def is_quiet(self) -> bool:
+        """Nothing runs, waits or holds a slot."""
+        slots = [self.slots, *(state.slots for state in self.executor._states.values() if state.slots)]
+        held = [count for one in slots for count in (one.running, one.queued)]
+        return not any((*held, self.executor.concurrency, self.executor.queue_depth, self.executor._call_ids))
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    *tools: FunctionTool,
+    slots: Slots | None = None,
+    threads: ThreadPool | None = None,
+    ceiling_s: float = 30.0,
+    result_bytes_max: int = 1_048_576,
+) -> AsyncIterator[Rig]:
+    """A rig; when it closes, no call may have left anything behind."""
+    metrics = Metrics()
+    slots = slots or Slots(100)
+    threads = threads or ThreadPool()
+    http = EgressClient(parse_egress_allow(""), 1, ssl_context=certificates())
+    executor = Executor(
+        Registry(tools, timeout_ceiling_s=ceiling_s),
+        Runner(threads, result_bytes_max, metrics.count_abandoned),
+        slots,
+        http,
+        metrics,
+        timeout_ceiling_s=ceiling_s,
+    )
+    rig = Rig(executor, metrics, slots, threads)
+    yield rig
+    assert rig.is_quiet()
+    threads.close()
+    await http.aclose()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for a condition, bounded."""
+    async with asyncio.timeout(SOON_S):
+        while not holds():
+            await asyncio.sleep(0.001)
+
+
+@functools.cache
+def certificates() -> ssl.SSLContext:
+    """Read once: no tool here goes out, and reading them takes longer than most tests."""
+    return ssl.create_default_context()
