@@ -1,0 +1,480 @@
+"""The HTTP/1.1 connection: uvicorn's httptools protocol with the bounds in bytes, counts and seconds that it lacks.
+
+Owns what happens to a peer that sends too much, too slowly or not HTTP: one JSON answer in order, then a close that the
+peer can read. Knows no route but the two whose errors are JSON-RPC, and no application beyond ASGI.
+The server's builder makes one `Wire` and gives `protocol_class(wire)` to `uvicorn.Config(http=..., ws="none")`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeGuard
+
+import httptools
+import orjson
+from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from app.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, Overloaded, ToolServiceError
+from app.transport.wire import Reason, Wire
+
+RPC_PATHS = frozenset({b"/api/v1/jsonrpc", b"/mcp"})
+"""Where a refusal is a JSON-RPC response; everywhere else it is a REST error."""
+
+
+class Refusal(NamedTuple):
+    """A connection's last answer. Its request did not run, or was told that the client has gone."""
+
+    reason: Reason
+    error: ToolServiceError
+
+
+def _invalid(reason: Reason, message: str, http_status: int = 400) -> Refusal:
+    error = InvalidRequest(message)
+    error.http_status = http_status
+    return Refusal(reason, error)
+
+
+MALFORMED = _invalid(Reason.MALFORMED, "This is not a well-formed HTTP/1.1 request")
+BAD_HOST = _invalid(Reason.HOST, "An HTTP/1.1 request has exactly one Host header that names a host")
+BAD_FRAMING = _invalid(
+    Reason.FRAMING, "Send the body with one Content-Length, or in HTTP/1.1 with chunked coding alone"
+)
+BAD_VERSION = _invalid(Reason.VERSION, "Use HTTP/1.1", 505)
+
+
+class _HeldFlow(FlowControl):
+    """While `held`, a running application's `receive()` cannot resume reading: the bytes would be other requests."""
+
+    held = False
+
+    def hold(self) -> None:
+        self.held = True
+        self.pause_reading()
+
+    def release(self) -> None:
+        self.held = False
+        self.resume_reading()
+
+    def resume_reading(self) -> None:
+        if not self.held:
+            super().resume_reading()
+
+
+class _BodyOnly:
+    """Callbacks of a parser that reads one body."""
+
+    def __init__(self, connection: BoundedHttpProtocol) -> None:
+        self.on_chunk_header = connection.on_chunk_header
+        self.on_body = connection.on_body
+        self.on_message_complete = connection.on_message_complete
+
+
+_IDLE, _HEAD, _BODY, _DEAF, _LINGER = range(5)
+"""What the next byte belongs to: nothing yet; a head; a body; nothing that we will read (earlier answers are still due,
+then the refusal); nothing (the refusal is sent). Plain integers: they are compared several times a request."""
+
+_CHUNKED = -1
+
+_CHUNK_BYTES_MIN = len(b"0\r\n\r\n")
+"""What a chunk adds to its content."""
+
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?")
+"""RFC 9110, section 7.2, by way of RFC 3986; an http URI has no empty host (section 4.2.1)."""
+
+_INSPECTED = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect"})
+
+
+def protocol_class(wire: Wire, base: type[BoundedHttpProtocol] | None = None) -> type[BoundedHttpProtocol]:
+    """The class for `uvicorn.Config(http=...)`: uvicorn makes an object of it per connection, all on this wire."""
+    return type("WiredHttpProtocol", (base or BoundedHttpProtocol,), {"wire": wire, "__slots__": ()})
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """One connection. uvicorn's part makes ASGI of requests; this part decides what is a request, and for how long.
+
+    What httptools refuses by itself (tests hold it to that): Content-Length twice, malformed or beside
+    Transfer-Encoding, folded lines, NUL, bare CR or LF, malformed chunks, a target beyond ASCII.
+    """
+
+    wire: ClassVar[Wire]
+
+    # Beside uvicorn's 28 attributes: past 30, CPython 3.11 gives up its fast layout: 0.4 µs a request.
+    __slots__ = (
+        "_answer",
+        "_blocked_since",
+        "_body_bytes",
+        "_bounds",
+        "_chunks",
+        "_declared_bytes",
+        "_framing_bytes",
+        "_head_bytes",
+        "_host_checked",
+        "_hosts",
+        "_linger_bytes",
+        "_phase",
+        "_running",
+        "_segment_bytes",
+        "_since",
+        "_verdict",
+    )
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._bounds = self.wire.bounds
+        self._phase = _IDLE
+        self._since = self.loop.time()
+        """When the phase began that a deadline runs for."""
+        self._blocked_since = 0.0
+        """When the write buffer filled; 0 while it flows."""
+        self._verdict: Refusal | None = None
+        self._answer = b""
+        self._running: RequestResponseCycle | None = None
+        """The request that those in `pipeline` wait for; without any, `cycle` is the only one."""
+        self._linger_bytes = self._bounds.linger_bytes_max
+        self._host_checked: bytes | None = None
+        self.url = b""
+        self._segment_bytes = 0
+        self._head_bytes = 0
+        self._body_bytes = 0
+        self._framing_bytes = 0
+        self._chunks = 0
+        self._hosts = 0
+        self._declared_bytes = 0
+        """What Content-Length says, or _CHUNKED."""
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        if not self.wire.admit(self.expire, self.loop):
+            self.transport = transport
+            transport.abort()
+            return
+        super().connection_made(transport)
+        self.flow: _HeldFlow = _HeldFlow(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.wire.forget(self.expire)
+        running = self._running if self.pipeline else self.cycle
+        self.pipeline.clear()
+        if _is_open(running):
+            self._disconnect(running)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._blocked_since = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._blocked_since = 0.0
+        super().resume_writing()
+
+    def data_received(self, data: bytes) -> None:
+        phase = self._phase
+        if phase >= _DEAF:
+            self._forget_bytes(len(data))
+            return
+        cycle, body_bytes = self.cycle, self._body_bytes
+        self._segment_bytes = len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError as exc:
+            if self._verdict:
+                self._refuse(self._verdict)
+            else:  # an exception of ours is the context of httptools' own; its name alone, for its text quotes the peer
+                self._refuse(MALFORMED, type(exc.__context__ or exc).__name__)
+        else:
+            if self._phase != _IDLE:  # the usual segment brings a whole request
+                self._note_unfinished(phase, cycle, len(data), self._body_bytes - body_bytes)
+
+    def _note_unfinished(
+        self, phase_before: int, cycle_before: RequestResponseCycle, segment_bytes: int, body_bytes: int
+    ) -> None:
+        """A head or body goes on in a later segment: start its clock, count the bytes that the parser does not tell of.
+
+        A segment that ends one message and begins the next is not counted: it is one read, and a finished head is.
+        """
+        phase, same_request = self._phase, self.cycle is cycle_before
+        if phase != phase_before or not same_request:
+            self._since = self.loop.time()
+        if phase == _HEAD and phase_before != _BODY and same_request:
+            self._head_bytes += segment_bytes
+            if self._head_bytes > self._bounds.header_bytes_max:
+                self._refuse(self._head_too_large())
+        elif phase == _BODY and self._declared_bytes == _CHUNKED and same_request:
+            self._framing_bytes += segment_bytes - body_bytes
+            if self._framing_bytes > self._bounds.header_bytes_max + self._body_bytes:
+                self._refuse(self._head_too_large())
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Go on after a request that asked for another protocol (RFC 9110, section 7.8: a server may ignore it).
+
+        The parser takes such a request for complete without its body and would read the body as the next request.
+        """
+        if self._declared_bytes:
+            cycle = self.cycle
+            cycle.more_body = True
+            cycle.keep_alive = False
+            self._phase = _BODY
+            self._since = self.loop.time()
+            chunked = self._declared_bytes == _CHUNKED
+            framing = b"transfer-encoding: chunked" if chunked else b"content-length: %d" % self._declared_bytes
+            self.parser = httptools.HttpRequestParser(_BodyOnly(self))
+            self.parser.feed_data(b"POST / HTTP/1.1\r\nconnection: close\r\n" + framing + b"\r\n\r\n")
+        if rest:
+            self.data_received(rest)
+
+    def _should_upgrade(self) -> bool:
+        return False
+
+    # What the parser finds
+
+    def on_message_begin(self) -> None:
+        if self.pipeline and len(self.pipeline) >= self._bounds.pipelined_max:
+            waiting = f"More than {self._bounds.pipelined_max} requests wait on this connection"
+            self._reject(Refusal(Reason.PIPELINE_FULL, Overloaded(waiting)))
+        super().on_message_begin()
+        self._head_bytes = self._hosts = self._declared_bytes = 0
+        self._phase = _HEAD
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        headers = self.headers
+        headers.append((name, value))
+        if len(headers) > self._bounds.headers_max:
+            self._reject(self._head_too_large())
+        if name in _INSPECTED and self._phase == _HEAD:
+            self._inspect(name, value.strip())
+
+    def _inspect(self, name: bytes, value: bytes) -> None:
+        if name == b"content-length":
+            self._declared_bytes = int(value)  # the parser lets only digits through
+        elif name == b"host":
+            self._hosts += 1
+            if value != self._host_checked:
+                if not _HOST.fullmatch(value):
+                    self._reject(BAD_HOST)
+                self._host_checked = value
+        elif name == b"transfer-encoding":
+            if value.lower() != b"chunked":
+                self._reject(BAD_FRAMING)
+            self._declared_bytes = _CHUNKED
+            self._body_bytes = self._framing_bytes = self._chunks = 0
+        elif value.lower() == b"100-continue":
+            self.expect_100_continue = True
+
+    def on_headers_complete(self) -> None:
+        self._check_head()
+        previous = self.cycle
+        super().on_headers_complete()
+        self._phase = _BODY
+        self.headers = []  # for trailers, which nobody asked for; uvicorn would add them to those of a running request
+        if self.pipeline:
+            self._queue_behind(previous)
+        if self.wire.draining:
+            self.cycle.keep_alive = False
+
+    def _check_head(self) -> None:
+        bounds = self._bounds
+        if self._hosts != 1 or self.parser.get_http_version() != "1.1":
+            self._check_host_and_version(self.parser.get_http_version())
+        if self._head_bytes + self._segment_bytes > bounds.header_bytes_max or len(self.url) > bounds.url_bytes_max:
+            self._check_head_bytes()
+        if self._declared_bytes > bounds.request_bytes_max:
+            self._reject(self._body_too_large())
+
+    def _check_host_and_version(self, version: str) -> None:
+        if version not in ("1.0", "1.1"):
+            self._reject(BAD_VERSION)
+        if self._hosts > 1 or (version == "1.1" and not self._hosts):
+            self._reject(BAD_HOST)
+        if version == "1.0":
+            self.expect_100_continue = False  # RFC 9110, section 10.1.1
+            if self._declared_bytes == _CHUNKED:
+                self._reject(BAD_FRAMING)  # RFC 9112, section 6.1
+
+    def _check_head_bytes(self) -> None:
+        request_line_bytes = len(self.parser.get_method()) + len(self.url) + len(b"  HTTP/1.1\r\n")
+        head_bytes = request_line_bytes + _fields_bytes(self.headers)
+        if head_bytes > self._bounds.header_bytes_max or len(self.url) > self._bounds.url_bytes_max:
+            self._reject(self._head_too_large())
+
+    def on_body(self, body: bytes) -> None:
+        if self._declared_bytes == _CHUNKED:
+            self._body_bytes += len(body)
+            if self._body_bytes > self._bounds.request_bytes_max:
+                self._reject(self._body_too_large())
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        cycle.body += body
+        cycle.message_event.set()
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+
+    def on_chunk_header(self) -> None:
+        """Tens of thousands of one-byte chunks fit into one read, and each costs us a callback."""
+        self._chunks += 1
+        if self._chunks * _CHUNK_BYTES_MIN > self._bounds.header_bytes_max + self._body_bytes:
+            self._reject(self._head_too_large())
+
+    def on_message_complete(self) -> None:
+        if self.headers and _fields_bytes(self.headers) > self._bounds.header_bytes_max:
+            self._reject(self._head_too_large())
+        self._phase = _IDLE
+        cycle = self.cycle
+        if cycle.response_complete:
+            self._since = self.loop.time()
+        else:
+            cycle.more_body = False
+            cycle.message_event.set()
+
+    # Taking turns
+
+    def _queue_behind(self, previous: RequestResponseCycle) -> None:
+        if len(self.pipeline) == 1:
+            self._running = previous
+        self.flow.hold()
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._running = cycle
+            self._start_asgi_task(cycle, app)
+            if self.pipeline or self._phase == _DEAF:
+                return
+        elif self._phase == _DEAF:
+            self._close_lingering()
+            return
+        elif self._phase != _BODY:
+            self._since = self.loop.time()
+        self.flow.release()
+
+    # Ends
+
+    def expire(self, now: float) -> None:
+        """Called by the sweep: cut what is overdue."""
+        closing = self.transport.is_closing()
+        if closing and not self._blocked_since:
+            self._blocked_since = now
+        if self._blocked_since and now - self._blocked_since > self._bounds.write_timeout_s:
+            self.wire.count(Reason.READER_TOO_SLOW)
+            self.transport.abort()
+        elif not closing:
+            self._expire_read(now - self._since, now)
+
+    def _expire_read(self, waited_s: float, now: float) -> None:
+        bounds, phase, cycle = self._bounds, self._phase, self.cycle
+        if phase == _IDLE:
+            if not _is_open(cycle) and waited_s > bounds.idle_timeout_s:
+                self.wire.count(Reason.IDLE)
+                self.transport.close()
+        elif phase == _HEAD:
+            if _is_open(cycle):
+                self._since = now
+            elif waited_s > bounds.header_read_timeout_s:
+                late = f"Request head did not arrive within {bounds.header_read_timeout_s:g} s"
+                self._refuse(_invalid(Reason.HEAD_TOO_SLOW, late, 408))
+        elif phase == _BODY:
+            if self.flow.read_paused or cycle.waiting_for_100_continue:
+                self._since = now
+            elif waited_s > bounds.body_read_timeout_s:
+                self._refuse(Refusal(Reason.BODY_TOO_SLOW, BodyTooSlow(bounds.body_read_timeout_s)))
+        elif phase == _LINGER and waited_s > bounds.linger_timeout_s:
+            self.transport.abort()
+
+    def _reject(self, refusal: Refusal) -> NoReturn:
+        """Stop the parser from inside one of its callbacks; `data_received` then refuses."""
+        self._verdict = refusal
+        raise httptools.HttpParserError(refusal.reason)
+
+    def _refuse(self, refusal: Refusal, detail: str = "") -> None:
+        """Understand nothing more from this peer, answer when all earlier requests have their answers, and close."""
+        self.wire.count(refusal.reason, detail)
+        if self._phase != _BODY or self._give_up_request():
+            self._answer = self._render(refusal.error)
+        self._phase = _DEAF
+        if _is_open(self.cycle):
+            self.flow.hold()
+        else:
+            self._close_lingering()
+
+    def _give_up_request(self) -> bool:
+        """Drop the request whose body went wrong; whether it can still be answered."""
+        cycle = self.cycle
+        if self.pipeline:
+            self.pipeline.popleft()
+            assert self._running is not None
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._running
+            return True
+        if _is_open(cycle):
+            self._disconnect(cycle)
+        return not cycle.response_started
+
+    def _disconnect(self, cycle: RequestResponseCycle) -> None:
+        cycle.disconnected = True
+        cycle.waiting_for_100_continue = False
+        cycle.logger = self.wire.gone_log
+        cycle.message_event.set()
+
+    def _close_lingering(self) -> None:
+        self._phase = _LINGER
+        self._since = self.loop.time()
+        self.transport.write(self._answer)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.release()
+
+    def _forget_bytes(self, count: int) -> None:
+        self._linger_bytes -= count
+        if self._linger_bytes < 0:
+            self.transport.abort()
+
+    def _render(self, error: ToolServiceError) -> bytes:
+        is_rpc = self._phase != _IDLE and self.url.partition(b"?")[0] in RPC_PATHS
+        envelope = {"jsonrpc": "2.0", "error": error.as_error(), "id": None} if is_rpc else {"error": error.as_error()}
+        body = orjson.dumps(envelope)
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+        ]
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        is_head = self._phase == _BODY and self.scope["method"] == "HEAD"
+        return b"".join([STATUS_LINE[error.http_status], *lines, b"\r\n", b"" if is_head else body])
+
+    def _head_too_large(self) -> Refusal:
+        bounds = self._bounds
+        if len(self.url) > bounds.url_bytes_max:
+            return _invalid(Reason.URL_TOO_LONG, f"Request target is over {bounds.url_bytes_max} bytes", 414)
+        over = (
+            f"Headers, trailers or chunk framing are over {bounds.header_bytes_max} bytes or {bounds.headers_max} lines"
+        )
+        return _invalid(Reason.HEAD_TOO_LARGE, over, 431)
+
+    def _body_too_large(self) -> Refusal:
+        return Refusal(Reason.BODY_TOO_LARGE, BodyTooLarge(self._bounds.request_bytes_max))
+
+
+def _is_open(cycle: RequestResponseCycle | None) -> TypeGuard[RequestResponseCycle]:
+    """A request whose answer is still due. Before the first one uvicorn has None here."""
+    return cycle is not None and not (cycle.response_complete or cycle.disconnected)
+
+
+def _fields_bytes(fields: list[tuple[bytes, bytes]]) -> int:
+    return sum(len(name) + len(value) + len(b": \r\n") for name, value in fields)
