@@ -13,7 +13,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from gevent.pool import Group  # type: ignore[import-untyped]
+from gevent.pool import Group
 from locust import FastHttpUser, between, constant, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
