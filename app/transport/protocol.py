@@ -13,12 +13,14 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, TypeGuard
 
 import httptools
 import orjson
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from app.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, Overloaded, ToolServiceError
+from app.transport.outgoing import HeldHead
 from app.transport.wire import Reason, Wire
 
 RPC_PATHS = frozenset({b"/api/v1/jsonrpc", b"/mcp"})
@@ -341,6 +343,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             cycle.message_event.set()
 
     # Taking turns
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        if cycle.scope["method"] != "HEAD" and not cycle.waiting_for_100_continue:
+            # Neither has its head for a first write: one has no second, the other says 100 before it.
+            cycle.transport = HeldHead(self.transport)  # type: ignore[assignment]  # the part of it that a cycle uses
+        super()._start_asgi_task(cycle, app)
 
     def _queue_behind(self, previous: RequestResponseCycle) -> None:
         if len(self.pipeline) == 1:

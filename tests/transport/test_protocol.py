@@ -9,6 +9,7 @@ import json
 import logging
 import queue
 import random
+import re
 import select
 import socket
 import threading
@@ -23,6 +24,7 @@ import uvicorn
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app.transport.outgoing import HeldHead
 from app.transport.protocol import BoundedHttpProtocol, protocol_class
 from app.transport.wire import HttpBounds, Reason, Wire
 
@@ -874,12 +876,15 @@ def test_the_installed_uvicorn_has_the_internals_that_the_protocol_relies_on() -
     ours = asyncio.run(build())
     overridden = set(vars(BoundedHttpProtocol)) & set(vars(HttpToolsProtocol))
     expected = """__init__ connection_made connection_lost data_received pause_writing resume_writing on_message_begin
-        on_header on_headers_complete on_body on_message_complete on_response_complete _should_upgrade"""
+        on_header on_headers_complete on_body on_message_complete on_response_complete _should_upgrade
+        _start_asgi_task"""
     assert overridden - {"__module__", "__doc__", "__annotations__"} == set(expected.split())
     attributes = "loop parser transport flow pipeline cycle scope headers url expect_100_continue server_state"
     assert set(attributes.split()) - {"url"} <= set(vars(ours))
     assert len(vars(ours)) <= 30, "slower attributes from here on"
     assert hasattr(HttpToolsProtocol, "_start_asgi_task")
+    transport_uses = set(re.findall(r"self\.transport\.(\w+)", inspect.getsource(RequestResponseCycle)))
+    assert transport_uses == {"write", "close", "is_closing"}, "HeldHead has just these"
     cycle_attributes = """response_started response_complete disconnected more_body keep_alive body logger
         message_event waiting_for_100_continue"""
     source = inspect.getsource(RequestResponseCycle.__init__)
@@ -892,3 +897,35 @@ def test_a_sweep_is_never_rarer_than_a_quarter_of_the_smallest_deadline() -> Non
     assert HttpBounds().sweep_interval_s == 0.5
     assert HttpBounds(linger_timeout_s=60).sweep_interval_s == 1
     assert SHORT.sweep_interval_s == SHORT_S / 4
+
+
+class Recorder(asyncio.Transport):
+    """A transport that keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[bytes | str] = []
+
+    def write(self, data: object) -> None:
+        self.told.append(bytes(data))  # type: ignore[call-overload]
+
+    def close(self) -> None:
+        self.told.append("closed")
+
+
+def test_a_head_goes_out_with_the_first_of_its_body_in_one_write() -> None:
+    told = Recorder()
+    held = HeldHead(told)
+    held.write(b"head ")
+    assert told.told == []
+    held.write(b"body")
+    held.write(b" more")
+    assert told.told == [b"head body", b" more"]
+
+
+def test_a_head_without_a_body_goes_out_before_the_connection_closes() -> None:
+    told = Recorder()
+    held = HeldHead(told)
+    held.write(b"head")
+    held.close()
+    assert told.told == [b"head", "closed"]
