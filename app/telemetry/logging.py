@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import re
+import select
 import threading
 import time
 from typing import Any
@@ -21,34 +22,64 @@ from app.calls import rfc3339
 QUEUE_LINES_MAX = 10_000
 """About a second of the worst flood; past it a line is dropped and counted."""
 
-LINE_CHARACTERS_MAX = 8_000
+CHARACTERS_MAX = 8_000
+"""Of one text in a line."""
+
+LINE_BYTES_MAX = 65_536
+"""Past it a line keeps its first facts alone; collectors split or refuse long lines."""
+
+SECRET_CHARACTERS_MAX = 8_000
+"""Looked at beyond what is kept, so that no cut through the middle of a secret hides it: longer than a PEM key."""
+
 REPEATS_PER_SECOND_MAX = 10
 """Of one message of one logger: enough to see it, too few to fill a disk when every call fails."""
 
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
-_SECRET_NAME = re.compile(r"(?i)passw|secret|token|api_?key|authorization|cookie|credential|private_?key")
+_SECRET_NAME = re.compile(
+    r"(?i)passw|pwd|secret|token|api[-_ ]?key|access[-_ ]?key|private[-_ ]?key|authorization|cookie|credential"
+)
 _SECRET_TEXT = re.compile(
     r"act_[A-Za-z0-9]+_[A-Za-z0-9_-]{8,}"  # our keys
     r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.[A-Za-z0-9_-]*"  # JWT
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}"  # cloud access keys
-    r"|(?:ghp|gho|ghs|sk|xox[abprs])[-_][A-Za-z0-9_-]{16,}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
+    r"|(?:gh[pousr]|sk|xox[abprs])[-_][A-Za-z0-9_-]{16,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|$)"
     r"|(?i:bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user and password of a URL
+    r"|(?<=://)[^/\s\"'<>]+(?=@)"  # user and password of a URL, each without the other too
+    # name=value and "name": "value", as query strings, DSNs and printed dicts have them
+    r"|(?i:passw(?:or)?d|passphrase|pwd|secret|token|api[-_]?key|access[-_]?key)"
+    r"(?:=[\"']?|[\"']:\s*[\"'])[^\s\"'&;,)]+"
 )
 REDACTED = "[redacted]"
 
 
 def redact(value: Any) -> Any:
-    """The value without what looks like a secret, by the name it goes under and by its own form."""
+    """The value as JSON can hold it, bounded, without what looks like a secret by its name or by its own form."""
     if isinstance(value, str):
-        return _SECRET_TEXT.sub(REDACTED, value[:LINE_CHARACTERS_MAX])
+        return redact_text(value)
+    if value is None or isinstance(value, bool | float):
+        return value
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
+        return value
     if isinstance(value, dict):
-        return {key: REDACTED if _SECRET_NAME.search(str(key)) else redact(item) for key, item in value.items()}
+        return {
+            redact_text(str(key)): REDACTED if _SECRET_NAME.search(str(key)) else redact(item)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
-    return value
+    return redact_text(repr(value))
+
+
+def redact_text(text: str, *, keep_end: bool = False) -> str:
+    """At most CHARACTERS_MAX of the text, from its begin or its end; lone surrogates become question marks."""
+    looked_at = CHARACTERS_MAX + SECRET_CHARACTERS_MAX
+    seen = text[-looked_at:] if keep_end else text[:looked_at]
+    if not seen.isascii():
+        seen = seen.encode("utf-8", "replace").decode("utf-8")
+    clean = _SECRET_TEXT.sub(REDACTED, seen)
+    return clean[-CHARACTERS_MAX:] if keep_end else clean[:CHARACTERS_MAX]
 
 
 def line(record: logging.LogRecord) -> bytes:
@@ -57,31 +88,41 @@ def line(record: logging.LogRecord) -> bytes:
         "time": rfc3339(record.created),
         "level": record.levelname,
         "logger": record.name,
-        "message": redact(record.getMessage()),
+        "message": redact_text(record.getMessage()),
     }
-    facts = {name: value for name, value in vars(record).items() if name not in _RESERVED}
-    event.update(redact(facts))
+    facts = redact({name: value for name, value in vars(record).items() if name not in _RESERVED})
     if record.exc_info:
-        event["exception"] = redact(logging.Formatter().formatException(record.exc_info)[-LINE_CHARACTERS_MAX:])
-    return orjson.dumps(event, default=repr, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+        trace = logging.Formatter().formatException(record.exc_info)
+        facts["exception"] = redact_text(trace, keep_end=True)
+    # Twice: its place is in front, and no fact takes its names.
+    written = orjson.dumps({**event, **facts, **event}, option=orjson.OPT_APPEND_NEWLINE)
+    if len(written) > LINE_BYTES_MAX:
+        written = orjson.dumps({**event, "line_bytes_cut": len(written)}, option=orjson.OPT_APPEND_NEWLINE)
+    return written
 
 
-class RepeatBound(logging.Filter):
+def line_of_last_resort(record: logging.LogRecord) -> bytes:
+    """Where `line` failed: an argument that cannot be formatted, an `extra` that contains itself."""
+    message = redact_text(record.msg) if isinstance(record.msg, str) else type(record.msg).__name__
+    event = {"level": record.levelname, "logger": redact_text(record.name), "message": message, "unreadable": True}
+    return orjson.dumps({"time": rfc3339(record.created), **event}, option=orjson.OPT_APPEND_NEWLINE)
+
+
+class RepeatBound:
     """Lets at most so many lines of one message through a second; the next second's first says how many it held."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._second = 0
-        self._seen: dict[tuple[str, Any], int] = {}
+        self._seen: dict[tuple[str, str], int] = {}
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        second = int(time.monotonic())
+    def lets_through(self, record: logging.LogRecord, second: int) -> bool:
         if second != self._second:
             held = sum(max(0, count - REPEATS_PER_SECOND_MAX) for count in self._seen.values())
             self._second, self._seen = second, {}
             if held:
                 record.lines_held_back = held
-        key = (record.name, record.msg)
+        # Anything can be logged as a message, also what has no hash.
+        key = (record.name, record.msg if isinstance(record.msg, str) else type(record.msg).__name__)
         self._seen[key] = self._seen.get(key, 0) + 1
         return self._seen[key] <= REPEATS_PER_SECOND_MAX
 
@@ -91,36 +132,49 @@ class LineWriter(logging.Handler):
 
     def __init__(self, fd: int = 1) -> None:
         super().__init__()
-        self.addFilter(RepeatBound())
         self.dropped = 0
         self._fd = fd
-        self._records: queue.Queue[logging.LogRecord | None] = queue.Queue(QUEUE_LINES_MAX)
+        self._repeats = RepeatBound()
+        # Not queue.Queue, whose lock is no re-entrant one: a finaliser that logs while that lock is held, as asyncio's
+        # do, would hold up the event loop for ever.
+        self._records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name="log-writer", daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._records.put_nowait(record)
-        except queue.Full:
+        if not self._repeats.lets_through(record, int(time.monotonic())):
+            return
+        if self._records.qsize() >= QUEUE_LINES_MAX:
             self.dropped += 1
+        else:
+            self._records.put(record)
 
     def _write_all(self) -> None:
         while (record := self._records.get()) is not None:
             try:
-                written = line(record)
-                while written:
-                    written = written[os.write(self._fd, written) :]
-            except (OSError, ValueError, TypeError):
+                self._write(_line_anyhow(record))
+            except OSError:
                 self.dropped += 1
+
+    def _write(self, written: bytes) -> None:
+        while written:
+            try:
+                written = written[os.write(self._fd, written) :]
+            except BlockingIOError:  # whoever gave us this pipe wanted it so
+                select.select([], [self._fd], [])
 
     def close(self) -> None:
         """Write what is queued, for at most a second; a stdout that nobody reads must not keep the process."""
-        try:
-            self._records.put_nowait(None)
-            self._thread.join(timeout=1.0)
-        except queue.Full:
-            pass
+        self._records.put(None)
+        self._thread.join(timeout=1.0)
         super().close()
+
+
+def _line_anyhow(record: logging.LogRecord) -> bytes:
+    try:
+        return line(record)
+    except Exception:  # records hold arguments of anyone's making, and the writer must outlive them
+        return line_of_last_resort(record)
 
 
 def log_to_stdout(level: str) -> LineWriter:
@@ -134,5 +188,5 @@ def log_to_stdout(level: str) -> LineWriter:
         logger.handlers[:] = []
         logger.propagate = True
     for noisy in ("httpx", "httpcore", "uvicorn.error"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(max(root.level, logging.WARNING))
     return writer

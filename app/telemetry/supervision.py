@@ -29,6 +29,7 @@ class Supervisor:
     def __init__(self, on_crash: Callable[[str], None]) -> None:
         self._on_crash = on_crash
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name=name)
@@ -37,13 +38,16 @@ class Supervisor:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if task.cancelled():
+        error = None if task.cancelled() else task.exception()
+        if self._closing and error is None:
             return
-        logger.critical("background task ended", extra={"task": task.get_name()}, exc_info=task.exception())
-        self._on_crash(task.get_name())
+        logger.critical("background task ended", extra={"task": task.get_name()}, exc_info=error)
+        if not self._closing:
+            self._on_crash(task.get_name())
 
     async def close(self) -> None:
         """Cancel every task and wait for it, bounded."""
+        self._closing = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
