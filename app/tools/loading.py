@@ -39,14 +39,17 @@ class LoadedTools:
 
     def add(self, source: str, tools: Iterable[Tool]) -> None:
         for tool in tools:
-            if tool.spec.id in self.tools:
+            known = self.tools.get(tool.spec.id)
+            if known is tool:
+                continue  # imported from where it was declared
+            if known is not None:
                 self.report(source, f"tool id {tool.spec.id!r} is taken; the first one stays")
             else:
                 self.tools[tool.spec.id] = tool
 
-    def report(self, source: str, reason: str) -> None:
+    def report(self, source: str, reason: str, error: BaseException | None = None) -> None:
         self.problems.append(LoadProblem(source, reason))
-        logger.error("tools not loaded", extra={"source": source, "reason": reason})
+        logger.error("tools not loaded", extra={"source": source, "reason": reason}, exc_info=error)
 
 
 def load_tools(builtin: Iterable[Tool], modules: Iterable[str]) -> LoadedTools:
@@ -66,7 +69,14 @@ def _add_source(loaded: LoadedTools, source: str, load: Callable[[], Any]) -> No
     except BaseException as error:  # foreign code runs on import; even sys.exit() there must not stop the rest
         if isinstance(error, KeyboardInterrupt):
             raise
-        loaded.report(source, clean_text(f"{type(error).__name__}: {error}"))
+        loaded.report(source, _reason(error), error)
+
+
+def _reason(error: BaseException) -> str:
+    try:
+        return clean_text(f"{type(error).__name__}: {error}")
+    except Exception:  # an exception of foreign code, with a __str__ of its own
+        return type(error).__name__
 
 
 def tools_in(found: Any) -> Iterator[Tool]:
