@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
-from app.calls import Caller, Execution, Status, ToolCall
+from app.calls import Caller, Client, Execution, Status, ToolCall
 from app.egress import EgressClient
 from app.errors import (
     TOOL_CANCELLED,
@@ -167,7 +167,10 @@ class Executor:
         validated = time.perf_counter()
         stages["validation"].observe(validated - found)
         timeout_s = self._timeout_s(call, tool)
-        release = await self._take_slots(state, run, min(QUEUE_PATIENCE_S, timeout_s))
+        if state.slots is None and self._slots.take_now():
+            release = self._slots.release
+        else:
+            release = await self._take_slots(state, run, min(QUEUE_PATIENCE_S, timeout_s))
         started = time.perf_counter()
         stages["limits"].observe(started - validated)
         watcher: asyncio.Task[None] | None = None
@@ -177,9 +180,9 @@ class Executor:
             if call.deadline is not None and call.deadline < deadline:
                 deadline = call.deadline  # a plan does not wait for what waited for its slot
             context = self._context(call, deadline)
-            if tool.spec.cancel_on_disconnect and call.client_gone is not None:
+            if tool.spec.cancel_on_disconnect and call.client is not None:
                 watcher = asyncio.create_task(
-                    _cancel_when_gone(call.client_gone, run.interrupt), name=f"client-watch:{call.execution_id}"
+                    _cancel_when_gone(call.client, run.interrupt), name=f"client-watch:{call.execution_id}"
                 )
             value = await self._runner.run(tool, arguments, context, run.interrupt, state.abandoned)
         except Overloaded:
@@ -263,14 +266,14 @@ class Executor:
 
     def _context(self, call: ToolCall, deadline: float) -> ToolContext:
         return ToolContext(
-            execution_id=call.execution_id,
-            caller=call.caller,
-            deadline=deadline,
-            http=self._http,
-            agent_id=call.agent_id,
-            trace_id=call.trace_id,
-            session_id=call.session_id,
-            metadata=call.metadata,
+            call.execution_id,
+            call.caller,
+            deadline,
+            self._http,
+            call.agent_id,
+            call.trace_id,
+            call.session_id,
+            call.metadata,
         )
 
     def cancel(self, caller: Caller, execution_id: str | None, call_id: str | None) -> bool:
@@ -308,8 +311,8 @@ def _check_idempotency(call: ToolCall, tool: Tool) -> None:
         raise InvalidParams.at("idempotency_key", "Not supported for tools that are neither read_only nor idempotent")
 
 
-async def _cancel_when_gone(client_gone: Callable[[], Awaitable[None]], interrupt: Interrupt) -> None:
-    await client_gone()
+async def _cancel_when_gone(client: Client, interrupt: Interrupt) -> None:
+    await client.gone()
     interrupt.cancel()
 
 

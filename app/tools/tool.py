@@ -12,7 +12,7 @@ import time
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 from pydantic import Field
 from pydantic.fields import FieldInfo
@@ -54,8 +54,7 @@ async def _unheard(done: float, total: float | None, message: str | None) -> Non
     """Progress where nobody listens."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToolContext:
+class ToolContext(NamedTuple):
     """What a tool may know of the call that runs it. Injected where a parameter is annotated with this type."""
 
     execution_id: str

@@ -5,6 +5,7 @@ First the guard against browsers and DNS rebinding, then the RPC door, then Fast
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from urllib.parse import urlsplit
 
 import orjson
@@ -78,13 +79,12 @@ class Doors:
         self._jsonrpc = jsonrpc
         self._fastapi = fastapi
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http" and scope["path"] == RPC_PATH:
-            await self._jsonrpc(scope, receive, send)
-            return
+            return self._jsonrpc(scope, receive, send)
         if scope["type"] == "http" and scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}  # the server itself leaves out the body of an answer to HEAD
-        await self._fastapi(scope, receive, send)
+        return self._fastapi(scope, receive, send)
 
 
 class Guard:
@@ -112,6 +112,8 @@ class Guard:
             if origin is not None and not self._is_allowed(origin.decode("latin-1"), scope["scheme"], host):
                 await _forbid(send, "Origin is not allowed; CORS_ALLOW_ORIGINS names the ones that are")
                 return
+            if origin is not None:
+                scope.pop("extensions", None)  # a page's answer needs the headers that CORSMiddleware puts into `send`
         await self._inner(scope, receive, send)
 
     def _is_good_host(self, host: bytes) -> bool:

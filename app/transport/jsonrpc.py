@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import orjson
 
-from app.calls import Caller
+from app.calls import Caller, Client
 from app.errors import (
     DRAINING,
     InternalError,
@@ -84,13 +84,6 @@ def holds_long_integer(body: bytes) -> bool:
     )
 
 
-class Client(Protocol):
-    """The other end of the connection."""
-
-    async def gone(self) -> None:
-        """Returns when the client has closed the connection."""
-
-
 @dataclass(slots=True)
 class RequestContext:
     """What a method may know of the HTTP request around it. `received_at` is `time.perf_counter()` seconds."""
@@ -98,7 +91,7 @@ class RequestContext:
     caller: Caller
     received_at: float
     client: Client | None = None
-    a2a: Mapping[str, Any] = field(default_factory=dict)
+    a2a: Mapping[str, Any] | None = None
     draining: bool = False
     """Set when a call was refused because the replica shuts down: the door answers 503."""
 
@@ -165,7 +158,9 @@ class Dispatcher:
             request_id = _readable_id(request)
             method, params = self._parsed(request)
             wants_answer = "id" in request
-            result = await self._call(method, params, request, context)
+            if "a2a_context" in request:
+                context.a2a = _a2a(request["a2a_context"])
+            result = await self._call(method, params, context)
         except ToolServiceError as error:
             return self._refused(error, request_id, context) if wants_answer else None
         except Exception:
@@ -183,7 +178,7 @@ class Dispatcher:
             raise InvalidRequest("Invalid request: method must be a string")
         return method, request.get("params", _NO_PARAMS)
 
-    async def _call(self, name: str, params: Any, request: dict[str, Any], context: RequestContext) -> bytes:
+    def _call(self, name: str, params: Any, context: RequestContext) -> Awaitable[bytes]:
         method = self._methods.get(name)
         if type(params) is list:
             named = None
@@ -195,9 +190,7 @@ class Dispatcher:
             raise MethodNotFound("Method not found; rpc.methods lists what there is")
         if named is None:
             named = _by_position(method, params)
-        if (a2a := request.get("a2a_context")) is not None:
-            context.a2a = _a2a(a2a)
-        return await method.handler(context, method.read(named))
+        return method.handler(context, method.read(named))
 
     def _refused(self, error: ToolServiceError, request_id: bytes, context: RequestContext) -> bytes:
         if error.kind is DRAINING:
@@ -228,7 +221,7 @@ def _by_position(method: Method, params: list[Any]) -> dict[str, Any]:
     return dict(zip(method.names, params, strict=False))
 
 
-def _a2a(value: Any) -> Mapping[str, Any]:
-    if type(value) is not dict:
+def _a2a(value: Any) -> Mapping[str, Any] | None:
+    if value is not None and type(value) is not dict:
         raise InvalidRequest("Invalid request: a2a_context must be an object")
     return value

@@ -123,8 +123,8 @@ class Methods:
     async def _search(self, context: RequestContext, params: shapes.SearchParams) -> bytes:
         return self._registry.search(params.name_query or "", _filter(params), context.caller, params.limit)
 
-    async def _execute(self, context: RequestContext, params: shapes.ExecuteParams) -> bytes:
-        return await self.execute(context, params.tool_id, params)
+    def _execute(self, context: RequestContext, params: shapes.ExecuteParams) -> Awaitable[bytes]:
+        return self.execute(context, params.tool_id, params)
 
     async def execute(
         self, context: RequestContext, tool_id: str, params: shapes.ExecuteParams | shapes.RestExecuteBody
@@ -206,27 +206,34 @@ class Methods:
 
 def tool_call(context: RequestContext, tool_id: str, params: shapes.ExecuteParams | shapes.RestExecuteBody) -> ToolCall:
     """The call that the params ask for; what the request's a2a_context says fills the gaps."""
-    given = params.execution_context
-    a2a = context.a2a
-    return ToolCall(
-        execution_id=new_execution_id(),
-        tool_id=tool_id,
-        parameters=params.parameters,
-        caller=context.caller,
-        received_at=context.received_at,
-        agent_id=params.agent_id or (_text(a2a, "source_agent") if a2a else None),
-        trace_id=_trace_id((given and given.trace_id) or (_text(a2a, "trace_id") if a2a else None)),
-        session_id=(given and given.session_id) or (_text(a2a, "session_id") if a2a else None),
-        metadata=given.metadata if given else None,
+    call = ToolCall(
+        new_execution_id(),
+        tool_id,
+        params.parameters,
+        context.caller,
+        context.received_at,
+        agent_id=params.agent_id,
         timeout_override_s=params.timeout_override,
         call_id=params.call_id,
         idempotency_key=params.idempotency_key,
-        client_gone=context.client.gone if context.client else None,
+        client=context.client,
+    )
+    if params.execution_context is None and context.a2a is None:
+        return call
+    given = params.execution_context or _NO_CONTEXT
+    return call._replace(
+        agent_id=call.agent_id or _text(context.a2a, "source_agent"),
+        trace_id=_trace_id(given.trace_id or _text(context.a2a, "trace_id")),
+        session_id=given.session_id or _text(context.a2a, "session_id"),
+        metadata=given.metadata,
     )
 
 
-def _text(values: Mapping[str, Any], name: str) -> str | None:
-    value = values.get(name)
+_NO_CONTEXT = shapes.ExecutionContext.model_validate({})
+
+
+def _text(values: Mapping[str, Any] | None, name: str) -> str | None:
+    value = values.get(name) if values else None
     return value[: shapes.LABEL_CHARACTERS_MAX] if isinstance(value, str) else None
 
 
@@ -279,9 +286,9 @@ def _scoped(spec: MethodSpec) -> Callable[[RequestContext, Any], Awaitable[bytes
     if scope is None:
         return spec.work
 
-    async def work(context: RequestContext, params: Any) -> bytes:
+    def work(context: RequestContext, params: Any) -> Awaitable[bytes]:
         require_scope(context.caller, scope)
-        return await spec.work(context, params)
+        return spec.work(context, params)
 
     return work
 

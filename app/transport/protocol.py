@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from app.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, Overloaded, ToolServiceError
-from app.transport.outgoing import HeldHead
+from app.transport.exchange import EXTENSION, Exchange
 from app.transport.wire import Reason, Wire
 
 RPC_PATHS = frozenset({b"/api/v1/jsonrpc", b"/mcp"})
@@ -345,10 +345,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     # Taking turns
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        if cycle.scope["method"] != "HEAD" and not cycle.waiting_for_100_continue:
+        # As uvicorn does, without the loop's task factory, which is there for the tasks of tools.
+        task = asyncio.Task(cycle.run_asgi(app), loop=self.loop)
+        self.tasks.add(task)
+        if cycle.scope["method"] == "HEAD" or cycle.waiting_for_100_continue:
             # Neither has its head for a first write: one has no second, the other says 100 before it.
-            cycle.transport = HeldHead(self.transport)  # type: ignore[assignment]  # the part of it that a cycle uses
-        super()._start_asgi_task(cycle, app)
+            task.add_done_callback(self.tasks.discard)
+            return
+        exchange = Exchange(cycle, self.transport, self.wire.default_head, self.tasks)
+        cycle.transport = exchange  # type: ignore[assignment]  # the part of it that a cycle uses
+        cycle.scope["extensions"] = {EXTENSION: exchange}  # type: ignore[dict-item]  # of our own
+        task.add_done_callback(exchange.ended)
 
     def _queue_behind(self, previous: RequestResponseCycle) -> None:
         if len(self.pipeline) == 1:

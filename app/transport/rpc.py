@@ -14,6 +14,7 @@ import orjson
 
 from app.calls import LOCAL_CALLER
 from app.errors import BodyTooLarge, BodyTooSlow, ToolServiceError
+from app.transport.exchange import EXTENSION, Exchange
 from app.transport.jsonrpc import Dispatcher, RequestContext
 
 Scope = MutableMapping[str, Any]
@@ -25,6 +26,7 @@ Headers = list[tuple[bytes, bytes]]
 RPC_PATH = "/api/v1/jsonrpc"
 
 JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
+JSON_HEADERS = b"content-type: application/json\r\ncontent-length: %d\r\n"
 CLOSE: tuple[bytes, bytes] = (b"connection", b"close")
 
 
@@ -98,15 +100,26 @@ class JsonRpcDoor:
         if scope["method"] != "POST":
             await respond(send, 405, [(b"allow", b"POST"), (b"content-length", b"0")])
             return
-        try:
-            body = await read_body(receive, self._body_bytes_max, self._read_timeout_s)
-        except ClientGone:
-            return
-        except ToolServiceError as error:
-            await self._refuse(send, error)
-            return
+        exchange: Exchange | None = scope["extensions"].get(EXTENSION) if "extensions" in scope else None
+        body = None if exchange is None else exchange.body()
+        if body is None:
+            try:
+                body = await read_body(receive, self._body_bytes_max, self._read_timeout_s)
+            except ClientGone:
+                return
+            except ToolServiceError as error:
+                await self._refuse(send, error)
+                return
         context = RequestContext(LOCAL_CALLER, time.perf_counter(), AsgiClient(receive))
         answer = await self._dispatcher.dispatch(body, context)
+        if exchange is not None and answer is not None and not context.draining:
+            answered = exchange.answer(200, JSON_HEADERS % len(answer), answer)
+        else:
+            answered = False
+        if not answered:
+            await self._respond(send, context, answer)
+
+    async def _respond(self, send: Send, context: RequestContext, answer: bytes | None) -> None:
         if context.draining:
             await respond(send, 503, [*json_headers(answer or b""), CLOSE, RETRY_LATER], answer or b"")
         elif answer is None:

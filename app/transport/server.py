@@ -55,6 +55,7 @@ class Server(uvicorn.Server):
                 http=protocol_class(self._wire),
                 ws="none",
                 lifespan="off",
+                interface="asgi3",
                 log_config=None,
                 access_log=False,
                 server_header=False,

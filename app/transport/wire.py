@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from app.transport.exchange import DefaultHead
+
 log = logging.getLogger(__name__)
 
 Expire = Callable[[float], None]
@@ -107,6 +109,7 @@ class Wire:
         self.refused = dict.fromkeys(Reason, 0)
         self.connections: set[Expire] = set()
         self.gone_log = _GoneLog(self)
+        self.default_head = DefaultHead()
         self._timer: asyncio.TimerHandle | None = None
         self._unlogged = 0
         self._log_after = 0.0

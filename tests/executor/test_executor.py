@@ -395,11 +395,18 @@ async def test_a_call_that_waits_for_its_tool_takes_no_slot_of_the_process() -> 
             await call
 
 
-async def test_a_call_whose_client_goes_is_cancelled_only_when_its_tool_says_so() -> None:
-    gone, release = asyncio.Event(), asyncio.Event()
+class ClientOf:
+    """A client that stays until it is told to leave."""
 
-    async def client_gone() -> None:
-        await gone.wait()
+    def __init__(self) -> None:
+        self.leaves = asyncio.Event()
+
+    async def gone(self) -> None:
+        await self.leaves.wait()
+
+
+async def test_a_call_whose_client_goes_is_cancelled_only_when_its_tool_says_so() -> None:
+    client, release = ClientOf(), asyncio.Event()
 
     async def wait() -> str:
         """Wait to be released."""
@@ -409,13 +416,13 @@ async def test_a_call_whose_client_goes_is_cancelled_only_when_its_tool_says_so(
     stays = tool(id="stays")(wait)
     leaves = tool(id="leaves", cancel_on_disconnect=True)(wait)
     async with opened(stays, leaves) as rig:
-        calls = [rig.start(one, client_gone=client_gone) for one in (stays, leaves)]
+        calls = [rig.start(one, client=client) for one in (stays, leaves)]
         await until(lambda: rig.slots.running == 2)
-        gone.set()
+        client.leaves.set()
         assert (await calls[1]).status == "cancelled"
         release.set()
         assert (await calls[0]).status == "success"
-        assert (await rig.call(leaves, client_gone=asyncio.Event().wait)).status == "success"
+        assert (await rig.call(leaves, client=ClientOf())).status == "success"
     assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("client-watch") and not task.done()]
 
 
@@ -471,7 +478,7 @@ async def outcome(call: asyncio.Task[Execution]) -> str:
 async def test_a_request_that_is_cancelled_at_any_turn_of_the_loop_leaves_nothing_behind(name: str, turns: int) -> None:
     async with situation(name) as (rig, one):
         before = sum(rig.metrics.stages["metrics"].counts)
-        call = rig.start(one, call_id="mine", client_gone=asyncio.Event().wait)
+        call = rig.start(one, call_id="mine", client=ClientOf())
         for _ in range(turns):
             await asyncio.sleep(0)
         call.cancel()
@@ -488,7 +495,7 @@ async def test_a_request_cancelled_while_its_call_is_cancelled_leaves_nothing_be
     name: str, first: int, second: int
 ) -> None:
     async with situation(name) as (rig, one):
-        call = rig.start(one, client_gone=asyncio.Event().wait)
+        call = rig.start(one, client=ClientOf())
         for _ in range(first):
             await asyncio.sleep(0)
         rig.executor.cancel(LOCAL_CALLER, call.get_name(), None)

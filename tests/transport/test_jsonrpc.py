@@ -213,7 +213,7 @@ def test_brackets_inside_of_strings_are_no_nesting(service: Running) -> None:
 
 
 def test_long_digits_inside_of_strings_and_fractions_are_no_long_integers(service: Running) -> None:
-    message = "12345678901234567890123 and \\\" 99999999999999999999999"
+    message = '12345678901234567890123 and \\" 99999999999999999999999'
     assert service.execute("echo", {"message": message})["result"] == {"message": message}
     body = '{"jsonrpc":"2.0","method":"rpc.ping","id":0.12345678901234567890123}'
     assert post(service, body).status_code == 200 and "result" in post(service, body).json()

@@ -24,7 +24,7 @@ import uvicorn
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app.transport.outgoing import HeldHead
+from app.transport.exchange import DefaultHead, Exchange
 from app.transport.protocol import BoundedHttpProtocol, protocol_class
 from app.transport.wire import HttpBounds, Reason, Wire
 
@@ -884,7 +884,7 @@ def test_the_installed_uvicorn_has_the_internals_that_the_protocol_relies_on() -
     assert len(vars(ours)) <= 30, "slower attributes from here on"
     assert hasattr(HttpToolsProtocol, "_start_asgi_task")
     transport_uses = set(re.findall(r"self\.transport\.(\w+)", inspect.getsource(RequestResponseCycle)))
-    assert transport_uses == {"write", "close", "is_closing"}, "HeldHead has just these"
+    assert transport_uses == {"write", "close", "is_closing"}, "Exchange has just these"
     cycle_attributes = """response_started response_complete disconnected more_body keep_alive body logger
         message_event waiting_for_100_continue"""
     source = inspect.getsource(RequestResponseCycle.__init__)
@@ -913,19 +913,34 @@ class Recorder(asyncio.Transport):
         self.told.append("closed")
 
 
+def exchange_over(told: Recorder) -> Exchange:
+    flow = FlowControl(told)
+    log = logging.getLogger("none")
+    cycle = RequestResponseCycle({}, told, flow, log, log, False, [], asyncio.Event(), False, True, lambda: None)  # type: ignore[arg-type]
+    return Exchange(cycle, told, DefaultHead(), set())
+
+
 def test_a_head_goes_out_with_the_first_of_its_body_in_one_write() -> None:
     told = Recorder()
-    held = HeldHead(told)
-    held.write(b"head ")
+    exchange = exchange_over(told)
+    exchange.write(b"head ")
     assert told.told == []
-    held.write(b"body")
-    held.write(b" more")
+    exchange.write(b"body")
+    exchange.write(b" more")
     assert told.told == [b"head body", b" more"]
 
 
 def test_a_head_without_a_body_goes_out_before_the_connection_closes() -> None:
     told = Recorder()
-    held = HeldHead(told)
-    held.write(b"head")
-    held.close()
+    exchange = exchange_over(told)
+    exchange.write(b"head")
+    exchange.close()
     assert told.told == [b"head", "closed"]
+
+
+def test_a_whole_answer_is_one_write_and_is_given_once() -> None:
+    told = Recorder()
+    exchange = exchange_over(told)
+    assert exchange.answer(200, b"content-length: 2\r\n", b"{}")
+    assert told.told == [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"]
+    assert not exchange.answer(200, b"content-length: 2\r\n", b"{}")
