@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import orjson
 import uvloop
@@ -83,20 +83,21 @@ def _serve(settings: Settings, options: argparse.Namespace) -> int:
     check_bind(settings, options.host)
     writer = log_to_stdout(settings.log_level)
 
-    async def serve() -> int:
+    async def serve() -> NoReturn:
         async with open_service(settings, listen=(options.host, options.port)) as service:
             service.metrics.counters["log_lines_dropped_total"] = lambda: writer.dropped
             app = create_app(service, host=options.host)
             await Server(app, service, options.host, options.port).serve()
-            return 1 if service.lifecycle.crashed else 0
+            code = 1 if service.lifecycle.crashed else 0
+        # Here, because leaving the loop waits for all its tasks and threads: one hung tool would keep the process.
+        writer.close()
+        sys.stderr.flush()
+        os._exit(code)
 
     try:
-        code = uvloop.run(serve())
+        uvloop.run(serve())
     finally:
         writer.close()
-    # A hung sync tool holds a daemon thread; ending here leaves it no way to keep the process.
-    sys.stderr.flush()
-    os._exit(code)
 
 
 @asynccontextmanager

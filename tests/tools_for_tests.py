@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import threading
 import time
@@ -149,3 +150,27 @@ async def count_calls() -> int:
 async def hidden() -> str:
     """Nobody may see this."""
     return "seen"
+
+
+@tool(category="custom")
+async def raise_exit_in_child() -> None:
+    """Start a task that raises SystemExit, and wait for it."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(raise_exit())
+
+
+@tool(category="custom")
+async def end_background_task(name: str) -> int:
+    """Cancel the service's own tasks of that name."""
+    found = [task for task in asyncio.all_tasks() if task.get_name() == name]
+    for task in found:
+        task.cancel()
+    return len(found)
+
+
+@tool(category="custom")
+def log_flood(lines: int) -> int:
+    """Write so many different lines of a kilobyte into the log."""
+    for number in range(lines):
+        logging.getLogger("tests.flood").error(f"{number} {'x' * 1_000}")
+    return lines
