@@ -9,6 +9,7 @@ import codecs
 import re
 
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([A-Za-z0-9_:.-]{2,40})", re.IGNORECASE)
+_PROLOG = re.compile(r"<\?xml\s[^>]*?\bencoding\s*=\s*[\"']\s*([A-Za-z0-9_:.-]{2,40})")
 _KNOWN = re.compile(
     r"utf-?8|utf-16(le|be)?|us-ascii|ascii|latin-?1|iso-?8859-?(1[0-6]?|[2-9])|(windows-|cp)125[0-8]|koi8-[ru]"
     r"|gb2312|gbk|gb18030|big5|euc-jp|euc-kr|shift[_-]jis|sjis|iso-2022-jp|macintosh|tis-620"
@@ -20,11 +21,11 @@ META_BYTES_MAX = 1024
 
 def declared_codec(text: str) -> str | None:
     """The codec named by a `charset=` in a Content-Type or a meta element, if it is one of the web's."""
-    match = _CHARSET.search(text)
-    return None if match is None else _codec(match[1].lower())
+    return _codec(_CHARSET.search(text))
 
 
-def _codec(label: str) -> str | None:
+def _codec(match: re.Match[str] | None) -> str | None:
+    label = match[1].lower() if match else ""
     if not _KNOWN.fullmatch(label):
         return None
     try:
@@ -34,14 +35,17 @@ def _codec(label: str) -> str | None:
 
 
 def decoded_page(body: bytes, content_type: str) -> str:
-    """HTML as text: header, byte order mark, meta element, UTF-8, and last what browsers assume."""
+    """HTML as text: header, byte order mark, meta element, XML prolog, UTF-8, and last what browsers assume."""
     codec = declared_codec(content_type)
     if body.startswith(codecs.BOM_UTF8):
         codec = "utf-8-sig"
     elif body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         codec = "utf-16"
     elif codec is None:
-        codec = declared_codec(body[:META_BYTES_MAX].decode("latin-1"))
+        head = body[:META_BYTES_MAX].decode("latin-1")
+        codec = declared_codec(head) or _codec(_PROLOG.match(head))
+        if codec is not None and codec.startswith("utf-16"):
+            codec = "utf-8"  # what could be read byte by byte is not UTF-16; the HTML Standard says the same
     if codec is not None:
         return body.decode(codec, errors="replace")
     try:
