@@ -253,6 +253,24 @@ async def test_what_cancel_says_is_what_the_execution_becomes(turns: int) -> Non
         assert (await call).status == ("cancelled" if cancelled else "success")
 
 
+@pytest.mark.parametrize("turns", range(1, 7))
+@pytest.mark.parametrize("waits", range(4))
+async def test_what_cancel_says_holds_for_a_tool_that_takes_so_many_turns(waits: int, turns: int) -> None:
+    @tool
+    async def work() -> str:
+        """Take some turns of the loop."""
+        for _ in range(waits):
+            await asyncio.sleep(0)
+        return "done"
+
+    async with opened(work) as rig:
+        call = rig.start(work)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        cancelled = rig.executor.cancel(LOCAL_CALLER, call.get_name(), None)
+        assert (await call).status == ("cancelled" if cancelled else "success")
+
+
 async def test_a_call_that_is_cancelled_in_the_tick_of_its_slot_does_not_run() -> None:
     ran: list[str] = []
 
