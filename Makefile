@@ -47,7 +47,12 @@ fix: $(READY)  ## format, and mend what lint can mend by itself
 .PHONY: load
 load: $(READY)  ## headless Locust, against HOST=... or a service of its own (USERS, RATE, DURATION)
 	@$(BIN)/python -m load.run $(if $(HOST),--host $(HOST)) $(if $(USERS),--users $(USERS)) \
-		$(if $(RATE),--spawn-rate $(RATE)) $(if $(DURATION),--run-time $(DURATION))
+		$(if $(RATE),--spawn-rate $(RATE)) $(if $(DURATION),--run-time $(DURATION)) $(ARGS)
+
+.PHONY: bench
+bench: $(READY)  ## what a call costs beside a bare uvicorn echo, in one run (wrk on the PATH makes it sharper)
+	@$(BIN)/python -m load.echo $(ARGS)
+	@$(BIN)/python -m load.micro
 
 .PHONY: lock
 lock:  ## write requirements/*.txt anew from pyproject.toml (needs uv)

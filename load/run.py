@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -81,7 +81,7 @@ def main() -> None:
     try:
         with ExitStack() as stack:
             pages_url = _pages(plan, stack)
-            host = plan.host or stack.enter_context(own_service(pages_url))
+            host = plan.host or stack.enter_context(own_service(pages_url)).url
             _wait_until_ready(host)
             _announce(plan, host, pages_url)
             report = run_locust(plan, host, pages_url)
@@ -169,9 +169,16 @@ def _pages(plan: Plan, stack: ExitStack) -> str:
         raise CannotRun(f"no page server on port {port}: {error.strerror}; choose another with --pages-port") from None
 
 
+class OwnService(NamedTuple):
+    """A service that this process started and will end."""
+
+    url: str
+    pid: int
+
+
 @contextmanager
-def own_service(pages_url: str) -> Iterator[str]:
-    """`agentcore-tools serve` on a free port, with the settings of the environment; yields its URL.
+def own_service(pages_url: str) -> Iterator[OwnService]:
+    """`agentcore-tools serve` on a free port, with the settings of the environment.
 
     It lives in a scratch folder, so that its log of calls does not end up among an operator's.
     """
@@ -189,7 +196,7 @@ def own_service(pages_url: str) -> Iterator[str]:
         drain = threading.Thread(target=_drain_log, args=(process, urls), name="service-log")
         drain.start()
         try:
-            yield _own_url(urls)
+            yield OwnService(_own_url(urls), process.pid)
         finally:
             end(process)
             drain.join()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,11 @@ LIST_LIMIT_MAX = 1_000
 SEARCH_LIMIT_DEFAULT = 10
 SEARCH_LIMIT_MAX = 100
 
+VIEWS_KEPT_MAX = 64
+"""Callers with different scopes see different tools; there are few kinds of them."""
+
 PAGES_KEPT_MAX = 512
 """Pages differ by filter, cursor and caller; a client that walks all of them must not fill the memory."""
-
-
-class DuplicateTool(ValueError):
-    """Two tools with one id; the first one stays."""
 
 
 def may_call(caller: Caller, spec: ToolSpec) -> bool:
@@ -86,6 +85,7 @@ class Snapshot:
         self.summaries = {tool_id: orjson.dumps(summary(self.tools[tool_id].spec)) for tool_id in self.ids}
         self.details: dict[str, bytes] = {}
         self.pages: dict[Any, bytes] = {}
+        self._visible: dict[frozenset[str], tuple[str, ...]] = {}
         self._by_category = self._indexed(lambda spec: (spec.category,))
         self._by_tag = self._indexed(lambda spec: spec.tags)
         self._by_capability = self._indexed(lambda spec: spec.capabilities)
@@ -110,11 +110,21 @@ class Snapshot:
             sets.append(empty.union(*(self._by_tag.get(tag, empty) for tag in wanted.tags)))
         return frozenset.intersection(*sets) if sets else None
 
-    def visible_ids(self, wanted: ToolFilter, caller: Caller) -> list[str]:
+    def visible_ids(self, wanted: ToolFilter, caller: Caller) -> Sequence[str]:
         """Ids in their stable order that pass the filter and that the caller may call."""
         matching = self.matching(wanted)
-        ids = self.ids if matching is None else sorted(matching)
-        return [tool_id for tool_id in ids if may_call(caller, self.tools[tool_id].spec)]
+        if matching is None:
+            return self._visible_to(caller)
+        return [tool_id for tool_id in sorted(matching) if may_call(caller, self.tools[tool_id].spec)]
+
+    def _visible_to(self, caller: Caller) -> Sequence[str]:
+        """All that the caller may call; kept, for asking of 10,000 tools takes a millisecond."""
+        known = self._visible.get(caller.scopes)
+        if known is None:
+            known = tuple(tool_id for tool_id in self.ids if may_call(caller, self.tools[tool_id].spec))
+            if len(self._visible) < VIEWS_KEPT_MAX:
+                self._visible[caller.scopes] = known
+        return known
 
     def ranked(self, query: str, wanted: ToolFilter, caller: Caller, limit: int) -> list[str]:
         """Ids best first."""
@@ -175,13 +185,14 @@ class Registry:
     def search(self, query: str, wanted: ToolFilter, caller: Caller, limit: int | None) -> bytes:
         """`{tools, count, query}`, best first; without a query, in the order of ids."""
         count = limit or SEARCH_LIMIT_DEFAULT
+        ids: Sequence[str]
         if query.strip():
             ids = self.snapshot.ranked(query, wanted, caller, count)
         else:
             ids = self.snapshot.visible_ids(wanted, caller)[:count]
         return self._answer(ids, query=query)
 
-    def _answer(self, ids: list[str], **extra: Any) -> bytes:
+    def _answer(self, ids: Sequence[str], **extra: Any) -> bytes:
         return orjson.dumps({"tools": [self._summary(tool_id) for tool_id in ids], "count": len(ids), **extra})
 
     def _summary(self, tool_id: str) -> Any:

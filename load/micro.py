@@ -1,0 +1,101 @@
+"""Second half of `make bench`: parts of the path inside one process, at 10,000 registered tools."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+from app.calls import LOCAL_CALLER
+from app.service import open_service
+from app.settings import read_settings
+from app.tools.registry import Registry, ToolFilter
+from app.tools.tool import FunctionTool, ToolSpec
+
+TOOLS = 10_000
+ROUNDS = 2_000
+
+_WORDS = """account alert archive backup balance batch bridge calendar catalog channel client cluster contract country
+customer dashboard dataset delivery deploy device document domain email event export feature file forecast graph group
+history image import index inventory invoice journal key label ledger license location mail map message metric model
+network note order page password payment person phone pipeline policy price product profile project query queue report
+request resource review role rule schedule schema search secret server session shipment signal site snapshot source
+stock storage stream subscription summary table tag task team template ticket token topic trace track user vendor video
+volume wallet weather webhook widget workflow zone"""
+WORDS = _WORDS.split()
+
+
+def tools(count: int) -> list[FunctionTool]:
+    """That many tools with names and descriptions of their own, over one function."""
+    choose = random.Random(7)
+
+    async def work(value: int) -> int:
+        """Return the value."""
+        return value
+
+    first = FunctionTool(work, ToolSpec(id="work", name="Work", description="Return the value."))
+    made = []
+    for number in range(count):
+        verb, noun, more = choose.sample(WORDS, 3)
+        spec = ToolSpec(
+            id=f"{verb}_{noun}_{number}",
+            name=f"{verb} {noun}".title(),
+            description=f"Work on the {noun} of a {verb} by its {more}.",
+            category=choose.choice(("utility", "search", "database")),
+            tags=(noun, more),
+        )
+        one = object.__new__(FunctionTool)  # schemas are shared: what is measured is the registry
+        for name in ("_context_parameter", "_hints", "blocking", "function", "parameters", "result"):
+            setattr(one, name, getattr(first, name))
+        one.spec = spec
+        made.append(one)
+    return made
+
+
+def measured(work: Callable[[int], object], rounds: int = ROUNDS) -> tuple[float, float]:
+    """Median and 95th percentile of one call, µs."""
+    times = []
+    for number in range(rounds):
+        began = time.perf_counter()
+        work(number)
+        times.append((time.perf_counter() - began) * 1e6)
+    return statistics.median(times), statistics.quantiles(times, n=20)[-1]
+
+
+def main() -> None:
+    began = time.perf_counter()
+    made = tools(TOOLS)
+    registry = Registry(made, timeout_ceiling_s=30.0)
+    print(f"{TOOLS} tools registered in {time.perf_counter() - began:.2f} s")
+    ids = [tool.spec.id for tool in made]
+    queries = [" ".join(random.Random(n).sample(WORDS, 2)) for n in range(ROUNDS)]
+    typos = [query[:3] + query[4:] for query in queries]
+    everything = ToolFilter()
+    uncached = Registry(made, timeout_ceiling_s=30.0, cache_answers=False)
+    rows = [
+        ("look-up by id", measured(lambda n: registry.lookup(ids[n], LOCAL_CALLER))),
+        ("search, two words", measured(lambda n: registry.search(queries[n], everything, LOCAL_CALLER, None))),
+        ("search, with a typo", measured(lambda n: registry.search(typos[n], everything, LOCAL_CALLER, None))),
+        ("list of 100, kept", measured(lambda n: registry.page(everything, LOCAL_CALLER, 100, None))),
+        (
+            "list of 100, by tag",
+            measured(lambda n: registry.page(ToolFilter(tags=(WORDS[n % 100],)), LOCAL_CALLER, 100, None)),
+        ),
+        ("list of 100, built anew", measured(lambda n: uncached.page(everything, LOCAL_CALLER, 100, None), 100)),
+    ]
+    print(f"{'':26}{'median us':>12}{'p95 us':>12}")
+    for name, (median, p95) in rows:
+        print(f"{name:26}{median:12.2f}{p95:12.2f}")
+    asyncio.run(_service_start())
+
+
+async def _service_start() -> None:
+    began = time.perf_counter()
+    async with open_service(read_settings({})):
+        print(f"a service with the built-in tools opens in {time.perf_counter() - began:.3f} s")
+
+
+if __name__ == "__main__":
+    main()
