@@ -30,6 +30,10 @@ CONNECT_ATTEMPT_S = 2.0
 KEEPALIVE_S = 4.0
 """Under the 5 s after which Node closes an idle connection: a request must not meet it half closed."""
 
+EXPIRED_DROPPED_MAX = 4
+"""Idle connections that one request looks at, oldest first, and dead ones of its own origin that it passes over. To
+look polls the socket; a request leaves at most one idle connection behind, so they go faster than they come."""
+
 
 class ThreadedResolver:
     """`getaddrinfo` in threads of its own.
@@ -167,14 +171,29 @@ class ConnectionPool:
         self, target: Target, addresses: Sequence[Address]
     ) -> tuple[httpcore.AsyncHTTPConnection, list[httpcore.AsyncHTTPConnection]]:
         """The connection to use and those to close: expired ones, and the oldest where there is no room."""
-        surplus = [connection for _, connection in self._idle if connection.has_expired()]
-        self._idle = [entry for entry in self._idle if entry[1] not in surplus]
-        for position in reversed(range(len(self._idle))):
-            if self._idle[position][0] == target.origin:
-                return self._idle.pop(position)[1], surplus
+        surplus = self._drop_oldest_expired()
+        connection = self._take_idle(target, surplus) or self._connect_to(target, addresses)
         while self.busy + len(self._idle) > self._size:
             surplus.append(self._idle.pop(0)[1])
-        return self._connect_to(target, addresses), surplus
+        return connection, surplus
+
+    def _drop_oldest_expired(self) -> list[httpcore.AsyncHTTPConnection]:
+        expired: list[httpcore.AsyncHTTPConnection] = []
+        while self._idle and len(expired) < EXPIRED_DROPPED_MAX and self._idle[0][1].has_expired():
+            expired.append(self._idle.pop(0)[1])
+        return expired
+
+    def _take_idle(
+        self, target: Target, surplus: list[httpcore.AsyncHTTPConnection]
+    ) -> httpcore.AsyncHTTPConnection | None:
+        """The connection of this origin used last, unless it and those before it are dead."""
+        mine = [position for position, (origin, _) in enumerate(self._idle) if origin == target.origin]
+        for position in reversed(mine[-EXPIRED_DROPPED_MAX:]):
+            _, connection = self._idle.pop(position)
+            if not connection.has_expired():
+                return connection
+            surplus.append(connection)
+        return None
 
     def _keep(self, target: Target, connection: httpcore.AsyncHTTPConnection) -> bool:
         if self._closed or not connection.is_available():

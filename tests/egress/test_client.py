@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from app.egress import EgressClient, EgressResponse, parse_egress_allow
-from app.egress.network import LOOKUPS_MAX
+from app.egress.network import EXPIRED_DROPPED_MAX, LOOKUPS_MAX
 from app.errors import ToolError
 from tests.egress.test_rules import ODD_URLS, REFUSED_ADDRESSES, words
 from tests.origin import WAIT_S_MAX, Origin, Received, origin, redirect, response
@@ -500,6 +500,52 @@ async def test_connection_that_the_server_closed_is_not_used_again() -> None:
             assert (await get(client, server.url())).body == b"x"
             await server.until(lambda: server.open == 0)
             assert server.accepted == count
+
+
+async def _open_and_lose(client: EgressClient, server: Origin, count: int) -> None:
+    """`count` connections in the pool that the server has closed."""
+    everybody = asyncio.Barrier(count)
+
+    async def once(request: Received, writer: asyncio.StreamWriter) -> None:
+        await everybody.wait()
+        writer.write(response(b"x"))
+        writer.close()
+        await writer.wait_closed()
+
+    server.replies["/lost"] = once
+    await asyncio.gather(*(get(client, server.url("/lost")) for _ in range(count)))
+    await server.until(lambda: server.open == 0)
+    assert client.pool.idle == count
+
+
+async def test_connections_that_servers_closed_leave_the_pool_a_few_with_each_request() -> None:
+    async with origin() as one, origin({"/": response()}) as two, egress(pool_size=16) as client:
+        await _open_and_lose(client, one, 10)
+        for left in (6, 2, 0, 0):
+            await get(client, two.url())
+            assert client.pool.idle == left + 1
+        assert two.accepted == 1
+
+
+async def test_request_passes_over_connections_that_its_server_closed() -> None:
+    async with origin({"/": response(b"new")}) as server, egress(pool_size=16) as client:
+        await _open_and_lose(client, server, 10)
+        assert (await get(client, server.url())).body == b"new"
+        assert client.pool.idle == 10 - 2 * EXPIRED_DROPPED_MAX + 1
+        assert (await get(client, server.url())).body == b"new"
+        assert (client.pool.idle, server.accepted) == (1, 11)
+
+
+async def test_connection_used_last_is_used_again_first() -> None:
+    async with origin({"/": response()}) as server, egress() as client:
+        server.gate.clear()
+        calls = [asyncio.create_task(get(client, server.url())) for _ in range(3)]
+        await server.until(lambda: len(server.received) == 3)
+        server.gate.set()
+        await asyncio.gather(*calls)
+        assert client.pool.idle == 3
+        await get(client, server.url())
+        assert (client.pool.idle, server.accepted) == (3, 3)
 
 
 async def test_pool_holds_no_more_connections_than_its_size() -> None:
