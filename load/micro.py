@@ -47,7 +47,7 @@ def tools(count: int) -> list[FunctionTool]:
             tags=(noun, more),
         )
         one = object.__new__(FunctionTool)  # schemas are shared: what is measured is the registry
-        for name in ("_context_parameter", "_hints", "blocking", "function", "parameters", "result"):
+        for name in ("_context_parameter", "_hints", "blocking", "function", "never_waits", "parameters", "result"):
             setattr(one, name, getattr(first, name))
         one.spec = spec
         made.append(one)

@@ -5,6 +5,7 @@ Tool authors import `tool`, `ToolContext` and `ToolError` from here and nothing 
 
 from __future__ import annotations
 
+import dis
 import inspect
 import math
 import re
@@ -148,6 +149,10 @@ class Tool(Protocol):
     def blocking(self) -> bool:
         """True: `invoke` returns the value and may block, so it runs in a thread. False: it returns a coroutine."""
 
+    @property
+    def never_waits(self) -> bool:
+        """The coroutine has no `await`, so its first step is its last one."""
+
     def invoke(self, arguments: dict[str, Any], context: ToolContext) -> Any: ...
     def rebuilt(self) -> Tool:
         """The same tool with its schemas built anew, for ENABLE_PARAMETER_VALIDATION_CACHE=false."""
@@ -156,12 +161,13 @@ class Tool(Protocol):
 class FunctionTool:
     """A decorated function. Calling it calls the function, so that a tool's own tests need no service."""
 
-    __slots__ = ("_context_parameter", "_hints", "blocking", "function", "parameters", "result", "spec")
+    __slots__ = ("_context_parameter", "_hints", "blocking", "function", "never_waits", "parameters", "result", "spec")
 
     def __init__(self, function: Callable[..., Any], spec: ToolSpec) -> None:
         self.function = function
         self.spec = spec
         self.blocking = not inspect.iscoroutinefunction(function)
+        self.never_waits = not self.blocking and not _awaits(function)
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise ToolDeclarationError(f"tool {spec.id!r}: must return its result, not yield")
         try:
@@ -204,6 +210,12 @@ class FunctionTool:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+
+def _awaits(function: Callable[..., Any]) -> bool:
+    """Whether a coroutine function can be suspended: every way to wait compiles to these. True when unknown."""
+    code = getattr(function, "__code__", None)
+    return code is None or any(step.opname in ("SEND", "YIELD_VALUE") for step in dis.get_instructions(code))
 
 
 def _is_context(hint: Any) -> bool:
