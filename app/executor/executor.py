@@ -70,6 +70,7 @@ class Run:
         call = self.call
         if refusal is not None:
             refusal.execution_id = call.execution_id
+            refusal.__traceback__ = None  # it leads back to the frame that holds this Execution: a circle
         return Execution(
             execution_id=call.execution_id,
             tool_id=call.tool_id,

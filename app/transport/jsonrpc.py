@@ -193,6 +193,7 @@ class Dispatcher:
         return method.handler(context, method.read(named))
 
     def _refused(self, error: ToolServiceError, request_id: bytes, context: RequestContext) -> bytes:
+        error.__traceback__ = None  # it leads to frames that hold the error: a circle for the garbage collector
         if error.kind is DRAINING:
             context.draining = True
         execution_id = error.execution_id

@@ -1,0 +1,70 @@
+"""A request leaves nothing for the garbage collector: at 20,000 requests/s, circles cost pauses of 30 ms."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from typing import Any
+
+import pytest
+
+from app.service import open_service
+from app.settings import read_settings
+from app.transport.app import create_app
+from app.transport.server import Server
+
+REQUESTS = 200
+CALL = b'{"jsonrpc":"2.0","id":1,"method":"tools.execute","params":{"tool_id":"%b","parameters":%b}}'
+
+
+def http(body: bytes) -> bytes:
+    head = b"POST /api/v1/jsonrpc HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    return head % len(body) + body
+
+
+async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> bytes:
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    return await reader.readexactly(length)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL % (b"echo", b'{"message":"x"}'),
+        CALL % (b"no_such_tool", b"{}"),
+        CALL % (b"echo", b'{"message":1}'),
+        CALL % (b"calculator", b'{"expression":"1/0"}'),
+        b'{"jsonrpc":"2.0","id":1,"method":"nope"}',
+        b"{",
+    ],
+    ids=["success", "not found", "invalid", "failed", "no method", "no JSON"],
+)
+def test_a_call_leaves_no_garbage_in_circles(call: bytes) -> None:
+    request = http(call)
+
+    async def circles() -> int:
+        settings = read_settings({"DRAIN_SECONDS": "0"})
+        async with open_service(settings) as service:
+            server: Any = Server(create_app(service), service, "127.0.0.1", 0)
+            serving = asyncio.create_task(server.serve())
+            while not server.started:
+                await asyncio.sleep(0)
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            await answered(reader, writer, request)
+            gc.collect()
+            for _ in range(REQUESTS):
+                await answered(reader, writer, request)
+            found = gc.collect()
+            writer.close()
+            server.stop()
+            await serving
+            return found
+
+    gc.disable()
+    try:
+        assert asyncio.run(circles()) < REQUESTS / 10
+    finally:
+        gc.enable()
+        gc.unfreeze()
