@@ -46,6 +46,12 @@ class Lifecycle:
     phase: Phase = Phase.STARTING
     crashed: str | None = None
     on_crash: Callable[[], None] = field(default=lambda: None)
+    on_serving: Callable[[], None] = field(default=lambda: None)
+
+    def serve(self) -> None:
+        """The listener is open."""
+        self.phase = Phase.SERVING
+        self.on_serving()
 
     def crash(self, task: str) -> None:
         """A background task ended by itself: the process is to drain and exit non-zero."""
@@ -107,7 +113,8 @@ async def open_service(
         watch = LoopWatch()
         supervisor = Supervisor(lifecycle.crash)
         stack.push_async_callback(supervisor.close)
-        supervisor.start("loop-watch", watch.measure())
+        # Not before: start-up itself holds the loop for longer than a tool may.
+        lifecycle.on_serving = lambda: supervisor.start("loop-watch", watch.measure())
         metrics.gauges.update(
             tool_execution_concurrency=lambda: executor.concurrency,
             tool_execution_limit=lambda: slots.limit,

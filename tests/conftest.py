@@ -109,8 +109,7 @@ def start_service(*arguments: str, **environ: str) -> Running:
     try:
         event = running.read_log(lambda event: event["message"] == "serving")
     except BaseException:
-        process.kill()
-        process.wait()
+        end(running)
         raise
     running.url = event["url"]
     running.port = int(event["url"].rsplit(":", 1)[1])

@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine
+from types import FrameType
 from typing import Any
 
 logger = logging.getLogger("app.supervision")
@@ -110,5 +111,20 @@ class LoopWatch:
         task = asyncio.current_task(self._loop)
         logger.error(
             "event loop blocked",
-            extra={"blocked_s": round(late_s, 3), "task": task.get_name() if task else None, "stack": stack},
+            extra={
+                "blocked_s": round(late_s, 3),
+                "tool_id": _tool_running_in(frame),
+                "task": task.get_name() if task else None,
+                "stack": stack,
+            },
         )
+
+
+def _tool_running_in(frame: FrameType | None) -> str | None:
+    """The id of the tool that a stack is in: whoever runs one has it in a local variable of that name."""
+    while frame is not None:
+        spec = getattr(frame.f_locals.get("tool"), "spec", None)
+        if spec is not None:
+            return str(spec.id)
+        frame = frame.f_back
+    return None

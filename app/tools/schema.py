@@ -90,7 +90,7 @@ class ParameterSchema:
     def _validate_whole_floats(self, parameters: Any, first: ValidationError) -> Any:
         if first.error_count() > ERRORS_BUILT_MAX:
             raise InvalidParams.at("", f"{first.error_count()} violations", "too_many_errors") from None
-        integral = _whole_floats_as_integers(parameters)
+        integral = whole_floats_as_integers(parameters)
         try:
             return self._validator.validate_json(orjson.dumps(integral), strict=True)
         except ValidationError as error:
@@ -172,14 +172,14 @@ def _holds(document: Any, part: int | str) -> bool:
     return isinstance(document, dict) and part in document
 
 
-def _whole_floats_as_integers(value: Any) -> Any:
+def whole_floats_as_integers(value: Any) -> Any:
     """A copy in which 1.0 is 1. Recursion is bounded by the codec: 64 levels."""
     if type(value) is float and value.is_integer() and abs(value) < 2**63:
         return int(value)
     if type(value) is dict:
-        return {key: _whole_floats_as_integers(item) for key, item in value.items()}
+        return {key: whole_floats_as_integers(item) for key, item in value.items()}
     if type(value) is list:
-        return [_whole_floats_as_integers(item) for item in value]
+        return [whole_floats_as_integers(item) for item in value]
     return value
 
 

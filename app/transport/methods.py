@@ -21,7 +21,7 @@ from app.executor.executor import Executor
 from app.executor.plans import Plan, PlanTask, run_batch, run_fallback
 from app.telemetry.metrics import Metrics
 from app.tools.registry import Registry, ToolFilter
-from app.tools.schema import violations
+from app.tools.schema import violations, whole_floats_as_integers
 from app.transport import shapes
 from app.transport.jsonrpc import Method, RequestContext
 
@@ -164,8 +164,7 @@ class Methods:
 
     async def _execute_with_fallback(self, context: RequestContext, params: shapes.FallbackParams) -> bytes:
         began = time.perf_counter()
-        others = params.fallback if isinstance(params.fallback, list) else [params.fallback]
-        calls = [tool_call(context, item.tool_id, item) for item in (params.primary, *others)]
+        calls = [tool_call(context, item.tool_id, item) for item in (params.primary, *params.fallback)]
         attempts = await run_fallback(self._executor.execute, calls)
         result = _outcome(attempts)
         return orjson.dumps(
@@ -274,8 +273,12 @@ def _reader(spec: MethodSpec, batch_max: int) -> Callable[[dict[str, Any]], Any]
                 raise InvalidParams.at(name, f"Holds at most {batch_max} items")
         try:
             return validate(params, strict=True)
+        except ValidationError:
+            pass
+        try:  # once more with 1.0 as 1, as tools take it
+            return validate(whole_floats_as_integers(params), strict=True)
         except ValidationError as error:
-            raise InvalidParams("Invalid params; rpc.discover shows the schema", violations(error)) from None
+            raise InvalidParams("Invalid params; rpc.discover shows the schema", violations(error, params)) from None
 
     return read
 

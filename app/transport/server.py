@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
         if self.started:
             freeze_garbage()
             raise_open_files()
-            self._service.lifecycle.phase = Phase.SERVING
+            self._service.lifecycle.serve()
             logger.info("serving", extra={"url": f"http://{self.config.host}:{self.port}"})
 
     @property
