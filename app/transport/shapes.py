@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.calls import Status
 from app.errors import REFUSALS
@@ -112,9 +112,19 @@ class ParallelParams(Params):
     max_concurrent: Concurrency = 10
 
 
+OneOrMany = Annotated[
+    list[ExecuteParams],
+    BeforeValidator(
+        lambda value: value if isinstance(value, list) else [value],
+        json_schema_input_type=ExecuteParams | list[ExecuteParams],
+    ),
+]
+"""Not a union, which would report what is wrong with one call once for each of its branches."""
+
+
 class FallbackParams(Params):
     primary: ExecuteParams
-    fallback: ExecuteParams | list[ExecuteParams] = Field(
+    fallback: OneOrMany = Field(
         validation_alias=AliasChoices("fallback", "fallbacks"), description="Tried in order when the one before failed"
     )
 
