@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from contextvars import copy_context
 from typing import Any
 
 from app.errors import (
@@ -235,19 +236,21 @@ def _settle(ended: asyncio.Future[bool], in_time: bool) -> None:
 
 def _in_place(tool: Tool, arguments: dict[str, Any], context: ToolContext) -> Any:
     """Run a coroutine that has no `await`: no deadline can interrupt it, so a task and a timer of its own would only
-    cost their 4 µs."""
-    outside = in_tool.set(True)
+    cost their 4 µs. What it sets in its context ends with it, as in a task."""
     try:
-        tool.invoke(arguments, context).send(None)
+        copy_context().run(_only_step, tool, arguments, context)
     except StopIteration as end:
         return end.value
     except asyncio.CancelledError as error:
         raise RunFailed(CANCELLED_ITSELF) from error
     except BaseException as error:  # SystemExit too must end the call and not the event loop
         raise RunFailed(_cause(error, tool, context)) from error
-    finally:
-        in_tool.reset(outside)
     raise AssertionError("a coroutine without an await was suspended")
+
+
+def _only_step(tool: Tool, arguments: dict[str, Any], context: ToolContext) -> None:
+    in_tool.set(True)
+    tool.invoke(arguments, context).send(None)
 
 
 async def _contained(tool: Tool, arguments: dict[str, Any], context: ToolContext) -> Any:

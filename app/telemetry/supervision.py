@@ -121,10 +121,12 @@ class LoopWatch:
 
 
 def _tool_running_in(frame: FrameType | None) -> str | None:
-    """The id of the tool that a stack is in: whoever runs one has it in a local variable of that name."""
+    """The id of the tool that a stack is in: what of ours runs one has it in a local variable of that name. Variables
+    of others are not touched: what they do when looked at is theirs."""
     while frame is not None:
-        spec = getattr(frame.f_locals.get("tool"), "spec", None)
-        if spec is not None:
-            return str(spec.id)
+        if str(frame.f_globals.get("__name__")).startswith("app.executor."):
+            tool = frame.f_locals.get("tool")
+            if tool is not None:
+                return str(tool.spec.id)
         frame = frame.f_back
     return None

@@ -215,7 +215,9 @@ class FunctionTool:
 def _awaits(function: Callable[..., Any]) -> bool:
     """Whether a coroutine function can be suspended: every way to wait compiles to these. True when unknown."""
     code = getattr(function, "__code__", None)
-    return code is None or any(step.opname in ("SEND", "YIELD_VALUE") for step in dis.get_instructions(code))
+    if code is None or not code.co_flags & inspect.CO_COROUTINE:
+        return True  # a plain function that is only marked as one that returns a coroutine
+    return any(step.opname in ("SEND", "YIELD_VALUE") for step in dis.get_instructions(code))
 
 
 def _is_context(hint: Any) -> bool:

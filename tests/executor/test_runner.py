@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import inspect
 import sys
 import threading
 import time
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, computed_field
 
+from app.calls import LOCAL_CALLER, ToolCall, new_execution_id
 from app.errors import OVERLOADED, ToolError
+from app.executor.plans import run_batch
 from app.executor.runner import ABANDONED_PER_TOOL_MAX, RETRY_AFTER_MS_MAX
 from app.executor.threads import ThreadPool
 from app.tools.tool import FunctionTool, ToolContext, tool
@@ -241,6 +244,58 @@ async def test_a_child_task_that_exits_and_that_nobody_awaits_does_not_end_the_l
 
     async with opened(careless) as rig:
         assert (await rig.call(careless)).result == b'"RuntimeError"'
+
+
+async def test_a_child_task_that_exits_after_its_tool_has_ended_does_not_end_the_loop() -> None:
+    children: list[asyncio.Task[None]] = []
+
+    async def leave() -> None:
+        sys.exit(3)
+
+    @tool
+    async def gone() -> str:
+        """Start a task and return."""
+        children.append(asyncio.create_task(leave()))
+        return "done"
+
+    async with opened(gone) as rig:
+        assert (await rig.call(gone)).result == b'"done"'
+        await asyncio.wait(children)
+        assert type(children[0].exception()).__name__ == "RuntimeError"
+
+
+async def test_what_a_tool_sets_in_its_context_no_other_call_sees() -> None:
+    tenant = contextvars.ContextVar("tenant", default="nobody's")
+
+    @tool
+    async def remember(name: str) -> str:
+        """Read what is remembered, and remember the name."""
+        before = tenant.get()
+        tenant.set(name)
+        return before
+
+    async with opened(remember) as rig:
+        calls = [
+            ToolCall(new_execution_id(), "remember", {"name": name}, LOCAL_CALLER, time.perf_counter())
+            for name in ("mine", "yours")
+        ]
+        executions = await run_batch(rig.executor.execute, calls, 1)
+        assert [execution.result for execution in executions] == [b'"nobody\'s"'] * 2
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="inspect.markcoroutinefunction came with Python 3.12")
+async def test_a_function_that_is_marked_as_a_coroutine_function_may_wait() -> None:
+    async def wait() -> str:
+        await asyncio.sleep(0)
+        return "done"
+
+    def marked() -> Any:
+        """Return a coroutine."""
+        return wait()
+
+    one = tool(inspect.markcoroutinefunction(marked))
+    async with opened(one) as rig:
+        assert (await rig.call(one)).result == b'"done"'
 
 
 async def test_child_tasks_of_a_tool_are_ordinary_tasks() -> None:

@@ -151,6 +151,19 @@ async def test_a_blocked_loop_is_reported_while_it_is_blocked_with_its_task_and_
     assert "block_the_loop(seen.reported)" in event["stack"]
 
 
+class Untouchable:
+    @property
+    def spec(self) -> None:
+        raise RuntimeError("looked at")
+
+
+async def test_variables_of_the_code_that_blocks_are_not_looked_at(watch: LoopWatch, seen: Seen) -> None:
+    tool = Untouchable()
+    block_the_loop(seen.reported)
+    (event,) = seen.events
+    assert event["tool_id"] is None and tool
+
+
 async def test_one_blockage_is_one_line_and_the_next_one_another(watch: LoopWatch, seen: Seen) -> None:
     for blockages in (1, 2):
         seen.reported.clear()
