@@ -68,7 +68,9 @@ def test_every_setting_is_named_by_a_test_here() -> None:
 
 def test_tool_execution_timeout_bounds_every_run(tuned: Running) -> None:
     execution = tuned.execute("wait", {"seconds": 30}, timeout_override=60)
-    assert execution["status"] == "timeout" and execution["execution_time_ms"] >= 400
+    assert (
+        execution["status"] == "timeout" and execution["execution_time_ms"] >= 399
+    )  # uvloop keeps time in whole milliseconds
     assert tuned.rpc("tools.get", {"tool_id": "wait"})["result"]["timeout_seconds"] == 0.4
 
 

@@ -40,9 +40,10 @@ _STATUS: dict[str, Status] = {TOOL_TIMEOUT.category: "timeout", TOOL_CANCELLED.c
 class ToolState:
     """What the executor keeps for one tool between calls."""
 
-    __slots__ = ("abandoned", "series", "slots")
+    __slots__ = ("abandoned", "series", "slots", "tool")
 
     def __init__(self, tool: Tool, series: ToolSeries) -> None:
+        self.tool = tool
         self.series = series
         self.abandoned = Abandoned()
         self.slots = None if tool.spec.max_concurrent is None else Slots(tool.spec.max_concurrent)
@@ -159,7 +160,10 @@ class Executor:
         stages = self._metrics.stages
         begin = time.perf_counter()
         tool = self.registry.lookup(call.tool_id, call.caller)
-        run.state = state = self._states.get(call.tool_id) or self._state_of(tool)
+        state = self._states.get(call.tool_id)
+        if state is None or state.tool is not tool:
+            state = self._state_of(tool)
+        run.state = state
         found = time.perf_counter()
         self._metrics.lookup.observe(found - begin)
         stages["registry"].observe(found - call.received_at)
@@ -227,6 +231,9 @@ class Executor:
 
     def _state_of(self, tool: Tool) -> ToolState:
         state = ToolState(tool, self._metrics.for_tool(tool.spec.id))
+        before = self._states.get(tool.spec.id)
+        if before is not None:  # the registry has another tool of this id now; what hangs of the old one still does
+            state.abandoned = before.abandoned
         self._states[tool.spec.id] = state
         return state
 
@@ -298,10 +305,7 @@ class Executor:
             series.duration.observe(run.run_s)
             metrics.busy_s += run.run_s
             metrics.stages["execution"].observe(run.run_s)
-        if execution.error is not None:
-            metrics.errors[execution.error.category] += 1
-        elif execution.refusal is not None:
-            metrics.errors[execution.refusal.kind.error_type] += 1
+        metrics.count_outcome(execution)
         metrics.stages["metrics"].observe(time.perf_counter() - begin)
 
 

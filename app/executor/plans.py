@@ -96,10 +96,15 @@ class PlanTask:
 
 @dataclass(frozen=True, slots=True)
 class PlanResult:
-    """What a plan came to; `started` is the order in which its tasks began."""
+    """What a plan came to; `started` is the order in which its tasks began, `never_began` what no executor saw."""
 
     executions: dict[str, Execution]
     started: list[str]
+
+    @property
+    def never_began(self) -> list[Execution]:
+        began = set(self.started)
+        return [execution for task_id, execution in self.executions.items() if task_id not in began]
 
 
 class Plan:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from app.calls import STATUSES, Status
+from app.calls import STATUSES, Execution, Status
 from app.errors import ERROR_TYPES
 
 STAGES = ("registry", "validation", "limits", "execution", "serialisation", "metrics")
@@ -90,6 +90,13 @@ class Metrics(Collector):
 
     def count_error(self, error_type: str) -> None:
         self.errors[error_type] += 1
+
+    def count_outcome(self, execution: Execution) -> None:
+        """Count what went wrong with a call, if anything did."""
+        if execution.error is not None:
+            self.errors[execution.error.category] += 1
+        elif execution.refusal is not None:
+            self.errors[execution.refusal.kind.error_type] += 1
 
     def count_abandoned(self) -> None:
         self.abandoned += 1

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import orjson
@@ -33,55 +34,81 @@ CONTAINERS_MAX = 100_000
 BATCH_AT_ONCE = 10
 """Requests of one batch that run at the same time: one client's batch must not take every slot."""
 
-_BRACKETS = bytes.maketrans(b"[{]}", b"(())")
-_NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[{]}")
 _DIGITS = bytes.maketrans(b"0123456789", b"0000000000")
 _LONG_NUMBER = b"0" * 19
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|(-?[0-9]++)([.eE][-+.eE0-9]*+)?')
+_LONG_NUMBERS = re.compile(_LONG_NUMBER + b"0*+")
 _INT64_MIN, _UINT64_MAX = -(2**63), 2**64 - 1
+
+_NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'"[{]}')
+_NESTING = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_LEAF = b"\x01\xff"
+_LEAVES_TAKEN = 4
+"""Levels to take off at once before counting one by one: few bodies are deeper, and the counting takes 25 ns each."""
 
 
 def decode(body: bytes) -> Any:
     """The JSON value of a body. Raises ParseError, also for what orjson would let pass changed:
     integers past 64 bits become floats there, and nesting goes to 1,024."""
+    if body.count(b"[") + body.count(b"{") > NESTING_MAX and is_too_much(body):
+        raise ParseError(f"Parse error: over {NESTING_MAX} levels or {CONTAINERS_MAX} arrays and objects")
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:
         raise ParseError("Parse error: the body is not valid JSON") from None
-    containers = body.count(b"[") + body.count(b"{")
-    if containers > NESTING_MAX and (containers > CONTAINERS_MAX or nests_too_deep(body, value)):
-        raise ParseError(f"Parse error: over {NESTING_MAX} levels or {CONTAINERS_MAX} arrays and objects")
     if _LONG_NUMBER in body.translate(_DIGITS) and holds_long_integer(body):
         raise ParseError("Parse error: an integer does not fit 64 bits; send it as a string")
     return value
 
 
-def nests_too_deep(body: bytes, value: Any) -> bool:
-    """Exact, and quick for what is flat: each pass over the bare brackets takes one level off."""
-    brackets = body.translate(_BRACKETS, _NOT_BRACKETS)
-    for _ in range(NESTING_MAX):
-        brackets = brackets.replace(b"()", b"")
-        if not brackets:
-            return False
-    return _deeper_than(value, NESTING_MAX)  # brackets inside of strings can leave a rest
+def is_too_much(body: bytes) -> bool:
+    """Whether arrays and objects are too many or too deep, told before they are built. Exact where `body` is JSON."""
+    nesting = _structure(body).translate(_NESTING)
+    if nesting.count(b"\x01") > CONTAINERS_MAX:
+        return True
+    for _ in range(_LEAVES_TAKEN):
+        nesting = nesting.replace(_LEAF, b"")
+    return max(accumulate(memoryview(nesting).cast("b")), default=0) > NESTING_MAX - _LEAVES_TAKEN
 
 
-def _deeper_than(value: Any, levels: int) -> bool:
-    layer = [value] if isinstance(value, dict | list) else []
-    for _ in range(levels):
-        children = (item.values() if isinstance(item, dict) else item for item in layer)
-        layer = [child for items in children for child in items if isinstance(child, dict | list)]
-        if not layer:
-            return False
-    return True
+def _structure(body: bytes) -> bytes:
+    """The brackets outside of strings."""
+    quotes_and_brackets = _without_escapes(body).translate(None, _NOT_STRUCTURE)
+    # Two quotes in a row are an empty string or stand between two strings: without them the rest is as before.
+    return b"".join(quotes_and_brackets.replace(b'""', b"").split(b'"')[::2])
+
+
+def _without_escapes(body: bytes) -> bytes:
+    """Every quote that is left begins or ends a string."""
+    return body.replace(b"\\\\", b"").replace(b'\\"', b"")
 
 
 def holds_long_integer(body: bytes) -> bool:
     """Whether a number outside of strings, without fraction or exponent, passes 64 bits. `body` is valid JSON."""
-    integers = (match[1] for match in _TOKEN.finditer(body) if match[1] and not match[2])
-    return any(
-        len(digits) > 20 or not _INT64_MIN <= int(digits) <= _UINT64_MAX for digits in integers if len(digits) >= 19
-    )
+    plain = _without_escapes(body)
+    quotes = counted = 0
+    for run in _LONG_NUMBERS.finditer(plain.translate(_DIGITS)):
+        start, end = run.span()
+        if _passes_64_bits(plain, start, end):
+            quotes += plain.count(b'"', counted, start)
+            counted = start
+            if quotes % 2 == 0:
+                return True
+    return False
+
+
+def _passes_64_bits(plain: bytes, start: int, end: int) -> bool:
+    """Whether these digits are a whole number that is too large; not of a fraction or an exponent."""
+    before = plain[start - 1 : start]
+    if end - start == 19 and before != b"-":
+        return False
+    if plain[end : end + 1] in (b".", b"e", b"E") or before in (b".", b"e", b"E", b"+"):
+        return False
+    if before == b"-" and plain[start - 2 : start - 1] in (b"e", b"E"):
+        return False
+    if end - start > 20:
+        return True
+    digits = int(plain[start:end])
+    return not _INT64_MIN <= (-digits if before == b"-" else digits) <= _UINT64_MAX
 
 
 @dataclass(slots=True)

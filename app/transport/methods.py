@@ -153,6 +153,8 @@ class Methods:
         ]
         plan = Plan(tasks, params.max_concurrent, began + self._executor.timeout_ceiling_s)
         done = await plan.run(self._executor.execute)
+        for execution in done.never_began:
+            self._metrics.count_outcome(execution)
         return orjson.dumps(
             {
                 "results": {task_id: self._item(execution) for task_id, execution in done.executions.items()},

@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
         )
         self._draining: asyncio.Task[None] | None = None
         service.metrics.wire_refusals = lambda: {str(reason): count for reason, count in self._wire.refused.items()}
-        service.lifecycle.on_crash = self.stop
+        service.lifecycle.on_crash = self.drain
         super().__init__(
             uvicorn.Config(
                 app,
@@ -98,9 +98,14 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """Begin to drain; called again, end at once."""
         if self._draining is None:
-            self._draining = asyncio.get_running_loop().create_task(self._drain(), name="drain")
+            self.drain()
         else:
             self.force_exit = self.should_exit = True
+
+    def drain(self) -> None:
+        """Begin to drain, unless it has begun: a crash in the middle of it must not cut running calls."""
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain(), name="drain")
 
     async def _drain(self) -> None:
         self._service.lifecycle.phase = Phase.DRAINING

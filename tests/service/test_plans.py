@@ -152,3 +152,22 @@ def test_when_everything_failed_the_last_execution_is_the_answer(service: Runnin
     answer = fallback(service, item("raise_exception"), BAD)["result"]
     assert answer["result"]["error"]["code"] == "TICKET_CLOSED"
     assert answer["used_fallback"] and len(answer["attempts"]) == 2
+
+
+def test_tasks_whose_turn_never_came_are_counted_too(service: Running) -> None:
+    before = {kind: service.metric("tool_errors_total", error_type=kind) for kind in ("skipped", "invalid_params")}
+    tasks: list[dict[str, Any]] = [
+        {"task_id": "fails", "tool_id": "fail_clearly"},
+        {"task_id": "skipped", "tool_id": "echo", "dependencies": ["fails"]},
+        {"task_id": "works", "tool_id": "echo", "parameters": {"message": "x"}},
+        {
+            "task_id": "lost",
+            "tool_id": "echo",
+            "parameters": {"message": {"$from": "works", "path": "no.such"}},
+            "dependencies": ["works"],
+        },
+    ]
+    result = service.rpc("tools.execute_parallel", {"tasks": tasks})["result"]
+    assert (result["successful_count"], result["failed_count"]) == (1, 3)
+    after = {kind: service.metric("tool_errors_total", error_type=kind) for kind in before}
+    assert after == {kind: count + 1 for kind, count in before.items()}
