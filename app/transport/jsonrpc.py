@@ -36,7 +36,7 @@ BATCH_AT_ONCE = 10
 
 _DIGITS = bytes.maketrans(b"0123456789", b"0000000000")
 _LONG_NUMBER = b"0" * 19
-_LONG_NUMBERS = re.compile(_LONG_NUMBER + b"0*+")
+_LONG_INTEGER = re.compile(rb"[\[,:\s](-[0-9]{19,}+|[0-9]{20,}+)(?=[\],}\s])")
 _INT64_MIN, _UINT64_MAX = -(2**63), 2**64 - 1
 
 _NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'"[{]}')
@@ -62,7 +62,7 @@ def decode(body: bytes) -> Any:
 
 def is_too_much(body: bytes) -> bool:
     """Whether arrays and objects are too many or too deep, told before they are built. Exact where `body` is JSON."""
-    nesting = _structure(body).translate(_NESTING)
+    nesting = _outside_of_strings(_without_escapes(body).translate(None, _NOT_STRUCTURE)).translate(_NESTING)
     if nesting.count(b"\x01") > CONTAINERS_MAX:
         return True
     for _ in range(_LEAVES_TAKEN):
@@ -70,11 +70,10 @@ def is_too_much(body: bytes) -> bool:
     return max(accumulate(memoryview(nesting).cast("b")), default=0) > NESTING_MAX - _LEAVES_TAKEN
 
 
-def _structure(body: bytes) -> bytes:
-    """The brackets outside of strings."""
-    quotes_and_brackets = _without_escapes(body).translate(None, _NOT_STRUCTURE)
-    # Two quotes in a row are an empty string or stand between two strings: without them the rest is as before.
-    return b"".join(quotes_and_brackets.replace(b'""', b"").split(b'"')[::2])
+def holds_long_integer(body: bytes) -> bool:
+    """Whether a number outside of strings, without fraction or exponent, passes 64 bits. `body` is valid JSON."""
+    found = _LONG_INTEGER.findall(b" %b " % _outside_of_strings(_without_escapes(body)))
+    return any(len(number) > 20 or not _INT64_MIN <= int(number) <= _UINT64_MAX for number in found)
 
 
 def _without_escapes(body: bytes) -> bytes:
@@ -82,33 +81,9 @@ def _without_escapes(body: bytes) -> bytes:
     return body.replace(b"\\\\", b"").replace(b'\\"', b"")
 
 
-def holds_long_integer(body: bytes) -> bool:
-    """Whether a number outside of strings, without fraction or exponent, passes 64 bits. `body` is valid JSON."""
-    plain = _without_escapes(body)
-    quotes = counted = 0
-    for run in _LONG_NUMBERS.finditer(plain.translate(_DIGITS)):
-        start, end = run.span()
-        if _passes_64_bits(plain, start, end):
-            quotes += plain.count(b'"', counted, start)
-            counted = start
-            if quotes % 2 == 0:
-                return True
-    return False
-
-
-def _passes_64_bits(plain: bytes, start: int, end: int) -> bool:
-    """Whether these digits are a whole number that is too large; not of a fraction or an exponent."""
-    before = plain[start - 1 : start]
-    if end - start == 19 and before != b"-":
-        return False
-    if plain[end : end + 1] in (b".", b"e", b"E") or before in (b".", b"e", b"E", b"+"):
-        return False
-    if before == b"-" and plain[start - 2 : start - 1] in (b"e", b"E"):
-        return False
-    if end - start > 20:
-        return True
-    digits = int(plain[start:end])
-    return not _INT64_MIN <= (-digits if before == b"-" else digits) <= _UINT64_MAX
+def _outside_of_strings(text: bytes) -> bytes:
+    """Two quotes in a row are an empty string, or else stand between two strings: the rest is the same without."""
+    return b"".join(text.replace(b'""', b"").split(b'"')[::2])
 
 
 @dataclass(slots=True)

@@ -126,9 +126,7 @@ class Methods:
     def _execute(self, context: RequestContext, params: shapes.ExecuteParams) -> Awaitable[bytes]:
         return self.execute(context, params.tool_id, params)
 
-    async def execute(
-        self, context: RequestContext, tool_id: str, params: shapes.ExecuteParams | shapes.RestExecuteBody
-    ) -> bytes:
+    async def execute(self, context: RequestContext, tool_id: str, params: shapes.RestExecuteBody) -> bytes:
         """One call to its Execution, written. Raises the refusal when it did not run."""
         execution = await self._executor.execute(tool_call(context, tool_id, params))
         if execution.refusal is not None:
@@ -205,7 +203,7 @@ class Methods:
         return execution.as_dict()
 
 
-def tool_call(context: RequestContext, tool_id: str, params: shapes.ExecuteParams | shapes.RestExecuteBody) -> ToolCall:
+def tool_call(context: RequestContext, tool_id: str, params: shapes.RestExecuteBody) -> ToolCall:
     """The call that the params ask for; what the request's a2a_context says fills the gaps."""
     call = ToolCall(
         new_execution_id(),

@@ -85,14 +85,19 @@ IdempotencyKey = Annotated[
 ]
 
 
-class ExecuteParams(Params):
-    tool_id: ToolId
+class RestExecuteBody(Params):
+    """The body of POST /api/v1/tools/{tool_id}/execute: all of a call but the tool's id."""
+
     parameters: Arguments
     agent_id: AgentLabel = None
     execution_context: ExecutionContext | None = None
     timeout_override: TimeoutOverride = None
     call_id: CallId = None
     idempotency_key: IdempotencyKey = None
+
+
+class ExecuteParams(RestExecuteBody, GetParams):
+    """A whole call; `tool_id` comes first, for params by position."""
 
 
 class BatchParams(Params):
@@ -132,17 +137,6 @@ class FallbackParams(Params):
 class CancelParams(Params):
     execution_id: Label | None = None
     call_id: Label | None = None
-
-
-class RestExecuteBody(Params):
-    """The body of POST /api/v1/tools/{tool_id}/execute: ExecuteParams without the tool's id."""
-
-    parameters: Arguments
-    agent_id: AgentLabel = None
-    execution_context: ExecutionContext | None = None
-    timeout_override: TimeoutOverride = None
-    call_id: CallId = None
-    idempotency_key: IdempotencyKey = None
 
 
 class ToolsQuery(Params):
