@@ -21,7 +21,7 @@ from app.executor.executor import Executor
 from app.executor.plans import Plan, PlanTask, run_batch, run_fallback
 from app.telemetry.metrics import Metrics
 from app.tools.registry import Registry, ToolFilter
-from app.tools.schema import violations, whole_floats_as_integers
+from app.tools.schema import ERRORS_BUILT_MAX, violations, whole_floats_as_integers
 from app.transport import shapes
 from app.transport.jsonrpc import Method, RequestContext
 
@@ -273,8 +273,10 @@ def _reader(spec: MethodSpec, batch_max: int) -> Callable[[dict[str, Any]], Any]
                 raise InvalidParams.at(name, f"Holds at most {batch_max} items")
         try:
             return validate(params, strict=True)
-        except ValidationError:
-            pass
+        except ValidationError as error:
+            count = error.error_count()
+        if count > ERRORS_BUILT_MAX:
+            raise InvalidParams.at("", f"{count} violations", "too_many_errors")
         try:  # once more with 1.0 as 1, as tools take it
             return validate(whole_floats_as_integers(params), strict=True)
         except ValidationError as error:

@@ -407,3 +407,179 @@ def test_lists_narrow_by_category_tags_and_capabilities(service: Running) -> Non
     detail = service.rpc("tools.get", {"tool_id": "echo"})["result"]
     assert "echo" in listed(tags=[detail["tags"][0], "no such tag"])
     assert listed(capabilities=["no such capability"]) == set()
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("-0", 0), ("0.1e1", 1), ("1E2", 100), ("-0.0", 0), ("1e-400", 0), ("5e-324", 5e-324), ("1e308", 1e308)],
+)
+def test_an_id_written_with_a_fraction_or_an_exponent_is_the_same_number(
+    service: Running, written: str, value: float
+) -> None:
+    answer = post(service, '{"jsonrpc":"2.0","method":"rpc.ping","id":%s}' % written).json()
+    assert "result" in answer and answer["id"] == value
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        (r'"\u0000"', "\0"),
+        (r'"\ud83e\udd80"', "\U0001f980"),
+        ('"\U0001f980\u2028\uffff\x7f"', "\U0001f980\u2028\uffff\x7f"),
+        (r'"\"\\\/\b\f\n\r\t"', '"\\/\b\f\n\r\t'),
+        (f'"{"x" * 100_000}"', "x" * 100_000),
+    ],
+)
+def test_an_id_of_any_text_comes_back(service: Running, written: str, value: str) -> None:
+    assert post(service, '{"jsonrpc":"2.0","method":"rpc.ping","id":%s}' % written).json()["id"] == value
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":1}\x00',
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":1}\x0b',
+        b'\x0c{"jsonrpc":"2.0","method":"rpc.ping","id":1}',
+        b'\xc2\xa0{"jsonrpc":"2.0","method":"rpc.ping","id":1}',
+        request(id=1).encode("utf-16"),
+        request(id=1).encode("utf-32-le"),
+        b"\x1f\x8b\x08\x00",
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":"\xc0\x80"}',
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":"\xf4\x90\x80\x80"}',
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":"\\udd80\\ud83e"}',
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":1,"dropped":"\\ud83e","dropped":1}',
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":1.}',
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":.5}',
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":+1}',
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":0x1}',
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":1_0}',
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":-1E400}',
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":"\\x41"}',
+        b'{"jsonrpc":"2.0","method":"rpc.ping","id":"a\nb"}',
+        b'[{"jsonrpc":"2.0","method":"rpc.ping","id":1},{"jsonrpc":"2.0","method":"rpc.ping","id":1E400}]',
+        b'[{"jsonrpc":"2.0","method":"rpc.ping","id":1},]',
+        b"1E400",
+        b"9" * 20,
+        b"-9999999999999999999",
+        b"9" * 1_048_576,
+        b"[" * 1_048_576,
+        b'{"a":' * 100_000,
+    ],
+)
+def test_more_that_is_not_json_is_one_parse_error_too(service: Running, body: bytes) -> None:
+    answer = error_of(post(service, body))
+    assert answer["error"]["code"] == -32700 and answer["id"] is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '"\\"99999999999999999999"',
+        '"\\\\",-9223372036854775808,"99999999999999999999"',
+        '"[1,99999999999999999999,2]"',
+        '"a","","\\\\\\"",18446744073709551615',
+        "99999999999999999999.5",
+        "99999999999999999999e1",
+        "1e-99999999999999999999",
+        "1E+00000000000000000000001",
+        "-0.00000000000000000000001",
+        "9999999999999999999",
+    ],
+)
+def test_what_only_looks_like_a_long_integer_is_taken(service: Running, value: str) -> None:
+    body = '{"jsonrpc":"2.0","method":"rpc.ping","id":1,"99999999999999999999":[%s]}' % value
+    assert "result" in post(service, body).json()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '"\\\\",99999999999999999999',
+        '"","",99999999999999999999,""',
+        '"\\\\\\"", 18446744073709551616 ',
+        '"a":-9999999999999999999',
+        "\n-9223372036854775809\n",
+        "18446744073709551615,18446744073709551616",
+    ],
+)
+def test_a_long_integer_is_found_wherever_it_stands(service: Running, value: str) -> None:
+    inside = "{%s}" if ":" in value else "[%s]"
+    body = '{"jsonrpc":"2.0","method":"rpc.ping","id":1,"x":%s}' % (inside % value)
+    assert error_of(post(service, body))["error"]["code"] == -32700
+
+
+@pytest.mark.parametrize(("opening", "closing"), [('["]",', ',"["]'), ('{"]":', ',"[":""}'), ('["\\\\]",', ',"[\\""]')])
+def test_brackets_inside_of_strings_hide_no_nesting(service: Running, opening: str, closing: str) -> None:
+    def nested(levels: int) -> str:
+        inner = opening * (levels - 1) + "1" + closing * (levels - 1)
+        return '{"jsonrpc":"2.0","method":"rpc.ping","x":%s,"id":1}' % inner
+
+    assert "result" in post(service, nested(64)).json()
+    assert error_of(post(service, nested(65)))["error"]["code"] == -32700
+
+
+def test_one_deep_value_among_many_flat_ones_is_found(service: Running) -> None:
+    flat = "[]," * 50_000
+    body = '{"jsonrpc":"2.0","method":"rpc.ping","id":1,"x":[%s%s%s]}'
+    assert "result" in post(service, body % (flat, "[" * 62, "]" * 62)).json()
+    assert error_of(post(service, body % (flat, "[" * 63, "]" * 63)))["error"]["code"] == -32700
+
+
+def test_arrays_and_objects_are_counted_outside_of_strings_alone(service: Running) -> None:
+    body = '{"jsonrpc":"2.0","method":"rpc.ping","id":1,"x":[%s]}'
+    assert "result" in post(service, body % ",".join(["{}"] * 99_998)).json()
+    assert error_of(post(service, body % ",".join(["{}"] * 99_999)))["error"]["code"] == -32700
+    assert "result" in post(service, body % '"%s","%s"' % ("[" * 200_000, '\\"{' * 200_000)).json()
+
+
+def test_duplicate_members_are_one_member_however_they_are_written(service: Running) -> None:
+    body = '{"jsonrpc":"2.0","method":"rpc.ping","id":[1],"\\u0069d":2}'
+    assert post(service, body).json() == {"jsonrpc": "2.0", "result": {"pong": True}, "id": 2}
+
+
+@pytest.mark.parametrize("name", ["__proto__", "__class__", "constructor", ""])
+def test_names_that_mean_something_elsewhere_are_names_like_others(service: Running, name: str) -> None:
+    assert "result" in post(service, request(id=1, **{name: {"jsonrpc": "1.0", "id": 2}})).json()
+    assert error_of(post(service, request(name, id=1)))["error"]["code"] == -32601
+    answer = error_of(post(service, request(id=1, params={name: {}})))
+    assert [error["path"] for error in answer["error"]["data"]["errors"]] == [name]
+
+
+@pytest.mark.parametrize("method", ["rpc.ping\0", "rpc.ping ", " rpc.ping", "\U0001f980", "m" * 1_000_000])
+def test_a_method_is_its_name_and_nothing_near_it(service: Running, method: str) -> None:
+    response = post(service, request(method, id=1))
+    assert error_of(response)["error"]["code"] == -32601 and len(response.content) < 1_000
+
+
+@pytest.mark.parametrize("value", [1, "x", [], True])
+def test_an_a2a_context_of_another_type_is_an_invalid_request(service: Running, value: Any) -> None:
+    answer = error_of(post(service, request(id=1, a2a_context=value)))
+    assert answer["error"]["code"] == -32600 and answer["id"] == 1
+    assert post(service, request(a2a_context=value)).status_code == 204
+
+
+def test_an_a2a_context_of_null_or_with_values_of_other_types_is_none(service: Running) -> None:
+    for value in (None, {"source_agent": 1, "trace_id": {}, "session_id": []}):
+        answer = service.rpc("tools.execute", {"tool_id": "who_calls"}, a2a_context=value)
+        seen = answer["result"]["result"]
+        assert seen["agent_id"] is None and seen["session_id"] is None
+
+
+def test_notifications_count_for_the_cap_of_a_batch(service: Running) -> None:
+    assert post(service, f"[{','.join([request()] * 100)}]").status_code == 204
+    answer = error_of(post(service, f"[{','.join([request()] * 101)}]"))
+    assert answer["error"]["code"] == -32600 and answer["id"] is None
+
+
+def test_a_batch_in_a_batch_is_no_request(service: Running) -> None:
+    (answer,) = post(service, f"[[{request(id=1)}]]").json()
+    assert answer["error"]["code"] == -32600 and answer["id"] is None
+
+
+@pytest.mark.parametrize(("method", "around"), [("rpc.ping", "%s"), ("tools.execute", '{"execution_context":%s}')])
+def test_of_very_many_violations_the_number_is_told(service: Running, method: str, around: str) -> None:
+    params = json.loads(around % json.dumps({f"unknown-{number}": 1 for number in range(10_000)}))
+    response = post(service, request(method, params=params, id=1))
+    (error,) = error_of(response)["error"]["data"]["errors"]
+    assert error["type"] == "too_many_errors" and error["message"].startswith("1000")
+    assert len(response.content) < 1_000
