@@ -86,7 +86,7 @@ def _serve(settings: Settings, options: argparse.Namespace) -> int:
     async def serve() -> NoReturn:
         async with open_service(settings, listen=(options.host, options.port)) as service:
             service.metrics.counters["log_lines_dropped_total"] = lambda: writer.dropped
-            app = create_app(service, host=options.host)
+            app = create_app(service, host=options.host, port=options.port)
             await Server(app, service, options.host, options.port).serve()
             code = 1 if service.lifecycle.crashed else 0
         # Here, because leaving the loop waits for all its tasks and threads: one hung tool would keep the process.

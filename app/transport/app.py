@@ -28,11 +28,11 @@ HOSTS_REMEMBERED_MAX = 64
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-def create_app(service: Service, *, host: str = "127.0.0.1") -> ASGIApp:
-    """The whole application over an open service. `host` is the address that the server is bound to."""
+def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -> ASGIApp:
+    """The whole application over an open service. `host` and `port` are what the server is bound to."""
     settings = service.settings
     methods = Methods(service.executor, service.registry, service.metrics, settings.max_batch_size)
-    methods.discovery = orjson.dumps(openrpc_document(methods.table(), settings.public_url))
+    methods.discovery = orjson.dumps(openrpc_document(methods.table(), settings.public_url or f"http://{host}:{port}"))
     dispatcher = Dispatcher(methods.methods(), settings.max_batch_size, run_bounded, service.metrics.count_error)
     door = JsonRpcDoor(dispatcher, settings.max_request_bytes, settings.request_read_timeout_s)
     inner: ASGIApp = Doors(door, create_fastapi(service, methods))

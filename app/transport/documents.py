@@ -15,14 +15,13 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from app.transport import shapes
+from app.transport.examples import EXAMPLES, EXECUTION, OPENRPC, Json
 from app.transport.methods import MethodSpec
 from app.transport.openapi import (
     EXECUTE_TOOL,
-    EXECUTION,
     GET_TOOL,
     LIST_TOOLS,
     RETRY_AFTER,
-    Json,
     reference,
     refusals,
     response,
@@ -47,31 +46,6 @@ too slowly, has headers that are too large, or finds no free connection; and 405
 
 ANSWERS = {each.id: each.answer for each in (LIST_TOOLS, GET_TOOL, EXECUTE_TOOL)}
 
-_ECHO = {"tool_id": "echo", "parameters": {"message": "Hello"}}
-_FAILING = {"tool_id": "calculator", "parameters": {"operation": "divide", "a": 1, "b": 0}}
-METHOD_EXAMPLES: dict[str, Json] = {
-    "tools.list": {"category": "utility", "limit": 20},
-    "tools.get": {"tool_id": "echo"},
-    "tools.search": {"name_query": "message", "limit": 5},
-    "tools.execute": _ECHO,
-    "tools.execute_batch": {"requests": [_ECHO, _FAILING], "max_concurrent": 2},
-    "tools.execute_parallel": {
-        "tasks": [
-            {"task_id": "first", **_ECHO},
-            {
-                "task_id": "second",
-                "tool_id": "echo",
-                "parameters": {"message": {"$from": "first", "path": "message"}},
-                "dependencies": ["first"],
-            },
-        ]
-    },
-    "tools.execute_with_fallback": {"primary": _FAILING, "fallback": _ECHO},
-    "tools.cancel": {"call_id": "greeting-1"},
-}
-"""Params by method; a method that is not here takes none."""
-
-OPENRPC = {"type": "object", "title": "OpenRPC document", "required": ["openrpc", "info", "methods"]}
 REQUEST_ID = {"type": ["string", "number", "null"]}
 
 
@@ -199,7 +173,7 @@ def _door_examples(table: Sequence[MethodSpec]) -> Json:
 
 
 def _request(method: str) -> Json:
-    params = METHOD_EXAMPLES.get(method)
+    params, _ = EXAMPLES.get(method, ({}, {}))
     return {"jsonrpc": "2.0", "method": method, **({"params": params} if params else {}), "id": 1}
 
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.transport import shapes
+from app.transport.examples import ECHO_SUMMARY, EXECUTION, Json
 from app.transport.openrpc import REFERENCE
-
-Json = dict[str, Any]
 
 REFUSED_BECAUSE = {
     400: "The body is not JSON that this service takes",
@@ -69,29 +68,6 @@ TOOL_ID = {
     "description": "Id of the tool, as the list gives it",
     "schema": {"type": "string", "pattern": "^[A-Za-z_][A-Za-z0-9_-]{0,63}$"},
     "example": "echo",
-}
-
-ECHO_SUMMARY = {
-    "tool_id": "echo",
-    "name": "Echo",
-    "description": "Return the message.",
-    "version": "1.0.0",
-    "category": "utility",
-    "tags": ["text", "test"],
-    "capabilities": ["echo"],
-}
-EXECUTION = {
-    "execution_id": "01981c5e-7c1a-7000-8000-0123456789ab",
-    "tool_id": "echo",
-    "status": "success",
-    "result": {"message": "Hello"},
-    "error": None,
-    "execution_time_ms": 0.05,
-    "overhead_ms": 0.12,
-    "timestamp": "2026-11-20T15:00:00.000Z",
-    "attempts": 1,
-    "cached": False,
-    "trace_id": "01981c5e7c1a700080000123456789ab",
 }
 
 
