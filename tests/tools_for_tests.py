@@ -174,3 +174,18 @@ def log_flood(lines: int) -> int:
     for number in range(lines):
         logging.getLogger("tests.flood").error(f"{number} {'x' * 1_000}")
     return lines
+
+
+_met: dict[int, asyncio.Event] = {}
+_arrived: dict[int, int] = {}
+
+
+@tool(category="custom")
+async def meet(count: int) -> int:
+    """Return once that many calls are in here at the same time."""
+    event = _met.setdefault(count, asyncio.Event())
+    _arrived[count] = _arrived.get(count, 0) + 1
+    if _arrived[count] == count:
+        event.set()
+    await event.wait()
+    return count

@@ -72,18 +72,18 @@ class Run:
         if refusal is not None:
             refusal.execution_id = call.execution_id
             refusal.__traceback__ = None  # it leads back to the frame that holds this Execution: a circle
-        return Execution(
-            execution_id=call.execution_id,
-            tool_id=call.tool_id,
-            status=status,
-            result=result,
-            error=error,
-            refusal=refusal,
-            run_s=self.run_s,
-            overhead_s=max(0.0, time.perf_counter() - call.received_at - self.run_s),
-            finished_at=time.time(),
-            attempts=self.attempts,
-            trace_id=call.trace_id or call.execution_id.replace("-", ""),
+        return Execution(  # by position: names cost as much again
+            call.execution_id,
+            call.tool_id,
+            status,
+            result,
+            error,
+            refusal,
+            self.run_s,
+            max(0.0, time.perf_counter() - call.received_at - self.run_s),
+            time.time(),
+            self.attempts,
+            call.trace_id or call.execution_id.replace("-", ""),
         )
 
 
