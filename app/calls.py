@@ -61,6 +61,8 @@ class ToolCall(NamedTuple):
     idempotency_key: str | None = None
     client: Client | None = None
     """None where a disconnect cannot be seen."""
+    admitted: bool = False
+    """It belongs to a request that was let in before: a drain that has begun since does not refuse it."""
 
 
 class Execution(NamedTuple):

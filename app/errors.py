@@ -97,6 +97,10 @@ class ToolServiceError(Exception):
         self.execution_id: str | None = None
         """Set by the executor when it was a call of a tool that was refused."""
 
+    def forget_origin(self) -> None:
+        """Once it is an answer: tracebacks lead to frames that hold the error, a circle for the garbage collector."""
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+
     def as_data(self) -> dict[str, Any]:
         """The error's `data` member: what is the same for every error, then what this one adds."""
         data: dict[str, Any] = {"error_type": self.kind.error_type, "retryable": self.kind.retryable}

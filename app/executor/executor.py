@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from app.calls import Caller, Client, Execution, Status, ToolCall
@@ -71,7 +71,7 @@ class Run:
         call = self.call
         if refusal is not None:
             refusal.execution_id = call.execution_id
-            refusal.__traceback__ = None  # it leads back to the frame that holds this Execution: a circle
+            refusal.forget_origin()
         return Execution(  # by position: names cost as much again
             call.execution_id,
             call.tool_id,
@@ -203,10 +203,16 @@ class Executor:
         stages["serialisation"].observe(time.perf_counter() - ended)
         return result
 
-    def _enter(self, run: Run) -> None:
+    def admitted(self, calls: Iterable[ToolCall]) -> list[ToolCall]:
+        """Let a request's calls in together: a drain that begins later does not cut it in two. Raises Draining."""
         if not self._accepting:
             raise Draining
+        return [call._replace(admitted=True) for call in calls]
+
+    def _enter(self, run: Run) -> None:
         call = run.call
+        if not (self._accepting or call.admitted):
+            raise Draining
         if call.call_id is not None:
             key = (call.caller.tenant, call.caller.subject, call.call_id)
             if key in self._call_ids:

@@ -25,15 +25,21 @@ from app.transport.openrpc import openrpc_document
 from app.transport.rpc import CLOSE, RPC_PATH, JsonRpcDoor, Receive, Scope, Send, json_headers, respond
 
 HOSTS_REMEMBERED_MAX = 64
+
+ANSWER_RESULTS_MAX = 16
+"""Results of MAX_RESULT_BYTES that one answer has room for, however many calls the request made."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -> ASGIApp:
     """The whole application over an open service. `host` and `port` are what the server is bound to."""
     settings = service.settings
-    methods = Methods(service.executor, service.registry, service.metrics, settings.max_batch_size)
+    answer_bytes_max = ANSWER_RESULTS_MAX * settings.max_result_bytes
+    methods = Methods(service.executor, service.registry, service.metrics, settings.max_batch_size, answer_bytes_max)
     methods.discovery = orjson.dumps(openrpc_document(methods.table(), settings.public_url or f"http://{host}:{port}"))
-    dispatcher = Dispatcher(methods.methods(), settings.max_batch_size, run_bounded, service.metrics.count_error)
+    dispatcher = Dispatcher(
+        methods.methods(), settings.max_batch_size, answer_bytes_max, run_bounded, service.metrics.count_error
+    )
     door = JsonRpcDoor(dispatcher, settings.max_request_bytes, settings.request_read_timeout_s)
     inner: ASGIApp = Doors(door, create_fastapi(service, methods))
     if settings.cors_allow_origins:
@@ -117,7 +123,10 @@ class Guard:
         await self._inner(scope, receive, send)
 
     def _is_good_host(self, host: bytes) -> bool:
-        name = urlsplit("//" + host.decode("latin-1")).hostname if host else "localhost"
+        try:
+            name = urlsplit("//" + host.decode("latin-1")).hostname if host else "localhost"
+        except ValueError:  # brackets around what is no address
+            return False
         good = name is not None and is_loopback(name)
         if good and len(self._good_hosts) < HOSTS_REMEMBERED_MAX:
             self._good_hosts.add(host)

@@ -86,6 +86,23 @@ def _outside_of_strings(text: bytes) -> bytes:
     return b"".join(text.replace(b'""', b"").split(b'"')[::2])
 
 
+class AnswerBudget:
+    """Bytes that the results in one HTTP answer may still take. Batches multiply: 27 KB of requests could ask for
+    500 MB of results, each of them within its bound."""
+
+    __slots__ = ("_left_bytes",)
+
+    def __init__(self, bytes_max: int) -> None:
+        self._left_bytes = bytes_max
+
+    def take(self, size_bytes: int) -> bool:
+        """Whether there is room for that much; takes it if so."""
+        if size_bytes > self._left_bytes:
+            return False
+        self._left_bytes -= size_bytes
+        return True
+
+
 @dataclass(slots=True)
 class RequestContext:
     """What a method may know of the HTTP request around it. `received_at` is `time.perf_counter()` seconds."""
@@ -95,7 +112,9 @@ class RequestContext:
     client: Client | None = None
     a2a: Mapping[str, Any] | None = None
     draining: bool = False
-    """Set when a call was refused because the replica shuts down: the door answers 503."""
+    """Set when all that was asked for was refused because the replica shuts down: the door answers 503."""
+    budget: AnswerBudget | None = None
+    """Shared by the requests of a batch; None for one alone, whose result has a bound of its own."""
 
 
 Handler = Callable[[RequestContext, Any], Awaitable[bytes]]
@@ -118,11 +137,13 @@ class Dispatcher:
         self,
         methods: Mapping[str, Method],
         batch_max: int,
+        answer_bytes_max: int,
         run_bounded: Callable[..., Awaitable[None]],
         count_error: Callable[[str], None],
     ) -> None:
         self._methods = methods
         self._batch_max = batch_max
+        self._answer_bytes_max = answer_bytes_max
         self._run_bounded = run_bounded
         self._count_error = count_error
 
@@ -142,14 +163,17 @@ class Dispatcher:
         if len(requests) > self._batch_max:
             raise InvalidRequest(f"Invalid request: a batch holds at most {self._batch_max} requests")
         answers: list[bytes | None] = [None] * len(requests)
+        budget = AnswerBudget(self._answer_bytes_max)
+        served: list[bool] = []
 
         async def answer(position: int) -> None:
-            own = RequestContext(context.caller, context.received_at, context.client)
+            own = RequestContext(context.caller, context.received_at, context.client, budget=budget)
             answers[position] = await self._dispatch_one(requests[position], own)
-            context.draining |= own.draining
+            served.append(not own.draining)
 
         work = [lambda position=position: answer(position) for position in range(len(requests))]
         await self._run_bounded(work, min(BATCH_AT_ONCE, len(requests)))
+        context.draining = not any(served)  # a 503 is tried again, and what ran must not run twice
         written = [answer for answer in answers if answer is not None]
         return b"[" + b",".join(written) + b"]" if written else None
 
@@ -195,7 +219,7 @@ class Dispatcher:
         return method.handler(context, method.read(named))
 
     def _refused(self, error: ToolServiceError, request_id: bytes, context: RequestContext) -> bytes:
-        error.__traceback__ = None  # it leads to frames that hold the error: a circle for the garbage collector
+        error.forget_origin()
         if error.kind is DRAINING:
             context.draining = True
         execution_id = error.execution_id

@@ -16,19 +16,21 @@ from pydantic import BaseModel, ValidationError
 
 from app import __version__
 from app.calls import Caller, Execution, ToolCall, new_execution_id
-from app.errors import InvalidParams, PermissionDenied
+from app.errors import RESULT_TOO_LARGE, InvalidParams, PermissionDenied, failure
 from app.executor.executor import Executor
-from app.executor.plans import Plan, PlanTask, run_batch, run_fallback
+from app.executor.plans import Execute, Plan, PlanTask, run_batch, run_fallback
 from app.telemetry.metrics import Metrics
 from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import ERRORS_BUILT_MAX, violations, whole_floats_as_integers
 from app.transport import shapes
-from app.transport.jsonrpc import Method, RequestContext
+from app.transport.jsonrpc import AnswerBudget, Method, RequestContext
 
 SERVICE_NAME = "agentcore-tools"
 
 SCOPE_EXECUTE = "tools:execute"
 SCOPE_READ = "tools:read"
+
+NO_ROOM = failure(RESULT_TOO_LARGE, "The results of one request have no room for this one; ask for fewer at once")
 
 _TRACE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -50,11 +52,14 @@ class MethodSpec:
 class Methods:
     """The table and the work behind it."""
 
-    def __init__(self, executor: Executor, registry: Registry, metrics: Metrics, batch_max: int) -> None:
+    def __init__(
+        self, executor: Executor, registry: Registry, metrics: Metrics, batch_max: int, answer_bytes_max: int
+    ) -> None:
         self._executor = executor
         self._registry = registry
         self._metrics = metrics
         self._batch_max = batch_max
+        self._answer_bytes_max = answer_bytes_max
         self.discovery = b"{}"
         """The OpenRPC document, hung in by the application once the table stands."""
 
@@ -131,26 +136,29 @@ class Methods:
         execution = await self._executor.execute(tool_call(context, tool_id, params))
         if execution.refusal is not None:
             raise execution.refusal
+        if context.budget is not None:
+            execution = self._within_budget(context.budget, execution)
         written = execution.as_json()
         self._metrics.overhead.observe(time.perf_counter() - context.received_at - execution.run_s)
         return written
 
     async def _execute_batch(self, context: RequestContext, params: shapes.BatchParams) -> bytes:
         began = time.perf_counter()
-        calls = [tool_call(context, item.tool_id, item) for item in params.requests]
-        executions = await run_batch(self._executor.execute, calls, params.max_concurrent)
+        calls = self._executor.admitted(tool_call(context, item.tool_id, item) for item in params.requests)
+        executions = await run_batch(self._bounded_execute(context), calls, params.max_concurrent)
         return orjson.dumps(
             {"results": [self._item(execution) for execution in executions], **_counts(executions), **_total(began)}
         )
 
     async def _execute_parallel(self, context: RequestContext, params: shapes.ParallelParams) -> bytes:
         began = time.perf_counter()
+        calls = self._executor.admitted(tool_call(context, item.tool_id, item) for item in params.tasks)
         tasks = [
-            PlanTask(item.task_id, tool_call(context, item.tool_id, item), tuple(item.dependencies))
-            for item in params.tasks
+            PlanTask(item.task_id, call, tuple(item.dependencies))
+            for item, call in zip(params.tasks, calls, strict=True)
         ]
         plan = Plan(tasks, params.max_concurrent, began + self._executor.timeout_ceiling_s)
-        done = await plan.run(self._executor.execute)
+        done = await plan.run(self._bounded_execute(context))
         for execution in done.never_began:
             self._metrics.count_outcome(execution)
         return orjson.dumps(
@@ -164,8 +172,10 @@ class Methods:
 
     async def _execute_with_fallback(self, context: RequestContext, params: shapes.FallbackParams) -> bytes:
         began = time.perf_counter()
-        calls = [tool_call(context, item.tool_id, item) for item in (params.primary, *params.fallback)]
-        attempts = await run_fallback(self._executor.execute, calls)
+        calls = self._executor.admitted(
+            tool_call(context, item.tool_id, item) for item in (params.primary, *params.fallback)
+        )
+        attempts = await run_fallback(self._bounded_execute(context), calls)
         result = _outcome(attempts)
         return orjson.dumps(
             {
@@ -193,6 +203,22 @@ class Methods:
 
     async def _discover(self, context: RequestContext, params: shapes.NoParams) -> bytes:
         return self.discovery
+
+    def _bounded_execute(self, context: RequestContext) -> Execute:
+        """`executor.execute` for the calls of one request, whose results share the room of one answer."""
+        budget = context.budget or AnswerBudget(self._answer_bytes_max)
+
+        async def execute(call: ToolCall) -> Execution:
+            return self._within_budget(budget, await self._executor.execute(call))
+
+        return execute
+
+    def _within_budget(self, budget: AnswerBudget, execution: Execution) -> Execution:
+        if execution.result is None or budget.take(len(execution.result)):
+            return execution
+        dropped = execution._replace(status="failed", result=None, error=NO_ROOM)
+        self._metrics.count_outcome(dropped)
+        return dropped
 
     def _item(self, execution: Execution) -> dict[str, Any]:
         """An Execution among several, or the error of one that was refused."""

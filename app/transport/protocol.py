@@ -8,6 +8,7 @@ The server's builder makes one `Wire` and gives `protocol_class(wire)` to `uvico
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeGuard
 
@@ -84,7 +85,7 @@ _CHUNKED = -1
 _CHUNK_BYTES_MIN = len(b"0\r\n\r\n")
 """What a chunk adds to its content."""
 
-_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?")
+_HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?")
 """RFC 9110, section 7.2, by way of RFC 3986; an http URI has no empty host (section 4.2.1)."""
 
 _INSPECTED = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect"})
@@ -265,7 +266,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         elif name == b"host":
             self._hosts += 1
             if value != self._host_checked:
-                if not _HOST.fullmatch(value):
+                if not _names_host(value):
                     self._reject(BAD_HOST)
                 self._host_checked = value
         elif name == b"transfer-encoding":
@@ -484,6 +485,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _body_too_large(self) -> Refusal:
         return Refusal(Reason.BODY_TOO_LARGE, BodyTooLarge(self._bounds.request_bytes_max))
+
+
+def _names_host(value: bytes) -> bool:
+    """Whether a Host is one: in brackets stands an IPv6 address, or later readers of it would stumble."""
+    found = _HOST.fullmatch(value)
+    if found is None or found[1] is None:
+        return found is not None
+    try:
+        ipaddress.IPv6Address(found[1].decode("ascii"))
+    except ValueError:
+        return False
+    return True
 
 
 def _is_open(cycle: RequestResponseCycle | None) -> TypeGuard[RequestResponseCycle]:

@@ -57,7 +57,7 @@ def test_it_is_valid(document: Json) -> None:
 def test_every_route_is_documented_and_nothing_else() -> None:
     async def compared() -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
         async with open_service(Settings()) as service:
-            methods = Methods(service.executor, service.registry, service.metrics, 100)
+            methods = Methods(service.executor, service.registry, service.metrics, 100, 1_000_000)
             app = create_fastapi(service, methods)
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
                 document = (await client.get("/openapi.json")).json()

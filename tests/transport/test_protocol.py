@@ -372,6 +372,8 @@ AMBIGUOUS = {
     "Host with path": b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n",
     "Host with user": b"GET / HTTP/1.1\r\nHost: a@b\r\n\r\n",
     "Host list": b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n",
+    "Host with colons in brackets": b"GET / HTTP/1.1\r\nHost: [::::]\r\n\r\n",
+    "Host with IPv4 in brackets": b"GET / HTTP/1.1\r\nHost: [1.2.3]\r\n\r\n",
     "Host with bad port": b"GET / HTTP/1.1\r\nHost: a:8x\r\n\r\n",
     "length beside chunked": HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "chunked beside length": HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
@@ -878,7 +880,7 @@ def test_the_installed_uvicorn_has_the_internals_that_the_protocol_relies_on() -
     expected = """__init__ connection_made connection_lost data_received pause_writing resume_writing on_message_begin
         on_header on_headers_complete on_body on_message_complete on_response_complete _should_upgrade
         _start_asgi_task"""
-    assert overridden - {"__module__", "__doc__", "__annotations__"} == set(expected.split())
+    assert {name for name in overridden if not name.startswith("__") or name == "__init__"} == set(expected.split())
     attributes = "loop parser transport flow pipeline cycle scope headers url expect_100_continue server_state"
     assert set(attributes.split()) - {"url"} <= set(vars(ours))
     assert len(vars(ours)) <= 30, "slower attributes from here on"

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from app.calls import Caller
 from app.errors import PermissionDenied, ToolServiceError
-from app.transport.app import origin_of
+from app.transport.app import Guard, origin_of
 from app.transport.methods import require_scope
 from app.transport.rest import answer_errors, error_response
 from tests.conftest import START_S_MAX, Running, Serve, end, start_service
@@ -451,6 +451,19 @@ def test_on_loopback_a_host_of_another_name_is_refused(service: Running, path: s
         refused(browse(service, path, Host=host), 403, -32003)
     for host in ("localhost", f"localhost:{service.port}", "127.0.0.1", "[::1]", "127.8.8.8"):
         assert browse(service, path, Host=host, Origin=f"http://{host}").status_code == 200
+
+
+def test_a_host_with_no_address_in_its_brackets_is_refused_at_every_layer(service: Running) -> None:
+    guard = Guard(FastAPI(), (), loopback_only=True)
+    transport = httpx.ASGITransport(guard)
+
+    async def guarded(host: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get("/livez", headers={"Host": host})
+
+    for host in ("[::::]", "[1.2.3]"):
+        refused(browse(service, TOOLS, Host=host), 400, -32600)
+        refused(asyncio.run(guarded(host)), 403, -32003)
 
 
 def test_the_public_url_is_our_own_origin_whatever_its_path(serve: Serve) -> None:
