@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import sys
 import threading
 import time
 from typing import Annotated, Any
 
+import anyio
 from pydantic import Field
 
 from app.tools.tool import ToolContext, ToolError, tool
@@ -189,3 +191,42 @@ async def meet(count: int) -> int:
         event.set()
     await event.wait()
     return count
+
+
+@tool(category="custom")
+async def cancel_current_task() -> str:
+    """Cancel whatever task this runs in."""
+    task = asyncio.current_task()
+    if task is not None:
+        task.cancel()
+    return "done"
+
+
+@tool(category="custom", timeout=0.2)
+async def block_loop_past_the_deadline() -> str:
+    """Hold the event loop for longer than the timeout, without an await."""
+    threading.Event().wait(0.4)
+    return "late"
+
+
+@tool(category="custom")
+async def cancel_a_group_that_has_not_begun() -> str:
+    """Cancel a child of an anyio group before its first step."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(anyio.sleep, 60)
+        group.cancel_scope.cancel()
+    return "done"
+
+
+@tool(category="custom")
+async def exit_in_a_task_of_another_context() -> str:
+    """Start a task with a context of its own; it starts one that exits."""
+
+    async def exits() -> None:
+        sys.exit(3)
+
+    async def starts() -> None:
+        await asyncio.gather(asyncio.create_task(exits()), return_exceptions=True)
+
+    await asyncio.create_task(starts(), context=contextvars.Context())
+    return "done"

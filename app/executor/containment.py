@@ -23,7 +23,11 @@ def contain_exits(loop: asyncio.AbstractEventLoop) -> None:
 def _task(
     loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any] | Generator[Any, Any, Any], **options: Any
 ) -> asyncio.Task[Any]:
-    return asyncio.Task(Contained(coroutine) if in_tool.get() else coroutine, loop=loop, **options)
+    if not in_tool.get():
+        return asyncio.Task(coroutine, loop=loop, **options)
+    if (context := options.get("context")) is not None:
+        context.run(in_tool.set, True)  # a context of its own would forget where it comes from
+    return asyncio.Task(Contained(coroutine), loop=loop, **options)
 
 
 class Contained(Coroutine[Any, Any, Any]):
@@ -43,6 +47,9 @@ class Contained(Coroutine[Any, Any, Any]):
 
     def close(self) -> None:
         self._inner.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)  # anyio and reprs look at `cr_frame` and its like
 
     def __await__(self) -> Generator[Any, Any, Any]:
         raise TypeError("a task's own coroutine is awaited by way of the task")

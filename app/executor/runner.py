@@ -120,7 +120,10 @@ class Runner:
         and Overloaded when it could not begin: then nothing ran."""
         abandoned.refuse_past_cap()
         if tool.never_waits:
-            return _in_place(tool, arguments, context)
+            value = self._in_place(tool, arguments, context)
+            if time.perf_counter() > context.deadline:
+                raise RunFailed(TIMED_OUT)  # nothing could interrupt it, but a late value is none
+            return value
         if tool.blocking:
             ended = await self._in_thread(tool, arguments, context, interrupt, abandoned)
         else:
@@ -150,6 +153,25 @@ class Runner:
             raise RunFailed(failure(RESULT_TOO_LARGE, f"The result is over {self._result_bytes_max} bytes"))
         return encoded
 
+    def _in_place(self, tool: Tool, arguments: dict[str, Any], context: ToolContext) -> Any:
+        """Run a coroutine that has no `await`: no deadline can interrupt it, so a task and a timer of its own would
+        only cost their 4 µs. What it sets in its context ends with it, and it sees no current task: the request's
+        is not its to cancel."""
+        request = asyncio.current_task(self._loop)
+        assert request is not None
+        asyncio._leave_task(self._loop, request)
+        try:
+            copy_context().run(_only_step, tool, arguments, context)
+        except StopIteration as end:
+            return end.value
+        except asyncio.CancelledError as error:
+            raise RunFailed(CANCELLED_ITSELF) from error
+        except BaseException as error:  # SystemExit too must end the call and not the event loop
+            raise RunFailed(_cause(error, tool, context)) from error
+        finally:
+            asyncio._enter_task(self._loop, request)
+        raise AssertionError("a coroutine without an await was suspended")
+
     async def _on_loop(
         self, tool: Tool, arguments: dict[str, Any], context: ToolContext, interrupt: Interrupt, abandoned: Abandoned
     ) -> asyncio.Future[Any]:
@@ -164,6 +186,9 @@ class Runner:
             raise
         if not task.done() or interrupt.requested:
             await self._within_deadline(task, context.deadline, interrupt, lambda: self._stop_task(task, abandoned))
+        elif time.perf_counter() > context.deadline:
+            task.add_done_callback(ignore_result)
+            raise RunFailed(TIMED_OUT)  # it held the loop for all its time; a late value is none
         return task
 
     async def _in_thread(
@@ -232,20 +257,6 @@ def cancelled_from_outside() -> bool:
 def _settle(ended: asyncio.Future[bool], in_time: bool) -> None:
     if not ended.done():
         ended.set_result(in_time)
-
-
-def _in_place(tool: Tool, arguments: dict[str, Any], context: ToolContext) -> Any:
-    """Run a coroutine that has no `await`: no deadline can interrupt it, so a task and a timer of its own would only
-    cost their 4 µs. What it sets in its context ends with it, as in a task."""
-    try:
-        copy_context().run(_only_step, tool, arguments, context)
-    except StopIteration as end:
-        return end.value
-    except asyncio.CancelledError as error:
-        raise RunFailed(CANCELLED_ITSELF) from error
-    except BaseException as error:  # SystemExit too must end the call and not the event loop
-        raise RunFailed(_cause(error, tool, context)) from error
-    raise AssertionError("a coroutine without an await was suspended")
 
 
 def _only_step(tool: Tool, arguments: dict[str, Any], context: ToolContext) -> None:

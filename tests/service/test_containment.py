@@ -1,0 +1,84 @@
+"""A tool's doings stay its own: other calls of the same request, and the process, go on."""
+
+from __future__ import annotations
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tests.conftest import Running, Serve
+
+TOOLS = "tests.tools_for_tests"
+
+
+def test_a_tool_cannot_cancel_the_request_that_it_runs_in(service: Running) -> None:
+    requests: list[dict[str, Any]] = [
+        {"tool_id": "cancel_current_task"},
+        {"tool_id": "wait", "parameters": {"seconds": 0}},
+    ]
+    result = service.rpc("tools.execute_batch", {"requests": requests, "max_concurrent": 1})["result"]
+    assert [item["status"] for item in result["results"]] == ["success", "success"]
+    batch = [
+        {"jsonrpc": "2.0", "id": number, "method": "tools.execute", "params": params}
+        for number, params in enumerate([requests[0]] * 10 + [requests[1]] * 20)
+    ]
+    answers = service.http.post("/api/v1/jsonrpc", json=batch).json()
+    assert sorted(answer["id"] for answer in answers) == list(range(30))
+
+
+def test_a_value_that_comes_after_the_deadline_is_none_though_nothing_could_interrupt_the_run(service: Running) -> None:
+    late = service.execute("block_loop_past_the_deadline")
+    assert (late["status"], late["result"], late["error"]["code"]) == ("timeout", None, "TOOL_TIMEOUT")
+
+
+def test_a_group_of_tasks_that_is_cancelled_before_it_begins_ends_as_it_would_elsewhere(service: Running) -> None:
+    assert service.execute("cancel_a_group_that_has_not_begun")["result"] == "done"
+
+
+def test_an_exit_below_a_context_of_its_own_ends_no_more_than_its_task(service: Running) -> None:
+    assert service.execute("exit_in_a_task_of_another_context")["result"] == "done"
+    assert service.http.get("/livez").status_code == 200
+
+
+def test_the_results_of_one_request_share_the_room_of_one_answer(serve: Serve) -> None:
+    running = serve(TOOL_MODULES=TOOLS, MAX_RESULT_BYTES="10000")
+    one = {"tool_id": "return_long", "parameters": {"characters": 9000}}
+    result = running.rpc("tools.execute_batch", {"requests": [one] * 30})["result"]
+    assert result["successful_count"] == 17  # 16 results of MAX_RESULT_BYTES, that is 160,000 bytes
+    errors = {item["error"]["code"] for item in result["results"] if item["status"] != "success"}
+    assert errors == {"TOOL_RESULT_TOO_LARGE"}
+    call = {"jsonrpc": "2.0", "method": "tools.execute_batch", "params": {"requests": [one] * 10}}
+    batch = [{**call, "id": number} for number in range(10)]
+    answers = running.http.post("/api/v1/jsonrpc", json=batch).json()
+    assert sum(answer["result"]["successful_count"] for answer in answers) == 17
+
+
+def test_a_drain_cuts_no_plan_that_was_let_in_and_no_batch_that_partly_ran(serve: Serve) -> None:
+    running = serve(TOOL_MODULES=TOOLS, DRAIN_SECONDS="0.2")
+    chain = [
+        {
+            "task_id": str(number),
+            "tool_id": "wait",
+            "parameters": {"seconds": 0.3},
+            "dependencies": [str(number - 1)] if number else [],
+        }
+        for number in range(4)
+    ]
+    waits = [
+        {"jsonrpc": "2.0", "id": number, "method": "tools.execute", "params": ["wait", {"seconds": 0.3}]}
+        for number in range(30)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        plan = pool.submit(running.rpc, "tools.execute_parallel", {"tasks": chain})
+        array = pool.submit(running.http.post, "/api/v1/jsonrpc", json=waits)
+        ends = time.monotonic() + 60
+        while running.metric("tool_execution_concurrency") < 11:
+            assert time.monotonic() < ends
+        running.process.send_signal(signal.SIGTERM)
+        assert plan.result(60)["result"]["successful_count"] == 4
+        answered = array.result(60)
+    assert answered.status_code == 200
+    refused = [answer for answer in answered.json() if "error" in answer]
+    assert refused and {answer["error"]["code"] for answer in refused} == {-32009}
+    assert len(refused) < 30 and running.process.wait(60) == 0
