@@ -49,7 +49,7 @@ _LEAVES_TAKEN = 4
 def decode(body: bytes) -> Any:
     """The JSON value of a body. Raises ParseError, also for what orjson would let pass changed:
     integers past 64 bits become floats there, and nesting goes to 1,024."""
-    if body.count(b"[") + body.count(b"{") > NESTING_MAX and is_too_much(body):
+    if len(body) > 2 * NESTING_MAX and body.count(b"[") + body.count(b"{") > NESTING_MAX and is_too_much(body):
         raise ParseError(f"Parse error: over {NESTING_MAX} levels or {CONTAINERS_MAX} arrays and objects")
     try:
         value = orjson.loads(body)
