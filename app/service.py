@@ -18,6 +18,7 @@ from app.executor.threads import ThreadPool
 from app.limits.concurrency import Slots
 from app.settings import Settings, SettingsError
 from app.telemetry.metrics import Metrics
+from app.telemetry.scraping import Scraper
 from app.telemetry.supervision import LoopWatch, Supervisor
 from app.tools.builtin import builtin_tools
 from app.tools.loading import LoadProblem, load_tools
@@ -67,6 +68,7 @@ class Service:
     registry: Registry
     executor: Executor
     metrics: Metrics
+    scraper: Scraper
     lifecycle: Lifecycle
     load_problems: tuple[LoadProblem, ...]
 
@@ -108,7 +110,6 @@ async def open_service(
             rebuild_validators=not settings.enable_parameter_validation_cache,
         )
         for tool in registry.snapshot.tools.values():
-            metrics.for_tool(tool.spec.id)
             _warn_of_unenforced(tool)
         watch = LoopWatch()
         supervisor = Supervisor(lifecycle.crash)
@@ -123,7 +124,7 @@ async def open_service(
             event_loop_lag_seconds=watch.lag_s,
             registered_tools=lambda: len(registry),
         )
-        yield Service(settings, registry, executor, metrics, lifecycle, tuple(loaded.problems))
+        yield Service(settings, registry, executor, metrics, Scraper(metrics), lifecycle, tuple(loaded.problems))
 
 
 def _warn_of_unenforced(tool: Tool) -> None:

@@ -1,4 +1,4 @@
-"""Every metric of the service, once: what is counted, its labels, and the text that Prometheus reads.
+"""Every metric of the service, once: what is counted and its labels. `scraping` makes text of it for Prometheus.
 
 Series are plain Python numbers, touched by the event loop alone and read at scrape: 0.2 µs an observation, where the
 client library's locked children cost 1.4 (docs/adr/0007-own-counters.md). Label values come from the registry or from
@@ -63,6 +63,11 @@ class ToolSeries:
         self.executions: dict[Status, int] = dict.fromkeys(RUN_STATUSES, 0)
         self.duration = Histogram(DURATION_BUCKETS_S)
 
+    @property
+    def ran(self) -> bool:
+        """Whether there is anything to show: a tool that never ran has no series."""
+        return any(self.executions.values())
+
 
 def _zero() -> float:
     return 0.0
@@ -104,13 +109,8 @@ class Metrics(Collector):
     def for_tool(self, tool_id: str) -> ToolSeries:
         return self.tools.setdefault(tool_id, ToolSeries())
 
-    def keep_only(self, tool_ids: Iterable[str]) -> None:
-        """Forget the series of tools that are gone."""
-        kept = set(tool_ids)
-        self.tools = {tool_id: series for tool_id, series in self.tools.items() if tool_id in kept}
-
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]:
-        yield from self._per_tool()
+        """All but the series of the tools, which app/telemetry/scraping.py writes."""
         yield _histogram("framework_overhead_seconds", OVERHEAD_HELP, [((), self.overhead)])
         stages = [((stage,), histogram) for stage, histogram in self.stages.items()]
         yield _histogram("framework_stage_seconds", "Time in one stage of a call", stages, ("stage",))
@@ -125,21 +125,6 @@ class Metrics(Collector):
             yield _counter(name, text, [((), self.counters.get(name, _zero)())])
         for name, text in GAUGES.items():
             yield GaugeMetricFamily(name, text, value=self.gauges.get(name, _zero)())
-
-    def _per_tool(self) -> Iterator[CounterMetricFamily | HistogramMetricFamily]:
-        series = list(self.tools.items())
-        yield _counter(
-            "tool_executions_total",
-            "Runs by tool and outcome",
-            [((tool_id, status), count) for tool_id, one in series for status, count in one.executions.items()],
-            ("tool_id", "status"),
-        )
-        yield _histogram(
-            "tool_execution_duration_seconds",
-            "The tool's own run",
-            [((tool_id,), one.duration) for tool_id, one in series],
-            ("tool_id",),
-        )
 
 
 OVERHEAD_HELP = "Everything but the tool's own run, until the answer is handed over"

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from prometheus_client.exposition import choose_encoder
 
 from app.service import Phase, Service
 from app.transport.openapi import refusals
@@ -43,8 +42,8 @@ def router(service: Service) -> APIRouter:
         responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
     )
     async def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(service.metrics.registry), media_type=content_type)
+        text, content_type = await service.scraper.scrape(request.headers.get("accept", ""))
+        return Response(text, media_type=content_type)
 
     return routes
 
