@@ -52,8 +52,10 @@ def _listen(host: str, port: int) -> Finding:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host.strip("[]"), port))
-    except OSError as error:
-        return Finding("address", False, f"{host}:{port} cannot be bound ({error.strerror}); choose another --port")
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        says = f"{host} port {port} cannot be bound ({reason}); choose another --host or --port"
+        return Finding("address", False, says)
     return Finding("address", True, f"{host}:{port} is free")
 
 

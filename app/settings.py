@@ -133,6 +133,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def http_url(host: str, port: int) -> str:
+    """Where a listener answers; an IPv6 address goes into brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def check_bind(settings: Settings, host: str) -> None:
     """The safe default: another address than loopback needs authentication, or AUTH_MODE=none said aloud."""
     if settings.auth_mode == "required":

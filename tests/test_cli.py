@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from app import __version__
+from app.settings import http_url
 from tests.conftest import ROOT, service_environ
 
 
@@ -20,6 +22,7 @@ def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         env=service_environ(**environ),
         capture_output=True,
         text=True,
+        timeout=120,
     )
 
 
@@ -75,8 +78,71 @@ def test_an_unknown_command_exits_2_with_the_usage() -> None:
     assert done.returncode == 2 and "usage" in done.stderr
 
 
-def test_a_port_that_is_taken_exits_non_zero_with_a_line_that_says_so() -> None:
+def test_tools_call_ends_with_its_answer_though_the_tool_swallows_its_cancellation() -> None:
+    done = run(
+        *("tools", "call", "stubborn", '{"seconds": 3600}'),
+        TOOL_MODULES="tests.tools_for_tests",
+        TOOL_EXECUTION_TIMEOUT="0.2",
+    )
+    assert done.returncode == 1 and json.loads(done.stdout)["status"] == "timeout" and done.stderr == ""
+
+
+def test_an_interrupt_ends_a_call_of_a_tool_that_swallows_its_cancellation() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app", "tools", "call", "say_and_hang"],
+        cwd=ROOT,
+        env=service_environ(TOOL_MODULES="tests.tools_for_tests"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stderr is not None and process.stderr.readline() == b"hanging\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("command", [["tools", "list"], ["tools", "list", "--json"], ["tools", "call", "echo"]])
+def test_a_reader_that_has_seen_enough_is_no_error(command: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app", *command],
+        cwd=ROOT,
+        env=service_environ(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("port", ["abc", "-1", "65536", "1_0", "²"])
+def test_a_port_that_cannot_be_is_refused_plainly(port: str) -> None:
+    done = run("serve", f"--port={port}")
+    assert done.returncode == 2 and "must be a number from 0 to 65535" in done.stderr
+
+
+def test_a_port_that_is_taken_exits_1_with_a_line_that_says_so() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = run("serve", "--port", str(taken.getsockname()[1]))
-    assert done.returncode not in (0, 2)
-    assert "address already in use" in (done.stdout + done.stderr).lower()
+        port = taken.getsockname()[1]
+        done = run("serve", "--port", str(port))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"127.0.0.1 port {port}" in line and "address already in use" in line.lower() and "--port" in line
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "[::1]"])
+def test_a_host_that_is_none_exits_1_with_a_line_that_says_so(host: str) -> None:
+    done = run("serve", "--host", host, "--port", "0", AUTH_MODE="none")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert host in line and "--host" in line
+    assert run("doctor", "--host", host, "--port", "0", AUTH_MODE="none").returncode == (0 if host == "[::1]" else 1)
+
+
+@pytest.mark.parametrize(("host", "url"), [("127.0.0.1", "http://127.0.0.1:8001"), ("::1", "http://[::1]:8001")])
+def test_the_url_of_a_listener_has_brackets_around_ipv6(host: str, url: str) -> None:
+    assert http_url(host, 8001) == url

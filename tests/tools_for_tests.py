@@ -230,3 +230,14 @@ async def exit_in_a_task_of_another_context() -> str:
 
     await asyncio.create_task(starts(), context=contextvars.Context())
     return "done"
+
+
+@tool(category="custom")
+async def say_and_hang() -> None:
+    """Say so on stderr, then swallow every cancellation."""
+    print("hanging", file=sys.stderr, flush=True)
+    while True:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            pass

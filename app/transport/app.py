@@ -17,7 +17,7 @@ from app import __version__
 from app.errors import PermissionDenied
 from app.executor.plans import run_bounded
 from app.service import Service
-from app.settings import is_loopback
+from app.settings import http_url, is_loopback
 from app.transport import documents, ops, rest
 from app.transport.jsonrpc import Dispatcher
 from app.transport.methods import Methods
@@ -36,7 +36,7 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
     settings = service.settings
     answer_bytes_max = ANSWER_RESULTS_MAX * settings.max_result_bytes
     methods = Methods(service.executor, service.registry, service.metrics, settings.max_batch_size, answer_bytes_max)
-    methods.discovery = orjson.dumps(openrpc_document(methods.table(), settings.public_url or f"http://{host}:{port}"))
+    methods.discovery = orjson.dumps(openrpc_document(methods.table(), settings.public_url or http_url(host, port)))
     dispatcher = Dispatcher(
         methods.methods(), settings.max_batch_size, answer_bytes_max, run_bounded, service.metrics.count_error
     )

@@ -18,6 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from app.service import Phase, Service
+from app.settings import http_url
 from app.transport.protocol import protocol_class
 from app.transport.wire import HttpBounds, Wire
 
@@ -28,6 +29,14 @@ FINISH_MARGIN_S = 5.0
 
 GC_THRESHOLD = 50_000
 """Young collections at uvicorn's and our rate of garbage came every few milliseconds with the default of 700."""
+
+
+class CannotListen(Exception):
+    """The address cannot be bound: names it, why, and the arguments to change."""
+
+    def __init__(self, host: str, port: int, error: BaseException | None) -> None:
+        reason = getattr(error, "strerror", None) or str(error)
+        super().__init__(f"cannot listen on {host} port {port} ({reason}); choose another --host or --port")
 
 
 class Server(uvicorn.Server):
@@ -82,12 +91,16 @@ class Server(uvicorn.Server):
             self._wire.close()
 
     async def startup(self, sockets: object = None) -> None:
-        await super().startup()
+        try:
+            await super().startup()
+        except (SystemExit, UnicodeError) as end:  # uvicorn logs the bare error and exits
+            error = end.__context__ if isinstance(end, SystemExit) else end
+            raise CannotListen(self.config.host, self.config.port, error) from error
         if self.started:
             freeze_garbage()
             raise_open_files()
             self._service.lifecycle.serve()
-            logger.info("serving", extra={"url": f"http://{self.config.host}:{self.port}"})
+            logger.info("serving", extra={"url": http_url(self.config.host, self.port)})
 
     @property
     def port(self) -> int:
