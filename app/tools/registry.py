@@ -28,7 +28,9 @@ VIEWS_KEPT_MAX = 64
 """Callers with different scopes see different tools; there are few kinds of them."""
 
 PAGES_KEPT_MAX = 512
-"""Pages differ by filter, cursor and caller; a client that walks all of them must not fill the memory."""
+PAGES_BYTES_MAX = 8 * 1024 * 1024
+"""Pages differ by filter, cursor, limit and caller; a client that walks all of them must not fill the memory, nor keep
+out for ever the pages that others ask for: the oldest goes first. A page of 1,000 tools has about 170 KB."""
 
 
 def may_call(caller: Caller, spec: ToolSpec) -> bool:
@@ -85,6 +87,7 @@ class Snapshot:
         self.summaries = {tool_id: orjson.dumps(summary(self.tools[tool_id].spec)) for tool_id in self.ids}
         self.details: dict[str, bytes] = {}
         self.pages: dict[Any, bytes] = {}
+        self._pages_bytes = 0
         self._visible: dict[frozenset[str], tuple[str, ...]] = {}
         self._by_category = self._indexed(lambda spec: (spec.category,))
         self._by_tag = self._indexed(lambda spec: spec.tags)
@@ -125,6 +128,15 @@ class Snapshot:
             if len(self._visible) < VIEWS_KEPT_MAX:
                 self._visible[caller.scopes] = known
         return known
+
+    def keep_page(self, key: Any, encoded: bytes) -> None:
+        """Keep an answer that is not kept yet; the oldest ones make room."""
+        if len(encoded) > PAGES_BYTES_MAX:
+            return
+        self.pages[key] = encoded
+        self._pages_bytes += len(encoded)
+        while self._pages_bytes > PAGES_BYTES_MAX or len(self.pages) > PAGES_KEPT_MAX:
+            self._pages_bytes -= len(self.pages.pop(next(iter(self.pages))))
 
     def ranked(self, query: str, wanted: ToolFilter, caller: Caller, limit: int) -> list[str]:
         """Ids best first."""
@@ -178,8 +190,8 @@ class Registry:
         end = start + (limit or LIST_LIMIT_DEFAULT)
         next_cursor = encode_cursor(ids[end - 1]) if end < len(ids) else None
         encoded = self._answer(ids[start:end], next_cursor=next_cursor)
-        if self._cache_answers and len(snapshot.pages) < PAGES_KEPT_MAX:
-            snapshot.pages[key] = encoded
+        if self._cache_answers:
+            snapshot.keep_page(key, encoded)
         return encoded
 
     def search(self, query: str, wanted: ToolFilter, caller: Caller, limit: int | None) -> bytes:

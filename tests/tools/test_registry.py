@@ -1,0 +1,48 @@
+"""Kept answers are bounded in number and bytes, and the newest are the ones kept."""
+
+from __future__ import annotations
+
+from app.calls import LOCAL_CALLER
+from app.tools.registry import PAGES_BYTES_MAX, PAGES_KEPT_MAX, Registry, ToolFilter
+from app.tools.tool import FunctionTool, tool
+
+
+def registry_of(count: int, description: str = "Work.") -> Registry:
+    def work() -> None:
+        pass
+
+    made: list[FunctionTool] = [tool(id=f"work_{n}", description=description)(work) for n in range(count)]
+    return Registry(made, timeout_ceiling_s=1.0)
+
+
+def page(registry: Registry, limit: int, tag: str | None = None) -> bytes:
+    return registry.page(ToolFilter(tags=(tag,) if tag else ()), LOCAL_CALLER, limit, None)
+
+
+def kept_bytes(registry: Registry) -> int:
+    return sum(map(len, registry.snapshot.pages.values()))
+
+
+def test_long_pages_are_kept_up_to_their_bytes_and_the_oldest_goes_first() -> None:
+    registry = registry_of(30, "Work. " * 6_000)  # 36 KB a tool, 1 MB a page
+    first, last = page(registry, 29), b""
+    for limit in range(15, 29):
+        last = page(registry, limit)
+        assert kept_bytes(registry) <= PAGES_BYTES_MAX
+    assert page(registry, 28) is last
+    assert page(registry, 29) is not first and page(registry, 29) == first
+
+
+def test_short_pages_are_kept_up_to_their_number_and_a_new_one_always_finds_room() -> None:
+    registry = registry_of(1)
+    for n in range(PAGES_KEPT_MAX + 10):
+        page(registry, 1, f"tag-{n}")
+    assert len(registry.snapshot.pages) == PAGES_KEPT_MAX
+    assert page(registry, 1, "wanted") is page(registry, 1, "wanted")
+
+
+def test_a_page_longer_than_all_that_is_kept_is_answered_and_pushes_none_out() -> None:
+    registry = registry_of(30, "Work. " * 60_000)  # 360 KB a tool
+    kept = page(registry, 1)
+    assert len(page(registry, 30)) > PAGES_BYTES_MAX
+    assert page(registry, 1) is kept and kept_bytes(registry) == len(kept)
