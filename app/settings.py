@@ -7,12 +7,23 @@ A setting is an environment variable of the same name in capitals, or a line in 
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AnyHttpUrl,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
 
 class SettingsError(ValueError):
@@ -29,10 +40,45 @@ def _items(value: Any) -> Any:
 def _web_url(value: str) -> str:
     if not value.startswith(("http://", "https://")):
         raise ValueError("must start with http:// or https://")
+    try:
+        _ANY_URL.validate_python(value)
+        host = urlsplit(value).hostname
+    except ValueError:
+        host = None
+    if not host:
+        raise ValueError("must be http:// or https://, a host, perhaps a port, perhaps a path")
     return value.rstrip("/")
 
 
+_ANY_URL = TypeAdapter(AnyHttpUrl)
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
+"""As browsers write it (RFC 6454, section 6.2): compared letter by letter, so that nothing else could ever match."""
+
+
+def _origins(values: tuple[str, ...]) -> tuple[str, ...]:
+    if not all(value == "*" or _ORIGIN.fullmatch(value) for value in values):
+        raise ValueError("must be * or origins as browsers send them: scheme://host[:port] in lower case, no path")
+    return values
+
+
+def _proxies(values: tuple[str, ...]) -> tuple[str, ...]:
+    if values != ("*",) and not all(map(_is_network, values)):
+        raise ValueError("must be IP addresses and networks, or * alone")
+    return values
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
+
+
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_items)]
+Origins = Annotated[CommaList, AfterValidator(_origins)]
+Proxies = Annotated[CommaList, AfterValidator(_proxies)]
 WebUrl = Annotated[str, AfterValidator(_web_url)]
 
 
@@ -74,12 +120,12 @@ class Settings(BaseModel):
     )
     enable_registry_cache: bool = Field(True, description="false builds list answers on every call: for debugging")
     tool_modules: CommaList = Field((), description="Python modules with tools, comma separated")
-    cors_allow_origins: CommaList = Field(
+    cors_allow_origins: Origins = Field(
         (), description="Browser origins besides our own that may call, comma separated"
     )
     public_url: WebUrl | None = Field(None, description="Where clients reach the service, for its documents")
-    forwarded_allow_ips: CommaList = Field(
-        (), description="Proxies whose X-Forwarded-For and -Proto are believed, comma separated"
+    forwarded_allow_ips: Proxies = Field(
+        (), description="Proxies whose X-Forwarded-Proto is believed: addresses, networks or *, comma separated"
     )
     egress_allow: CommaList = Field(
         (), description="Hosts or networks that tools may reach though egress refuses them, each with optional :port"
@@ -103,7 +149,7 @@ _NAMES = {name.upper(): name for name in Settings.model_fields}
 def read_settings(environ: Mapping[str, str], dotenv: Path | None = None, **given: Any) -> Settings:
     """Settings of this process. `given` comes from the command line and wins. Raises SettingsError."""
     values: dict[str, Any] = {}
-    for source in (dotenv_values(dotenv) if dotenv is not None else {}, environ):
+    for source in (_lines_of(dotenv) if dotenv is not None else {}, environ):
         values.update({_NAMES[name]: value for name, value in source.items() if name in _NAMES and value})
     values.update({name: value for name, value in given.items() if value is not None})
     profile = PROFILES.get(str(values.get("profile", "default")), {})
@@ -111,6 +157,15 @@ def read_settings(environ: Mapping[str, str], dotenv: Path | None = None, **give
         return Settings(**{**profile, **values})
     except ValidationError as error:
         raise SettingsError("\n".join(_problem(detail) for detail in error.errors(include_url=False))) from None
+
+
+def _lines_of(dotenv: Path) -> Mapping[str, str | None]:
+    try:
+        return dotenv_values(dotenv)
+    except UnicodeDecodeError:
+        raise SettingsError(f"{dotenv.name}: must be text in UTF-8") from None
+    except OSError as error:
+        raise SettingsError(f"{dotenv.name}: cannot be read ({error.strerror})") from None
 
 
 def _problem(detail: Any) -> str:

@@ -334,12 +334,56 @@ def test_enable_registry_cache_false_builds_list_answers_anew(enabled: bool) -> 
         ("ENABLE_REGISTRY_CACHE", "perhaps-canary", "boolean"),
         ("AUTH_MODE", "canary", "'none'"),
         ("PUBLIC_URL", "ftp://canary", "http"),
+        ("PUBLIC_URL", "http://a:canary", "a host"),
+        ("PUBLIC_URL", "http://a:99999/canary", "a host"),
+        ("PUBLIC_URL", "http://[::canary", "a host"),
+        ("PUBLIC_URL", "http://", "a host"),
+        ("PUBLIC_URL", "http:///canary", "a host"),
+        ("PUBLIC_URL", "http://a canary/", "a host"),
+        ("WIKIPEDIA_URL", "http://", "a host"),
+        ("SEARXNG_URL", "http://:8080/canary", "a host"),
+        ("CORS_ALLOW_ORIGINS", "not a canary", "scheme://host[:port]"),
+        ("CORS_ALLOW_ORIGINS", "canary.example", "scheme://host[:port]"),
+        ("CORS_ALLOW_ORIGINS", "https://a.example,https://canary.example/", "scheme://host[:port]"),
+        ("CORS_ALLOW_ORIGINS", "https://a.example/canary", "scheme://host[:port]"),
+        ("CORS_ALLOW_ORIGINS", "https://Canary.example", "scheme://host[:port]"),
+        ("CORS_ALLOW_ORIGINS", "null", "scheme://host[:port]"),
+        ("FORWARDED_ALLOW_IPS", "canary", "IP addresses"),
+        ("FORWARDED_ALLOW_IPS", "127.0.0.1,10.0.0.1/8", "IP addresses"),
+        ("FORWARDED_ALLOW_IPS", "*,127.0.0.1", "alone"),
     ],
 )
 def test_a_bad_value_is_refused_by_name_and_bound_and_never_shown(name: str, value: str, says: str) -> None:
     with pytest.raises(SettingsError) as caught:
         read_settings({name: value})
     assert name in str(caught.value) and says in str(caught.value) and "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("PUBLIC_URL", "https://tools.example:8443/a/", "https://tools.example:8443/a"),
+        ("PUBLIC_URL", "http://[::1]:8001", "http://[::1]:8001"),
+        ("SEARXNG_URL", "http://search_1:8080", "http://search_1:8080"),
+        ("CORS_ALLOW_ORIGINS", "*", ("*",)),
+        ("CORS_ALLOW_ORIGINS", "http://[::1]:3000, app://local", ("http://[::1]:3000", "app://local")),
+        ("FORWARDED_ALLOW_IPS", "*", ("*",)),
+        ("FORWARDED_ALLOW_IPS", "::1, 10.0.0.0/8", ("::1", "10.0.0.0/8")),
+    ],
+)
+def test_addresses_that_can_be_are_taken(name: str, value: str, kept: object) -> None:
+    assert getattr(read_settings({name: value}), name.lower()) == kept
+
+
+def test_a_dotenv_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    dotenv = tmp_path / ".env"
+    dotenv.write_bytes(b"LOG_LEVEL=canary\xff\n")
+    with pytest.raises(SettingsError, match=r"^\.env: must be text in UTF-8$"):
+        read_settings({}, dotenv)
+    done = subprocess.run(
+        [sys.executable, "-m", "app", "tools", "list"], cwd=tmp_path, env=service_environ(), capture_output=True
+    )
+    assert done.returncode == 2 and done.stderr == b"agentcore-tools: .env: must be text in UTF-8\n"
 
 
 def test_all_bad_values_are_told_at_once() -> None:
