@@ -61,10 +61,11 @@ def summary(spec: ToolSpec) -> dict[str, Any]:
 
 
 def detail(tool: Tool, timeout_ceiling_s: float) -> dict[str, Any]:
-    """ToolDetail of the contract: the summary, both schemas, and what holds for a run."""
+    """ToolDetail of the contract: the summary, the title, both schemas, and what holds for a run."""
     spec = tool.spec
     return {
         **summary(spec),
+        "title": spec.title,
         "parameters": tool.parameters.json_schema,
         "result": tool.result.json_schema,
         "timeout_seconds": min(spec.timeout or timeout_ceiling_s, timeout_ceiling_s),

@@ -25,6 +25,7 @@ ECHO_SUMMARY = {
 }
 ECHO_DETAIL = {
     **ECHO_SUMMARY,
+    "title": None,
     "parameters": {
         "type": "object",
         "properties": {

@@ -176,6 +176,7 @@ class ToolLimits(BaseModel):
 
 
 class ToolDetail(ToolSummary):
+    title: str | None = Field(description="For people, when declared")
     parameters: dict[str, Any] = Field(description="JSON Schema 2020-12 of the parameters")
     result: dict[str, Any] | None = Field(description="JSON Schema 2020-12 of the result, when declared")
     timeout_seconds: float

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import orjson
+
 from app.calls import LOCAL_CALLER
 from app.tools.registry import PAGES_BYTES_MAX, PAGES_KEPT_MAX, Registry, ToolFilter
 from app.tools.tool import FunctionTool, tool
@@ -46,3 +48,12 @@ def test_a_page_longer_than_all_that_is_kept_is_answered_and_pushes_none_out() -
     kept = page(registry, 1)
     assert len(page(registry, 30)) > PAGES_BYTES_MAX
     assert page(registry, 1) is kept and kept_bytes(registry) == len(kept)
+
+
+def test_the_detail_of_a_tool_shows_its_title() -> None:
+    @tool(title="Find a ticket")
+    async def find() -> None:
+        """Find."""
+
+    detail = orjson.loads(Registry([find], timeout_ceiling_s=1.0).detail("find", LOCAL_CALLER))
+    assert detail["title"] == "Find a ticket"
