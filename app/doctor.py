@@ -31,9 +31,8 @@ def examine(service: Service, host: str, port: int) -> Iterator[Finding]:
     yield _listen(host, port)
     yield Finding("tools", bool(len(service.registry)), f"{len(service.registry)} registered")
     for problem in service.load_problems:
-        yield Finding(
-            f"tools from {problem.source}", False, f"{problem.reason}; mend it or take it out of TOOL_MODULES"
-        )
+        says = f"{problem.reason}; mend it, or take the source out of TOOL_MODULES or uninstall it"
+        yield Finding(f"tools from {problem.source}", False, says)
     yield _open_files()
     yield _clock()
 

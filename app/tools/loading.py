@@ -43,7 +43,9 @@ class LoadedTools:
             if known is tool:
                 continue  # imported from where it was declared
             if known is not None:
-                self.report(source, f"tool id {tool.spec.id!r} is taken; the first one stays")
+                self.report(
+                    source, f"tool id {tool.spec.id!r} is taken; the first one stays, as do this source's others"
+                )
             else:
                 self.tools[tool.spec.id] = tool
 

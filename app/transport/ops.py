@@ -52,5 +52,5 @@ def readiness(service: Service) -> Iterator[str]:
     """One line for the process and one for each thing that it needs."""
     yield f"service: {service.lifecycle.phase.value}"
     yield f"tools: {len(service.registry)} registered"
-    for problem in service.load_problems:
-        yield f"tools from {problem.source}: not loaded, the log says why"
+    for source in dict.fromkeys(problem.source for problem in service.load_problems):
+        yield f"problem with tools from {source}: the log says why"

@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.conftest import Running, Serve, start_service
+from tests.conftest import ROOT, Running, Serve, start_service
 from tests.conftest import end as end_service
 
 SOON_S = 30.0
@@ -318,3 +319,18 @@ def test_a_module_that_does_not_load_is_named_and_the_rest_is_served(serve: Serv
     assert event["source"] == "no_such_module" and "ModuleNotFoundError" in event["reason"]
     assert "no_such_module" in running.http.get("/readyz").text
     assert running.execute("count_calls")["result"] == 1
+
+
+def test_a_taken_tool_id_is_told_and_the_other_tools_of_its_source_are_served(serve: Serve, tmp_path: Path) -> None:
+    """Two of one source are one line on /readyz."""
+    source = "from app.tools.tool import tool\n"
+    for tool_id in ("echo", "calculator", "fresh"):
+        source += f"@tool\ndef {tool_id}() -> int:\n    'Return one.'\n    return 1\n"
+    (tmp_path / "overlapping.py").write_text(source)
+    running = serve(TOOL_MODULES="overlapping", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    lines = [line for line in running.http.get("/readyz").text.splitlines() if "overlapping" in line]
+    assert lines == ["problem with tools from overlapping: the log says why"]
+    event = running.read_log(lambda event: event["message"] == "tools not loaded")
+    assert event["source"] == "overlapping" and "'echo' is taken" in event["reason"]
+    assert running.execute("fresh")["result"] == 1
+    assert running.execute("echo", {"message": "x"})["result"] == {"message": "x"}
