@@ -28,7 +28,9 @@ from app.tools.tool import Tool
 logger = logging.getLogger("app.service")
 
 
-NOT_ENFORCED_YET = ("retries", "rate_limits", "quotas", "cache_ttl", "cache_shared", "log_mode", "log_payloads")
+NOT_ENFORCED_YET = frozenset(
+    {"retries", "rate_limits", "quotas", "cache_ttl", "cache_shared", "log_mode", "log_payloads", "cost"}
+)
 """Declarations that are kept and have no effect yet: said once at start, so that nobody relies on them."""
 
 
@@ -128,7 +130,7 @@ async def open_service(
 
 
 def _warn_of_unenforced(tool: Tool) -> None:
-    declared = [name for name in NOT_ENFORCED_YET if getattr(tool.spec, name)]
+    declared = sorted(tool.spec.declared & NOT_ENFORCED_YET)
     if declared:
         logger.warning("declared but not enforced yet", extra={"tool_id": tool.spec.id, "declared": declared})
 

@@ -12,7 +12,8 @@ import re
 import time
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import Field as DataclassField
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
 from pydantic import Field
@@ -39,6 +40,10 @@ Category = Literal[
     "custom",
 ]
 CATEGORIES: tuple[str, ...] = typing.get_args(Category)
+
+LOG_MODES: tuple[str | None, ...] = ("durable", "strict", "buffered", None)
+LOG_PAYLOADS: tuple[str | None, ...] = ("off", "metadata", "full", None)
+"""None is the service's own."""
 
 _ID = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 """The intersection of what model providers accept as a function's name."""
@@ -116,6 +121,11 @@ class ToolSpec:
         if problem:
             raise ToolDeclarationError(f"tool {self.id!r}: {problem}")
 
+    @property
+    def declared(self) -> frozenset[str]:
+        """Names of the fields that differ from their default."""
+        return frozenset(each.name for each in fields(self) if getattr(self, each.name) != _default_of(each))
+
     def _problems(self) -> list[tuple[bool, str]]:
         return [
             (not _ID.fullmatch(self.id), f"id must match ^{_ID.pattern}$"),
@@ -130,10 +140,20 @@ class ToolSpec:
             (self.cost < 0, "cost must be at least 0"),
             (self.cache_ttl is not None and not 0 < self.cache_ttl < math.inf, "cache_ttl must be over 0 seconds"),
             (self.cache_ttl is not None and not self.read_only, "cache_ttl needs read_only=True"),
+            (self.log_mode not in LOG_MODES, f"log_mode must be one of {_listed(LOG_MODES)}"),
+            (self.log_payloads not in LOG_PAYLOADS, f"log_payloads must be one of {_listed(LOG_PAYLOADS)}"),
             (not self.quotas.keys() <= {"daily", "monthly"}, "quotas are daily and monthly"),
             (any(amount < 1 for amount in self.quotas.values()), "quotas must be at least 1"),
             (self.read_only and self.destructive, "a tool cannot be both read_only and destructive"),
         ]
+
+
+def _default_of(one: DataclassField[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()
+
+
+def _listed(allowed: tuple[str | None, ...]) -> str:
+    return ", ".join(filter(None, allowed))
 
 
 class Tool(Protocol):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from app.service import open_service
+from app.settings import Settings
 from app.tools.loading import LoadedTools, load_tools
 from app.tools.tool import tool
 
@@ -177,3 +179,19 @@ def test_an_interrupt_while_loading_ends_the_loading(module: Write) -> None:
     module("lt_bad", text="raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         load_tools([], ["lt_bad"])
+
+
+@pytest.mark.anyio
+async def test_what_is_declared_and_not_enforced_is_said_at_start(caplog: pytest.LogCaptureFixture) -> None:
+    @tool(cost=5, retries=1, log_mode="strict", read_only=True)
+    async def costly() -> None:
+        """Cost."""
+
+    @tool(cost=1, idempotent=True)
+    async def plain() -> None:
+        """Nothing that is not enforced."""
+
+    async with open_service(Settings(), extra_tools=[costly, plain]):
+        pass
+    events = [vars(record) for record in caplog.records if record.name == "app.service"]
+    assert [(event["tool_id"], event["declared"]) for event in events] == [("costly", ["cost", "log_mode", "retries"])]

@@ -279,6 +279,9 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"cost": -1}, "cost"),
     ({"cache_ttl": 5}, "read_only"),
     ({"cache_ttl": 0, "read_only": True}, "cache_ttl"),
+    ({"log_mode": "loud"}, "log_mode must be one of durable, strict, buffered"),
+    ({"log_mode": ""}, "log_mode"),
+    ({"log_payloads": "all"}, "log_payloads must be one of off, metadata, full"),
     ({"quotas": {"weekly": 5}}, "daily and monthly"),
     ({"quotas": {"daily": 0}}, "at least 1"),
     ({"read_only": True, "destructive": True}, "both"),
@@ -310,3 +313,9 @@ def test_every_category_can_be_declared() -> None:
 def test_an_unreported_progress_costs_nothing_and_raises_nothing() -> None:
     asyncio.run(context().progress(0.5, 1.0, "half"))
     assert context().remaining_s() == math.inf
+
+
+def test_what_was_declared_is_what_differs_from_the_defaults() -> None:
+    assert tool(plain).spec.declared == {"id", "name", "description"}
+    options = {"cost": 0, "retries": 2, "quotas": {"daily": 5}, "log_mode": "strict", "log_payloads": "off"}
+    assert tool(**options)(plain).spec.declared - {"id", "name", "description"} == set(options)  # type: ignore[call-overload]
