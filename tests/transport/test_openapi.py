@@ -196,3 +196,13 @@ def test_schemathesis_finds_nothing(serve: Serve) -> None:
     documented = len(list(operations(service.http.get("/openapi.json").json())))
     assert tested is not None and int(tested[1]) == documented - 1, "all but the document itself"
     assert service.process.poll() is None
+
+
+def test_the_description_names_every_status_that_any_path_can_answer(service: Running) -> None:
+    text = service.http.get("/openapi.json").json()["info"]["description"]
+    protocol = (ROOT / "app/transport/protocol.py").read_text()
+    numbers = {int(status) for status in re.findall(r"\b([45]\d\d)\)", protocol)}
+    kinds = [errors.BodyTooLarge(1), errors.BodyTooSlow(1.0), errors.Overloaded("x"), errors.PermissionDenied("x")]
+    assert numbers >= {408, 414, 431, 505}, "how the protocol writes its refusals has changed"
+    for status in numbers | {error.http_status for error in kinds} | {400, 405}:
+        assert str(status) in text, status
