@@ -33,7 +33,10 @@ class Scraper:
 
     async def scrape(self, accept: str) -> tuple[bytes, str]:
         """The text and its content type, by the Accept header."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # the library on a version that is no number
+            encode, content_type = choose_encoder("")
         task = self._written.get(content_type)
         if task is None:
             is_openmetrics = content_type.startswith("application/openmetrics-text")

@@ -52,6 +52,12 @@ async def test_both_formats_show_the_runs_of_each_tool(accept: str, parse: Parse
     assert "framework_overhead_seconds" in families and "registered_tools" in families
 
 
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+async def test_a_version_that_is_no_number_is_answered_with_text(kind: str) -> None:
+    _, content_type = await Scraper(with_tools(1)).scrape(f"{kind}; version=abc")
+    assert content_type.startswith("text/plain")
+
+
 async def test_a_tool_that_never_ran_has_no_series() -> None:
     text, _ = await Scraper(with_tools(ran=1, idle=5)).scrape("")
     assert b'tool_id="tool-0"' in text and b'tool_id="tool-1"' not in text
