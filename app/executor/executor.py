@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Iterable
+from time import perf_counter, time
 from typing import Any
 
 from app.calls import Caller, Client, Execution, Status, ToolCall
@@ -80,8 +80,8 @@ class Run:
             error,
             refusal,
             self.run_s,
-            max(0.0, time.perf_counter() - call.received_at - self.run_s),
-            time.time(),
+            max(0.0, perf_counter() - call.received_at - self.run_s),
+            time(),
             self.attempts,
             call.trace_id or call.execution_id.replace("-", ""),
         )
@@ -107,6 +107,12 @@ class Executor:
         self._slots = slots
         self._http = http
         self._metrics = metrics
+        self._registry_stage = metrics.stages["registry"]
+        self._validation_stage = metrics.stages["validation"]
+        self._limits_stage = metrics.stages["limits"]
+        self._execution_stage = metrics.stages["execution"]
+        self._serialisation_stage = metrics.stages["serialisation"]
+        self._metrics_stage = metrics.stages["metrics"]
         self._rebuild_validators = rebuild_validators
         self._states: dict[str, ToolState] = {}
         self._running: dict[str, Run] = {}
@@ -157,27 +163,26 @@ class Executor:
         return execution
 
     async def _perform(self, call: ToolCall, run: Run) -> bytes:
-        stages = self._metrics.stages
-        begin = time.perf_counter()
+        begin = perf_counter()
         tool = self.registry.lookup(call.tool_id, call.caller)
         state = self._states.get(call.tool_id)
         if state is None or state.tool is not tool:
             state = self._state_of(tool)
         run.state = state
-        found = time.perf_counter()
+        found = perf_counter()
         self._metrics.lookup.observe(found - begin)
-        stages["registry"].observe(found - call.received_at)
+        self._registry_stage.observe(found - call.received_at)
         arguments = self._arguments(call, tool)
         _check_idempotency(call, tool)
-        validated = time.perf_counter()
-        stages["validation"].observe(validated - found)
+        validated = perf_counter()
+        self._validation_stage.observe(validated - found)
         timeout_s = self._timeout_s(call, tool)
         if state.slots is None and self._slots.take_now():
             release = self._slots.release
         else:
             release = await self._take_slots(state, run, min(QUEUE_PATIENCE_S, timeout_s))
-        started = time.perf_counter()
-        stages["limits"].observe(started - validated)
+        started = perf_counter()
+        self._limits_stage.observe(started - validated)
         watcher: asyncio.Task[None] | None = None
         try:
             run.attempts = 1
@@ -196,11 +201,11 @@ class Executor:
         finally:
             if watcher is not None:
                 watcher.cancel()
-            ended = time.perf_counter()
+            ended = perf_counter()
             run.run_s = (ended - started) * run.attempts
             release()
         result = self._runner.encode(tool, value)
-        stages["serialisation"].observe(time.perf_counter() - ended)
+        self._serialisation_stage.observe(perf_counter() - ended)
         return result
 
     def admitted(self, calls: Iterable[ToolCall]) -> list[ToolCall]:
@@ -251,7 +256,7 @@ class Executor:
         if call.timeout_override_s is not None and call.timeout_override_s < timeout_s:
             timeout_s = call.timeout_override_s
         if call.deadline is not None:
-            timeout_s = min(timeout_s, max(0.0, call.deadline - time.perf_counter()))
+            timeout_s = min(timeout_s, max(0.0, call.deadline - perf_counter()))
         return timeout_s
 
     async def _take_slots(self, state: ToolState, run: Run, patience_s: float) -> Callable[[], None]:
@@ -259,10 +264,10 @@ class Executor:
         if state.slots is None:
             await self._take_slot(self._slots, run, patience_s)
             return self._slots.release
-        patience_ends = time.perf_counter() + patience_s
+        patience_ends = perf_counter() + patience_s
         await self._take_slot(state.slots, run, patience_s)
         try:
-            await self._take_slot(self._slots, run, patience_ends - time.perf_counter())
+            await self._take_slot(self._slots, run, patience_ends - perf_counter())
         except BaseException:
             state.slots.release()
             raise
@@ -304,15 +309,15 @@ class Executor:
     def _finish(self, run: Run, execution: Execution) -> None:
         """The epilogue of every call. Never awaits: a slow sink must not slow a call."""
         metrics = self._metrics
-        begin = time.perf_counter()
+        begin = perf_counter()
         if run.attempts and run.state is not None:
             series = run.state.series
             series.executions[execution.status] += 1
             series.duration.observe(run.run_s)
             metrics.busy_s += run.run_s
-            metrics.stages["execution"].observe(run.run_s)
+            self._execution_stage.observe(run.run_s)
         metrics.count_outcome(execution)
-        metrics.stages["metrics"].observe(time.perf_counter() - begin)
+        self._metrics_stage.observe(perf_counter() - begin)
 
 
 def _check_idempotency(call: ToolCall, tool: Tool) -> None:

@@ -104,7 +104,7 @@ class Guard:
         self._loopback_only = loopback_only
         self._good_hosts: set[bytes] = set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http":
             host, origin = b"", None
             for name, value in scope["headers"]:
@@ -113,14 +113,12 @@ class Guard:
                 elif name == b"origin":
                     origin = value
             if self._loopback_only and host not in self._good_hosts and not self._is_good_host(host):
-                await _forbid(send, "Host is not allowed: this service is bound to loopback")
-                return
+                return _forbid(send, "Host is not allowed: this service is bound to loopback")
             if origin is not None and not self._is_allowed(origin.decode("latin-1"), scope["scheme"], host):
-                await _forbid(send, "Origin is not allowed; CORS_ALLOW_ORIGINS names the ones that are")
-                return
+                return _forbid(send, "Origin is not allowed; CORS_ALLOW_ORIGINS names the ones that are")
             if origin is not None:
                 scope.pop("extensions", None)  # a page's answer needs the headers that CORSMiddleware puts into `send`
-        await self._inner(scope, receive, send)
+        return self._inner(scope, receive, send)
 
     def _is_good_host(self, host: bytes) -> bool:
         try:
