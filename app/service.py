@@ -112,6 +112,7 @@ async def open_service(
             rebuild_validators=not settings.enable_parameter_validation_cache,
         )
         for tool in registry.snapshot.tools.values():
+            metrics.for_tool(tool.spec.id)
             _warn_of_unenforced(tool)
         watch = LoopWatch()
         supervisor = Supervisor(lifecycle.crash)

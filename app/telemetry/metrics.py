@@ -65,7 +65,7 @@ class ToolSeries:
 
     @property
     def ran(self) -> bool:
-        """Whether there is anything to show: a tool that never ran has no series."""
+        """Whether there is a duration to show."""
         return any(self.executions.values())
 
 

@@ -59,13 +59,15 @@ class Scraper:
         )
 
     async def _of_tools(self) -> tuple[list[bytes], list[bytes]]:
-        """Lines of the tools that ran, step by step."""
+        """Lines of the tools, step by step: every count from 0 on, so that `increase` sees the first run; a histogram,
+        most of the text, from the first run on."""
         series = list(self._metrics.tools.items())
         runs, durations = [], []
         for start in range(0, len(series), TOOLS_A_STEP):
-            ran = [(tool_id, one) for tool_id, one in series[start : start + TOOLS_A_STEP] if one.ran]
-            runs.append("".join(line for tool_id, one in ran for line in _runs(tool_id, one)).encode())
-            durations.append("".join(line for tool_id, one in ran for line in _durations(tool_id, one)).encode())
+            step = series[start : start + TOOLS_A_STEP]
+            runs.append("".join(line for tool_id, one in step for line in _runs(tool_id, one)).encode())
+            ran = (line for tool_id, one in step if one.ran for line in _durations(tool_id, one))
+            durations.append("".join(ran).encode())
             await asyncio.sleep(0)
         return runs, durations
 

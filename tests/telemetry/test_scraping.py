@@ -58,9 +58,13 @@ async def test_a_version_that_is_no_number_is_answered_with_text(kind: str) -> N
     assert content_type.startswith("text/plain")
 
 
-async def test_a_tool_that_never_ran_has_no_series() -> None:
+async def test_a_tool_that_never_ran_has_its_counts_at_0_and_no_duration() -> None:
     text, _ = await Scraper(with_tools(ran=1, idle=5)).scrape("")
-    assert b'tool_id="tool-0"' in text and b'tool_id="tool-1"' not in text
+    for status in RUN_STATUSES:
+        assert f'tool_executions_total{{status="{status}",tool_id="tool-1"}} 0\n'.encode() in text
+    assert (
+        b'duration_seconds_count{tool_id="tool-0"}' in text and b'duration_seconds_count{tool_id="tool-1"}' not in text
+    )
 
 
 async def test_the_loop_turns_while_many_tools_are_written() -> None:
@@ -88,10 +92,13 @@ async def test_a_scraper_that_goes_away_does_not_take_the_text_from_the_others()
     assert gone.cancelled()
 
 
-def test_a_service_shows_a_tool_from_its_first_run_on(serve: Serve) -> None:
+def test_a_service_counts_every_tool_from_0_and_shows_durations_from_the_first_run_on(serve: Serve) -> None:
     running = serve()
     before = running.http.get("/metrics").text
+    assert 'tool_executions_total{status="success",tool_id="echo"} 0\n' in before
+    assert "tool_execution_duration_seconds_count{" not in before
     running.execute("echo", {"message": "x"})
-    assert "tool_id=" not in before and running.metric("tool_executions_total", tool_id="echo", status="success") == 1
+    assert running.metric("tool_executions_total", tool_id="echo", status="success") == 1
+    assert running.metric("tool_execution_duration_seconds_count", tool_id="echo") == 1
     om = running.http.get("/metrics", headers={"Accept": OPENMETRICS})
     assert om.headers["content-type"].startswith("application/openmetrics-text") and om.text.endswith("# EOF\n")
