@@ -19,6 +19,10 @@ STATUSES: tuple[Status, ...] = ("success", "failed", "timeout", "cancelled", "sk
 DEFAULT_SCOPES = frozenset({"tools:execute", "tools:read", "executions:read"})
 
 
+EVERY_TOOL = ("*",)
+DEFAULT_LIMIT_CLASS = "default"
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who calls. Limits and permissions follow this, never an `agent_id` in a request."""
@@ -26,9 +30,14 @@ class Caller:
     tenant: str
     subject: str
     scopes: frozenset[str] = DEFAULT_SCOPES
+    tools: tuple[str, ...] = EVERY_TOOL
+    """Globs over tool ids. The empty tuple allows none."""
+    limit_class: str = DEFAULT_LIMIT_CLASS
+    anonymous: bool = False
+    """Authentication is off: nothing tells callers apart but the `agent_id` that they give, so limits follow it."""
 
 
-LOCAL_CALLER = Caller(tenant="local", subject="local")
+LOCAL_CALLER = Caller(tenant="local", subject="local", anonymous=True)
 """Everyone, where authentication is off."""
 
 

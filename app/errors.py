@@ -180,6 +180,36 @@ class ToolNotFound(ToolServiceError):
         super().__init__("Tool not found; tools.list shows what you may call")
 
 
+class Unauthenticated(ToolServiceError):
+    """No credential, or one that is not good: HTTP 401 on every door. Never says which part was wrong."""
+
+    kind = UNAUTHENTICATED
+
+
+class RateLimited(ToolServiceError):
+    """`limit` is how many the rate allows, `rule` the policy's name."""
+
+    kind = RATE_LIMIT
+
+    def __init__(self, rule: str, limit: int, retry_after_ms: int | None) -> None:
+        super().__init__("Rate limit reached", retry_after_ms=retry_after_ms, limit=limit, rule=rule)
+
+
+class QuotaExceeded(ToolServiceError):
+    """`reset_at` is when the quota's day or month ends, RFC 3339."""
+
+    kind = QUOTA
+
+    def __init__(self, rule: str, limit: int, reset_at: str, retry_after_ms: int | None) -> None:
+        super().__init__("Quota used up", retry_after_ms=retry_after_ms, limit=limit, rule=rule, reset_at=reset_at)
+
+
+class DependencyUnavailable(ToolServiceError):
+    """A store that must answer is away, or the journal has no room: nothing ran."""
+
+    kind = DEPENDENCY_UNAVAILABLE
+
+
 class Overloaded(ToolServiceError):
     kind = OVERLOADED
 

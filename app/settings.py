@@ -82,6 +82,31 @@ Proxies = Annotated[CommaList, AfterValidator(_proxies)]
 WebUrl = Annotated[str, AfterValidator(_web_url)]
 
 
+def _database_url(value: str) -> str:
+    if not value.startswith(("postgresql+asyncpg://", "sqlite+aiosqlite:///")):
+        raise ValueError("must start with postgresql+asyncpg:// or sqlite+aiosqlite:///")
+    return value
+
+
+REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
+
+
+def _redis_url(value: str) -> str:
+    scheme, _, rest = value.partition("://")
+    if scheme not in REDIS_SCHEMES or not rest:
+        raise ValueError(f"must start with one of {', '.join(f'{one}://' for one in REDIS_SCHEMES)}, then a host")
+    return value
+
+
+DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+
+JwtAlgorithm = Literal[
+    "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "PS256", "PS384", "PS512", "EdDSA"
+]
+JwtAlgorithms = Annotated[tuple[JwtAlgorithm, ...], BeforeValidator(_items)]
+
+
 class Settings(BaseModel):
     """All settings of one process, checked."""
 
@@ -91,8 +116,59 @@ class Settings(BaseModel):
         "default", description="A named set of defaults; single variables still override"
     )
     auth_mode: Literal["auto", "required", "none"] = Field(
-        "auto", description="auto: off on a loopback address only; none: off anywhere, said aloud"
+        "auto", description="auto: off on loopback while there is neither a key nor JWT; none: off anywhere, said aloud"
     )
+    database_url: DatabaseUrl = Field(
+        "sqlite+aiosqlite:///./var/agentcore.db", description="Keys and log: a SQLite file, or postgresql+asyncpg://"
+    )
+    database_pool_size: int = Field(10, ge=1, le=1_000, description="PostgreSQL connections that are kept open")
+    database_max_overflow: int = Field(10, ge=0, le=1_000, description="PostgreSQL connections beyond these, when busy")
+    redis_url: RedisUrl | None = Field(
+        None,
+        description="Limits of all replicas together: redis://, redis+sentinel:// or redis+cluster://; rediss for TLS",
+    )
+    keys_stale_s: float = Field(
+        600.0, ge=0, le=86_400, description="Seconds that known API keys stay good while the database is away"
+    )
+    jwt_issuer: str | None = Field(None, description="The only `iss` that is taken; turns JWT on with the next four")
+    jwt_audience: str | None = Field(None, description="The `aud` that a token must name")
+    jwt_algorithms: JwtAlgorithms = Field(
+        (), description="Algorithms that are taken, comma separated: HS* with a secret, else RS*, PS*, ES*, EdDSA"
+    )
+    jwt_secret: str | None = Field(None, description="Secret of HS* tokens, at least 32 bytes")
+    jwt_jwks: str | None = Field(None, description="Public keys of the issuer: path or URL of a JWKS document")
+    jwt_tenant_claim: str = Field("tenant", min_length=1, description="Claim that names the tenant")
+    jwt_scope_claim: str = Field("scope", min_length=1, description="Claim with the scopes, a list or words in a text")
+    limits_file: Path | None = Field(None, description="YAML or JSON file of limit policies")
+    limits_rate: str | None = Field(None, description="Rate of each subject over all tools, as 600/minute")
+    limits_quota_daily: int | None = Field(None, ge=1, le=10**12, description="Calls of each tenant in a UTC day")
+    limits_quota_monthly: int | None = Field(None, ge=1, le=10**12, description="Calls of each tenant in a UTC month")
+    limits_timeout_ms: int = Field(
+        50, ge=1, le=10_000, description="Milliseconds in which Redis must answer; after them it is away"
+    )
+    limits_expected_replicas: int = Field(
+        2, ge=1, le=10_000, description="Replicas that share a limit: each keeps its part of it while Redis is away"
+    )
+    enable_database_logging: bool = Field(True, description="false: no journal and no rows of executions")
+    journal_dir: Path = Field(
+        Path("./var/journal"), description="Folder of the journal; each process has a folder of its own in it"
+    )
+    journal_mode: Literal["durable", "strict", "buffered"] = Field(
+        "durable", description="Before an answer leaves: written (durable), written and fsynced (strict), nothing"
+    )
+    journal_max_bytes: int = Field(
+        1_073_741_824,
+        ge=1_048_576,
+        le=1_099_511_627_776,
+        description="Bytes of rows that wait for the database; no room: calls are refused (buffered: rows dropped)",
+    )
+    log_payloads: Literal["off", "metadata", "full"] = Field(
+        "metadata", description="Of parameters and results: nothing, size and SHA-256, or the redacted content too"
+    )
+    log_payload_bytes: int = Field(
+        4096, ge=64, le=1_048_576, description="Bytes of one payload that a row keeps; the rest is cut"
+    )
+    log_retention_days: int = Field(90, ge=1, le=36_500, description="Days after which months of rows are dropped")
     tool_execution_timeout: float = Field(
         30.0, gt=0, le=3600, description="Seconds that one run, or one plan, may take at most"
     )

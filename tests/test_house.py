@@ -16,8 +16,9 @@ FLOORS = (
     {"transport"},
     {"service"},
     {"executor"},
-    {"tools", "limits"},
-    {"telemetry", "egress"},
+    {"tools", "limits", "access", "execution_log"},
+    {"migration"},
+    {"telemetry", "egress", "clients"},
     {"calls", "settings"},
     {"errors"},
 )

@@ -1,0 +1,86 @@
+"""One limit: a counter with a rule, as a store sees it, and the integer arithmetic of both kinds.
+
+A rate is a GCRA (generic cell rate algorithm, ITU-T I.371): its state is the theoretical arrival time (TAT) of the next
+call. A quota is a count within a UTC day or month. Time is whole microseconds and a remainder in parts of 1/`amount`
+microsecond, so that nothing is ever rounded; every number stays under 2**53, which Lua's doubles hold exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+RATE, DAILY, MONTHLY = 0, 1, 2
+KINDS = ("rate", "daily", "monthly")
+Kind = Literal[0, 1, 2]
+
+OnFailure = Literal["local", "open", "closed"]
+
+WINDOW_US_MAX = 366 * 86_400 * 1_000_000
+"""The time in which a burst may come back whole: past a year nobody waits for it, and 2**53 is far away."""
+
+KEY_PREFIX = "{limits}:"
+"""One hash tag, so that a Cluster decides all limits of a call on one shard, atomically."""
+
+
+def counter_key(*parts: str) -> str:
+    """The key of a counter. Parts are hashed with their lengths: no choice of names makes two counters one."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode("utf-8", "surrogatepass")
+        digest.update(b"%d:%b" % (len(encoded), encoded))
+    return KEY_PREFIX + digest.hexdigest()[:40]
+
+
+class Limit:
+    """What one counter may reach. Made once for a counter and kept; compared by identity.
+
+    `amount` calls per `period_us` with bursts up to `burst`, or `amount` in a day or month. `cost` of a call counts
+    instead of 1. `on_failure` is the answer while the store is away: `local` means `fallback` in this process.
+    """
+
+    __slots__ = ("amount", "burst", "fallback", "key", "kind", "on_failure", "period_us", "rule", "shadow", "window")
+
+    def __init__(
+        self,
+        key: str,
+        rule: str,
+        kind: Kind,
+        amount: int,
+        *,
+        period_us: int = 0,
+        burst: int = 0,
+        shadow: bool = False,
+        on_failure: OnFailure = "closed",
+        replicas: int = 1,
+    ) -> None:
+        self.key = key
+        self.rule = rule
+        self.kind = kind
+        self.amount = amount
+        self.period_us = period_us
+        self.burst = burst
+        self.shadow = shadow
+        self.on_failure = on_failure
+        self.window = self.span(burst)
+        self.fallback = self if replicas == 1 else self._part(replicas)
+
+    def span(self, cost: int) -> tuple[int, int]:
+        """The time that `cost` calls take at this rate: microseconds, and parts of 1/`amount` of one."""
+        return divmod(cost * self.period_us, self.amount)
+
+    def _part(self, replicas: int) -> Limit:
+        """This limit as one of so many replicas keeps it alone; never 0, for that would be `closed`."""
+        if self.kind != RATE:
+            part = max(1, self.amount // replicas)
+            return Limit(self.key, self.rule, self.kind, part, shadow=self.shadow, on_failure=self.on_failure)
+        return Limit(
+            self.key,
+            self.rule,
+            RATE,
+            self.amount,
+            period_us=self.period_us * replicas,
+            burst=max(1, self.burst // replicas),
+            shadow=self.shadow,
+            on_failure=self.on_failure,
+        )
