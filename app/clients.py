@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, unquote, urlsplit
 
+from redis.asyncio import RedisCluster, Sentinel
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -63,3 +70,108 @@ async def close_engine(engine: AsyncEngine) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await engine.dispose()
+
+
+class RedisEndpoint(NamedTuple):
+    """Where a Redis answers and what it wants to hear first."""
+
+    host: str
+    port: int
+    db: int = 0
+    username: str | None = None
+    password: str | None = None
+    ssl: ssl.SSLContext | None = None
+
+
+Locate = Callable[[], Awaitable[RedisEndpoint]]
+
+
+def redis_locator(url: str, key: str, timeout_s: float) -> Locate:
+    """How to find the server that holds `key` now: itself, the master that Sentinels name, a shard of a Cluster.
+
+    `redis://[user:password@]host[:port][/db]`; `redis+sentinel://[user:password@]host:port,host:port/service[/db]`;
+    `redis+cluster://[user:password@]host:port,host:port`. `rediss` in place of `redis` is TLS; `?ca=FILE` names its
+    authorities. Raises ValueError that says what is wrong, without the URL, which holds a password.
+    """
+    scheme, _, rest = url.partition("://")
+    parts = urlsplit("//" + rest)
+    kind = scheme.partition("+")[2]
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    username, _, password = credentials.partition(":")
+    context, tls = None, {}
+    if scheme.startswith("rediss"):
+        authorities = dict(parse_qsl(parts.query)).get("ca")
+        context = ssl.create_default_context(cafile=authorities)
+        tls = {"ssl": True, "ssl_ca_certs": authorities}
+    options = _library_options(timeout_s, tls)
+    nodes = [_host_and_port(host, 26379 if kind == "sentinel" else 6379) for host in hosts.split(",")]
+    path = [part for part in parts.path.split("/") if part]
+    service = path.pop(0) if kind == "sentinel" and path else ""
+    if kind == "sentinel" and not service:
+        raise ValueError("a Sentinel URL names the service after the hosts: redis+sentinel://host:26379/mymaster")
+    if kind != "sentinel" and kind != "cluster" and len(nodes) > 1:
+        raise ValueError("one host only; redis+sentinel:// and redis+cluster:// take several")
+    if len(path) > 1 or not all(part.isdigit() for part in path) or (kind == "cluster" and path):
+        raise ValueError("after the host comes the number of a database at most, and none in a Cluster")
+    template = RedisEndpoint(
+        "", 0, int(path[0]) if path else 0, unquote(username) or None, unquote(password) or None, context
+    )
+    if kind == "sentinel":
+        return lambda: _ask_sentinels(nodes, service, template, options)
+    if kind == "cluster":
+        return lambda: _ask_cluster(nodes, key, template, options)
+    return lambda: _known(template._replace(host=nodes[0][0], port=nodes[0][1]))
+
+
+def _host_and_port(text: str, port: int) -> tuple[str, int]:
+    parts = urlsplit("//" + text)
+    try:
+        host, port = parts.hostname or "", parts.port or port
+    except ValueError:
+        host = ""
+    if not host:
+        raise ValueError("each host is a name or an address, perhaps with :port")
+    return host, port
+
+
+async def _known(endpoint: RedisEndpoint) -> RedisEndpoint:
+    return endpoint
+
+
+def _library_options(timeout_s: float, tls: dict[str, Any]) -> dict[str, Any]:
+    """No retries: the library's ten of them would make a dead server cost seconds."""
+    once = Retry(NoBackoff(), 0)
+    return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": once, **tls}
+
+
+async def _ask_sentinels(
+    nodes: list[tuple[str, int]], service: str, template: RedisEndpoint, options: dict[str, Any]
+) -> RedisEndpoint:
+    sentinels: Any = Sentinel(  # type: ignore[no-untyped-call]
+        nodes, sentinel_kwargs=options
+    )
+    try:
+        host, port = await sentinels.discover_master(service)
+    finally:
+        for sentinel in sentinels.sentinels:
+            await sentinel.aclose()
+    return template._replace(host=str(host), port=int(port))
+
+
+async def _ask_cluster(
+    nodes: list[tuple[str, int]], key: str, template: RedisEndpoint, options: dict[str, Any]
+) -> RedisEndpoint:
+    cluster = RedisCluster(
+        startup_nodes=[ClusterNode(host, port) for host, port in nodes],
+        username=template.username,
+        password=template.password,
+        **options,
+    )
+    try:
+        await cluster.initialize()
+        node = cluster.get_node_from_key(key)
+        if node is None:
+            raise ConnectionError("the Cluster has no node for this key")
+    finally:
+        await cluster.aclose()
+    return template._replace(host=str(node.host), port=int(node.port))

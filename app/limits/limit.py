@@ -8,9 +8,11 @@ microsecond, so that nothing is ever rounded; every number stays under 2**53, wh
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Final, Literal
 
-RATE, DAILY, MONTHLY = 0, 1, 2
+RATE: Final = 0
+DAILY: Final = 1
+MONTHLY: Final = 2
 KINDS = ("rate", "daily", "monthly")
 Kind = Literal[0, 1, 2]
 

@@ -1,0 +1,169 @@
+"""Counters in this process: the store of the embedded default, the fallback while Redis is away, and the model that
+the Lua script is held to. Decides at once; same arithmetic, same order, same answers as scripts/admit.lua.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from app.limits.limit import DAILY, RATE, Limit
+from app.limits.store import PASSES, REFUSES, WOULD_REFUSE, Ask, Verdict
+
+COUNTERS_MAX = 100_000
+"""About 20 MB. Past it the counters that have been there longest are forgotten, those without effect first."""
+
+SWEPT_AT_ONCE = 1_000
+"""Counters looked at when there are too many: a look takes 0.1 µs."""
+
+DAY_US = 86_400_000_000
+
+
+def steady_clock() -> Callable[[], int]:
+    """Unix microseconds that no change of the system's clock moves."""
+    offset_us = (time.time_ns() - time.monotonic_ns()) // 1000
+    return lambda: time.monotonic_ns() // 1000 + offset_us
+
+
+def wall_clock() -> int:
+    return time.time_ns() // 1000
+
+
+def month_of(day: int) -> int:
+    """Months from 1970-01 to the month that a day since 1970-01-01 is in."""
+    date = datetime.fromtimestamp(day * 86_400, UTC)
+    return (date.year - 1970) * 12 + date.month - 1
+
+
+class MemoryStore:
+    """`clock_us` drives the rates, `wall_us` says which day and month it is; both in Unix microseconds."""
+
+    up = True
+
+    def __init__(self, clock_us: Callable[[], int] | None = None, wall_us: Callable[[], int] = wall_clock) -> None:
+        self._clock_us = clock_us or steady_clock()
+        self._wall_us = wall_us
+        self._counters: dict[str, tuple[int, int, int]] = {}
+        """A rate: TAT, its parts, the amount that they are parts of. A quota: period, used, minus its kind."""
+        self._today = self._month = 0
+
+    def ask(self, ask: Ask) -> Verdict:
+        now = self._clock_us()
+        cost = ask.cost
+        if len(ask.limits) == 1:  # the usual case, without the lists of the general one
+            limit = ask.limits[0]
+            state = self._state(limit, now)
+            refuses = cost != 0 and _refuses(limit, state, cost, now)
+            if refuses:
+                return Verdict(now, ((WOULD_REFUSE if limit.shadow else REFUSES, state[0], state[1]),))
+            if cost:
+                state = self._spend(limit, state, cost)
+            return Verdict(now, ((PASSES, state[0], state[1]),))
+        return self._ask_all(ask, now)
+
+    def _ask_all(self, ask: Ask, now: int) -> Verdict:
+        states, statuses, passes = [], [], True
+        for limit in ask.limits:
+            state = self._state(limit, now)
+            status = PASSES
+            if ask.cost and _refuses(limit, state, ask.cost, now):
+                status = WOULD_REFUSE if limit.shadow else REFUSES
+                passes = passes and limit.shadow
+            states.append(state)
+            statuses.append(status)
+        if passes and ask.cost:
+            for position, limit in enumerate(ask.limits):
+                if statuses[position] == PASSES:
+                    # Read again: a limit may stand twice in one ask.
+                    states[position] = self._spend(limit, self._state(limit, now), ask.cost)
+        return Verdict(now, [(status, state[0], state[1]) for status, state in zip(statuses, states, strict=True)])
+
+    def give_back(self, ask: Ask) -> None:
+        assert ask.spent is not None
+        now = self._clock_us()
+        for limit, (status, period, _) in zip(ask.limits, ask.spent.states, strict=True):
+            if status != PASSES or limit.key not in self._counters:
+                continue
+            state = self._state(limit, now)
+            if limit.kind == RATE:
+                self._counters[limit.key] = _rate_given_back(limit, state, ask.cost, now, ask.spent.now_us)
+            elif state[0] == period:
+                self._counters[limit.key] = (state[0], max(0, state[1] - ask.cost), state[2])
+
+    def _state(self, limit: Limit, now: int) -> tuple[int, int, int]:
+        """The counter as it counts at this moment."""
+        stored = self._counters.get(limit.key)
+        if limit.kind == RATE:
+            return (now, 0, limit.amount) if stored is None else _rate_now(limit, stored, now)
+        day = self._wall_us() // DAY_US
+        if day != self._today:
+            self._today, self._month = day, month_of(day)
+        period = day if limit.kind == DAILY else self._month
+        if stored is None or stored[0] < period:  # and never back to an earlier one, whatever the clock says
+            return (period, 0, -limit.kind)
+        return stored
+
+    def _spend(self, limit: Limit, state: tuple[int, int, int], cost: int) -> tuple[int, int, int]:
+        if limit.kind == RATE:
+            us, parts = limit.span(cost)
+            us, parts = state[0] + us, state[1] + parts
+            if parts >= limit.amount:
+                us, parts = us + 1, parts - limit.amount
+            state = (us, parts, limit.amount)
+        else:
+            state = (state[0], state[1] + cost, state[2])
+        if limit.key not in self._counters and len(self._counters) >= COUNTERS_MAX:
+            self._make_room()
+        self._counters[limit.key] = state
+        return state
+
+    def _make_room(self) -> None:
+        """Forget counters without effect among the oldest; when there are none, the oldest."""
+        now, day = self._clock_us(), self._wall_us() // DAY_US
+        oldest = [key for key, _ in zip(self._counters, range(SWEPT_AT_ONCE), strict=False)]
+        idle = [key for key in oldest if _is_idle(self._counters[key], now, day)]
+        for key in idle or oldest[:1]:
+            del self._counters[key]
+
+
+def _is_idle(state: tuple[int, int, int], now: int, day: int) -> bool:
+    if state[2] > 0:
+        return state[0] < now
+    return state[0] < (day if state[2] == -DAILY else month_of(day))
+
+
+def _rate_now(limit: Limit, stored: tuple[int, int, int], now: int) -> tuple[int, int, int]:
+    us, parts, amount = stored
+    if amount != limit.amount:  # the policy has changed: its parts of a microsecond are other ones
+        us, parts = us + 1, 0
+    window_us, window_parts = limit.window
+    if us > now + window_us + 1:  # the clock was set back: what was spent is spent, and no more than all of it
+        us, parts = now + window_us, window_parts
+    return (us, parts, limit.amount) if us >= now else (now, 0, limit.amount)
+
+
+def _refuses(limit: Limit, state: tuple[int, int, int], cost: int, now: int) -> bool:
+    if limit.kind != RATE:
+        return state[1] + cost > limit.amount
+    us, parts = limit.span(cost)
+    us, parts = state[0] + us - limit.window[0], state[1] + parts - limit.window[1]
+    if parts < 0:
+        us, parts = us - 1, parts + limit.amount
+    elif parts >= limit.amount:
+        us, parts = us + 1, parts - limit.amount
+    return us > now or (us == now and parts > 0)
+
+
+def _rate_given_back(
+    limit: Limit, state: tuple[int, int, int], cost: int, now: int, spent_us: int
+) -> tuple[int, int, int]:
+    """Time that has passed since has given a part back already: only the rest may be, or calls are let in twice."""
+    us, parts = limit.span(cost)
+    us -= max(0, now - spent_us)
+    if us < 0 or (us == 0 and parts == 0):
+        return state
+    us, parts = state[0] - us, state[1] - parts
+    if parts < 0:
+        us, parts = us - 1, parts + limit.amount
+    return (us, parts, limit.amount) if us >= now else (now, 0, limit.amount)

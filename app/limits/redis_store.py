@@ -1,0 +1,272 @@
+"""Counters in Redis, shared by all replicas: every ask of an event-loop tick goes into one script call.
+
+At most one script call is on its way; what is asked meanwhile goes with the next, so a slower Redis gets larger calls
+and not more of them. No ask waits longer than the budget: then Redis is away, every ask is told so at once, and a
+background task looks for it. What may have been spent is never sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+
+import hiredis
+import orjson
+
+from app.clients import Locate
+from app.limits.limit import RATE, Limit, counter_key
+from app.limits.redis_link import RedisLink
+from app.limits.store import PASSES, Ask, StoreAway, Verdict
+
+logger = logging.getLogger("app.limits")
+
+SCRIPT = resources.files("app.limits").joinpath("scripts/admit.lua").read_bytes()
+SCRIPT_SHA = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest()
+
+BATCH_ASKS_MAX = 256
+"""In one script call, some 2 ms of Redis; the rest goes with the next."""
+
+BATCH_COUNTERS_MAX = 2_000
+"""Lua's stack holds about 8,000 values."""
+
+PENDING_MAX = 20_000
+"""Asks that wait for the next script call; slots bound them long before."""
+
+RETRY_MIN_S = 0.05
+RETRY_MAX_S = 1.0
+"""Between two attempts to reach Redis again, doubling, with jitter so that replicas do not come all at once."""
+
+LOOP_LATE_S = 0.005
+"""A timer that is later than this was held up by the loop itself: the reply may lie in the socket, unread."""
+
+PROBE = Limit(counter_key("probe"), "probe", RATE, 1_000_000, period_us=1_000_000, burst=1_000_000)
+"""Written after each connect: a Redis that is full or read-only answers, but cannot count."""
+
+Waiting = tuple[Ask, "asyncio.Future[Verdict] | None", float]
+"""An ask, who waits for it (nobody for what is given back), and when that began, seconds of `perf_counter`."""
+
+
+class RedisStore:
+    """`run` must be running. `clock_us` is for tests: Unix microseconds that the script is to believe."""
+
+    def __init__(self, locate: Locate, timeout_s: float, clock_us: Callable[[], int] | None = None) -> None:
+        self._locate = locate
+        self._timeout_s = timeout_s
+        self._clock_us = clock_us
+        self._link: RedisLink | None = None
+        self._lost = asyncio.Event()
+        self._quiet = asyncio.Event()
+        self._pending: list[Waiting] = []
+        self._in_flight: list[Waiting] = []
+        self._flush_due = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._away = True
+        self.reason = "not connected yet"
+
+    @property
+    def up(self) -> bool:
+        """Whether asks are answered; False from the moment that one was not."""
+        return not self._away
+
+    def ask(self, ask: Ask) -> asyncio.Future[Verdict]:
+        if self._away or len(self._pending) >= PENDING_MAX:
+            raise StoreAway(self.reason)
+        future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._add(ask, future)
+        return future
+
+    def give_back(self, ask: Ask) -> None:
+        if not self._away and len(self._pending) < PENDING_MAX:
+            self._add(ask, None)
+
+    def _add(self, ask: Ask, future: asyncio.Future[Verdict] | None) -> None:
+        self._pending.append((ask, future, time.perf_counter()))
+        self._quiet.clear()
+        if not self._in_flight and not self._flush_due:
+            self._flush_due = True
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._flush)
+            if self._timer is None:
+                self._arm(loop, self._timeout_s)
+
+    # One script call
+
+    def _flush(self) -> None:
+        """Send what is there. While the link is being made anew, it waits, and the timer runs."""
+        self._flush_due = False
+        link = self._link
+        if link is None or self._in_flight or not self._pending:
+            return
+        batch = self._take_batch()
+        self._in_flight = batch
+        keys, payload = _encode([ask for ask, _, _ in batch])
+        clock = "" if self._clock_us is None else str(self._clock_us())
+        command: tuple[Any, ...] = ("EVALSHA", SCRIPT_SHA, len(keys), *keys, payload, clock)
+        link.send(command, lambda reply: self._replied(link, batch, command, reply))
+
+    def _take_batch(self) -> list[Waiting]:
+        counters = 0
+        for count, (ask, _, _) in enumerate(self._pending):
+            counters += len(ask.limits)
+            if count == BATCH_ASKS_MAX or (count and counters > BATCH_COUNTERS_MAX):
+                batch, self._pending = self._pending[:count], self._pending[count:]
+                return batch
+        batch, self._pending = self._pending, []
+        return batch
+
+    def _replied(self, link: RedisLink, batch: list[Waiting], command: tuple[Any, ...], reply: Any) -> None:
+        if batch is not self._in_flight or link is not self._link:
+            return  # given up
+        if command[0] == "EVALSHA" and isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
+            # Not carried out, so it may be sent again, with the script itself this time.
+            again = ("EVAL", SCRIPT, *command[2:])
+            link.send(again, lambda reply: self._replied(link, batch, again, reply))
+            return
+        if isinstance(reply, Exception):
+            self._declare_away(str(reply))
+            return
+        self._in_flight = []
+        self._disarm()
+        for (ask, future, _), verdict in zip(batch, _verdicts(batch, reply), strict=True):
+            if future is None:
+                continue
+            if not future.done():
+                future.set_result(verdict)
+            elif ask.cost and verdict.passes:  # the call was cancelled meanwhile: it never ran
+                self.give_back(ask._replace(spent=verdict))
+        if not self._pending:
+            self._quiet.set()
+        elif not self._flush_due:
+            loop = asyncio.get_running_loop()
+            self._flush_due = True
+            loop.call_soon(self._flush)
+            self._arm(loop, self._pending[0][2] + self._timeout_s - time.perf_counter())
+
+    # Away and back
+
+    def _arm(self, loop: asyncio.AbstractEventLoop, left_s: float, grace: bool = False) -> None:
+        self._disarm()
+        due = time.perf_counter() + left_s
+        self._timer = loop.call_later(max(0.0, left_s), self._timed_out, due, grace)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _timed_out(self, due: float, grace: bool) -> None:
+        if time.perf_counter() - due > LOOP_LATE_S and not grace:
+            self._arm(asyncio.get_running_loop(), LOOP_LATE_S, grace=True)
+            return
+        self._declare_away(f"no answer within {self._timeout_s * 1e3:g} ms")
+
+    def _declare_away(self, reason: str) -> None:
+        """Tell everyone who waits, drop the connection (its replies would fit nothing), and look for another."""
+        self.reason = reason
+        if not self._away:
+            self._away = True
+            logger.warning("limit store away", extra={"reason": reason})
+        self._disarm()
+        link, self._link = self._link, None
+        waiting, self._in_flight, self._pending = [*self._in_flight, *self._pending], [], []
+        if link is not None:
+            link.close()
+        self._lost.set()
+        self._quiet.set()
+        for _, future, _ in waiting:
+            if future is not None and not future.done():
+                future.set_exception(StoreAway(reason))
+
+    def _link_lost(self) -> None:
+        """The connection ended: what was on its way is unknown and must not be sent again; what waits may wait on."""
+        if self._in_flight or self._link is None:
+            self._declare_away("connection lost")
+        else:
+            self._link = None
+            self._lost.set()
+
+    async def run(self) -> None:
+        """Keep a connection that can count; never ends by itself."""
+        pause_s = RETRY_MIN_S
+        while True:
+            self._lost.clear()
+            if await self._connect():
+                pause_s = RETRY_MIN_S
+                await self._lost.wait()
+            else:
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311
+                pause_s = min(RETRY_MAX_S, 2 * pause_s)
+
+    async def _connect(self) -> bool:
+        """Connect and count once, each within the budget (the first with time for TLS and discovery)."""
+        link: RedisLink | None = None
+        try:
+            async with asyncio.timeout(max(1.0, self._timeout_s)):
+                endpoint = await self._locate()
+                link = await RedisLink.connect(endpoint, self._link_lost)
+                await link.ask("SCRIPT", "LOAD", SCRIPT)
+            async with asyncio.timeout(self._timeout_s):
+                keys, payload = _encode([Ask((PROBE,), 1)])
+                await link.ask("EVALSHA", SCRIPT_SHA, len(keys), *keys, payload, "")
+        except Exception as error:  # the library's, hiredis's, the system's: all mean the same here
+            if link is not None:
+                link.close()
+            self._declare_away(str(error) or type(error).__name__)
+            return False
+        self._link = link
+        if self._away:
+            self._away = False
+            logger.info("limit store up", extra={"host": endpoint.host, "port": endpoint.port})
+        if self._pending:
+            self._flush()
+        return True
+
+    async def close(self) -> None:
+        """Send what is to be given back, bounded, and disconnect."""
+        if self._pending or self._in_flight:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._timeout_s):
+                    await self._quiet.wait()
+        self._declare_away("closed")
+
+
+def _encode(asks: Sequence[Ask]) -> tuple[list[str], bytes]:
+    """KEYS and ARGV[1] of the script."""
+    position: dict[str, int] = {}
+    counters: list[tuple[int, ...]] = []
+    encoded: list[list[int]] = []
+    for limits, cost, spent in asks:
+        one = [0 if spent is None else 1]
+        for at, limit in enumerate(limits):
+            index = position.get(limit.key)
+            if index is None:
+                counters.append((limit.kind, limit.amount, *limit.window))
+                index = position[limit.key] = len(counters)
+            x, y = limit.span(cost) if limit.kind == RATE else (cost, 0)
+            if spent is None:
+                one += (index, x, y, 0, limit.shadow)
+            elif spent.states[at][0] == PASSES:
+                one += (index, x, y, spent.now_us if limit.kind == RATE else spent.states[at][1], 0)
+        encoded.append(one)
+    return list(position), orjson.dumps((counters, encoded))
+
+
+def _verdicts(batch: list[Waiting], reply: list[int]) -> list[Verdict]:
+    """One for each ask of the batch; what was given back has none worth reading."""
+    now, at = reply[0], 1
+    verdicts = []
+    for ask, future, _ in batch:
+        states = []
+        if future is not None:
+            for _ in ask.limits:
+                states.append((reply[at], reply[at + 1], reply[at + 2]))
+                at += 3
+        verdicts.append(Verdict(now, states))
+    return verdicts

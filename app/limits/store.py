@@ -1,0 +1,51 @@
+"""What a store of counters is asked and what it answers. `memory_store` and `redis_store` are the two that there are.
+
+An ask names all limits of one call: it spends at every one of them or at none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from app.limits.limit import Limit
+
+PASSES, REFUSES, WOULD_REFUSE = 0, 1, 2
+
+
+class StoreAway(Exception):
+    """The store did not answer in its time, or not as it should: what holds now is each limit's `on_failure`."""
+
+
+class Ask(NamedTuple):
+    """Spend `cost` at every limit, or, with the verdict that spent it, give it back. A cost of 0 is a question."""
+
+    limits: tuple[Limit, ...]
+    cost: int
+    spent: Verdict | None = None
+
+
+class Verdict(NamedTuple):
+    """One entry per limit: `(status, a, b)`, where a and b are the counter's state afterwards. A rate: its TAT in Unix
+    microseconds and parts of 1/`amount` of one, never before `now_us`. A quota: the period's number and what is used.
+    """
+
+    now_us: int
+    states: Sequence[tuple[int, int, int]]
+
+    @property
+    def passes(self) -> bool:
+        return all(state[0] != REFUSES for state in self.states)
+
+
+class LimitStore(Protocol):
+    """Where counters live."""
+
+    up: bool
+
+    def ask(self, ask: Ask) -> Verdict | asyncio.Future[Verdict]:
+        """Decide, now or soon. Raises StoreAway, here or in the future."""
+
+    def give_back(self, ask: Ask) -> None:
+        """Undo a spending, as far as time has not done so already. Never raises, never waits."""
