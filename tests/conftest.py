@@ -15,9 +15,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
+
+from tests import reaper
+from tests.servers import PostgresAt, PostgresServer, RedisAt, RedisServer, make_folder, remove_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +36,7 @@ class Running:
     process: subprocess.Popen[bytes]
     url: str
     port: int
+    folder: Path
     log: list[dict[str, Any]] = field(default_factory=list)
     _unread: bytes = b""
 
@@ -98,14 +103,19 @@ Serve = Callable[..., Running]
 
 
 def start_service(*arguments: str, **environ: str) -> Running:
-    """`agentcore-tools serve` on a free port, with the settings given and none from outside."""
+    """`agentcore-tools serve` on a free port, with the settings given and none from outside.
+
+    Unless they name other places, database and journal are in `Running.folder`, which ends with the service.
+    """
+    folder = make_folder("agentcore-service-")
     process = subprocess.Popen(
         [sys.executable, "-m", "app", "serve", "--port", "0", *arguments],
         stdout=subprocess.PIPE,
         cwd=ROOT,
-        env=service_environ(**environ),
+        env=service_environ(folder, **environ),
     )
-    running = Running(process, "", 0)
+    reaper.owe("process", process.pid)
+    running = Running(process, "", 0, folder)
     try:
         event = running.read_log(lambda event: event["message"] == "serving")
     except BaseException:
@@ -116,10 +126,15 @@ def start_service(*arguments: str, **environ: str) -> Running:
     return running
 
 
-def service_environ(**environ: str) -> dict[str, str]:
-    """The environment of a service under test: hermetic but for what Python needs."""
+def service_environ(folder: Path | None = None, **environ: str) -> dict[str, str]:
+    """The environment of a service under test: hermetic but for what Python needs. It keeps its data in `folder`."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-    return {**kept, "DRAIN_SECONDS": "0", "PYTHONPATH": str(ROOT), **environ}
+    folder = folder or make_folder("agentcore-service-")
+    places = {
+        "DATABASE_URL": f"sqlite+aiosqlite:///{folder / 'agentcore.db'}",
+        "JOURNAL_DIR": str(folder / "journal"),
+    }
+    return {**kept, **places, "DRAIN_SECONDS": "0", "PYTHONPATH": str(ROOT), **environ}
 
 
 def end(running: Running) -> None:
@@ -128,11 +143,14 @@ def end(running: Running) -> None:
         running.process.send_signal(signal.SIGCONT)
         running.process.kill()
     running.process.wait()
+    reaper.settle("process", running.process.pid)
     if running.process.stdout is not None:
         running.process.stdout.close()
     client = running.__dict__.get("_client")
     if client is not None:
         client.close()
+    if running.folder.exists():
+        remove_folder(running.folder)
 
 
 @pytest.fixture
@@ -155,6 +173,60 @@ def service() -> Iterator[Running]:
     running = start_service(TOOL_MODULES="tests.tools_for_tests", EGRESS_ALLOW="127.0.0.1")
     yield running
     end(running)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresAt]:
+    """One PostgreSQL for every test that leaves it as it was: TEST_DATABASE_URL's, else a PostgresServer."""
+    if url := os.environ.get("TEST_DATABASE_URL"):
+        server = PostgresAt(url)
+        yield server
+        server.drop_databases()
+    else:
+        with PostgresServer() as own:
+            yield own
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new, empty database: the test runs on each kind."""
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path / 'agentcore.db'}"
+    server: PostgresAt = request.getfixturevalue("postgres")
+    return server.create_database()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL of the test's own, to be killed, stalled and starved."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis(worker_id: str) -> Iterator[RedisAt]:
+    """One Redis for every test that leaves it as it was: TEST_REDIS_URL's, else a RedisServer."""
+    if url := os.environ.get("TEST_REDIS_URL"):
+        # Workers of pytest-xdist share that server: each has a database of it.
+        number = int(worker_id.removeprefix("gw")) % 16 if worker_id != "master" else 0
+        yield RedisAt(urlsplit(url)._replace(path=f"/{number}").geturl())
+    else:
+        with RedisServer() as own:
+            yield own
+
+
+@pytest.fixture
+def redis_url(redis: RedisAt) -> str:
+    """The shared Redis, empty."""
+    redis.cli("FLUSHDB")
+    return redis.url
+
+
+@pytest.fixture
+def own_redis() -> Iterator[RedisServer]:
+    """A Redis of the test's own, to be killed, stalled and starved."""
+    with RedisServer() as server:
+        yield server
 
 
 @pytest.fixture
