@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import translate
+from functools import lru_cache
 from typing import Any
 
 import orjson
 
-from app.calls import Caller
+from app.calls import EVERY_TOOL, Caller
 from app.errors import InvalidParams, ToolNotFound
 from app.tools.search import SearchIndex
 from app.tools.tool import Tool, ToolSpec
@@ -25,7 +28,10 @@ SEARCH_LIMIT_DEFAULT = 10
 SEARCH_LIMIT_MAX = 100
 
 VIEWS_KEPT_MAX = 64
-"""Callers with different scopes see different tools; there are few kinds of them."""
+"""Callers with different scopes and allow-lists see different tools; there are few kinds of them."""
+
+View = tuple[frozenset[str], tuple[str, ...]]
+"""What decides which tools a caller sees."""
 
 PAGES_KEPT_MAX = 512
 PAGES_BYTES_MAX = 8 * 1024 * 1024
@@ -33,9 +39,22 @@ PAGES_BYTES_MAX = 8 * 1024 * 1024
 out for ever the pages that others ask for: the oldest goes first. A page of 1,000 tools has about 170 KB."""
 
 
+ALLOW_LISTS_KEPT_MAX = 4_096
+"""Keys with different allow-lists are few beside the calls that they make."""
+
+
 def may_call(caller: Caller, spec: ToolSpec) -> bool:
     """The one choke point of authorisation: what is refused here is neither listed nor found nor run."""
-    return spec.required_scopes <= caller.scopes
+    if not spec.required_scopes <= caller.scopes:
+        return False
+    return caller.tools == EVERY_TOOL or any(glob.match(spec.id) for glob in _patterns(caller.tools))
+
+
+@lru_cache(ALLOW_LISTS_KEPT_MAX)
+def _patterns(globs: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+    """An allow-list: `*` is any text, `?` any character. The empty list lets none pass. The library's translation is
+    linear, whatever the number of stars."""
+    return tuple(re.compile(translate(glob.replace("[", "[[]"))) for glob in globs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +108,7 @@ class Snapshot:
         self.details: dict[str, bytes] = {}
         self.pages: dict[Any, bytes] = {}
         self._pages_bytes = 0
-        self._visible: dict[frozenset[str], tuple[str, ...]] = {}
+        self._visible: dict[View, tuple[str, ...]] = {}
         self._by_category = self._indexed(lambda spec: (spec.category,))
         self._by_tag = self._indexed(lambda spec: spec.tags)
         self._by_capability = self._indexed(lambda spec: spec.capabilities)
@@ -123,11 +142,12 @@ class Snapshot:
 
     def _visible_to(self, caller: Caller) -> Sequence[str]:
         """All that the caller may call; kept, for asking of 10,000 tools takes a millisecond."""
-        known = self._visible.get(caller.scopes)
+        view = (caller.scopes, caller.tools)
+        known = self._visible.get(view)
         if known is None:
             known = tuple(tool_id for tool_id in self.ids if may_call(caller, self.tools[tool_id].spec))
             if len(self._visible) < VIEWS_KEPT_MAX:
-                self._visible[caller.scopes] = known
+                self._visible[view] = known
         return known
 
     def keep_page(self, key: Any, encoded: bytes) -> None:
@@ -182,7 +202,7 @@ class Registry:
 
     def page(self, wanted: ToolFilter, caller: Caller, limit: int | None, cursor: str | None) -> bytes:
         """`{tools, count, next_cursor}`; a cursor names the last id seen, so pages survive a change of tools."""
-        key = (wanted, caller.scopes, limit, cursor)
+        key = (wanted, caller.scopes, caller.tools, limit, cursor)
         snapshot = self.snapshot
         if (known := snapshot.pages.get(key)) is not None:
             return known

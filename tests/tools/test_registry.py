@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import orjson
 
-from app.calls import LOCAL_CALLER
+from app.calls import LOCAL_CALLER, Caller
+from app.errors import ToolNotFound
 from app.tools.registry import PAGES_BYTES_MAX, PAGES_KEPT_MAX, Registry, ToolFilter
 from app.tools.tool import FunctionTool, tool
 
@@ -57,3 +58,47 @@ def test_the_detail_of_a_tool_shows_its_title() -> None:
 
     detail = orjson.loads(Registry([find], timeout_ceiling_s=1.0).detail("find", LOCAL_CALLER))
     assert detail["title"] == "Find a ticket"
+
+
+def listed(registry: Registry, *globs: str) -> list[str]:
+    """What a caller with this allow-list sees; asserts that look-up, page and search agree about it."""
+    caller = Caller("t", "s", tools=globs)
+    answers = [registry.page(ToolFilter(), caller, None, None), registry.search("", ToolFilter(), caller, 100)]
+    found, searched = ([tool["tool_id"] for tool in orjson.loads(answer)["tools"]] for answer in answers)
+    for tool_id in registry.snapshot.ids:
+        try:
+            registry.lookup(tool_id, caller)
+            assert tool_id in found
+        except ToolNotFound:
+            assert tool_id not in found
+    assert searched == found
+    return found
+
+
+def test_an_allow_list_shows_and_lets_call_what_its_globs_name() -> None:
+    registry = registry_of(12)
+    assert listed(registry, "work_1") == ["work_1"]
+    assert listed(registry, "work_1*", "work_3") == ["work_1", "work_10", "work_11", "work_3"]
+    assert listed(registry, "work_1?") == ["work_10", "work_11"]
+    assert len(listed(registry, "*")) == 12
+
+
+def test_an_empty_allow_list_allows_nothing_and_neither_do_patterns_of_other_languages() -> None:
+    registry = registry_of(3)
+    assert listed(registry) == []
+    for glob in (".*", "work_[0-9]", "work_%", "WORK_1", "work_1 ", "", "**x"):
+        assert listed(registry, glob) == []
+
+
+def test_callers_of_different_allow_lists_do_not_get_one_another_s_pages() -> None:
+    registry = registry_of(3)
+    assert listed(registry, "work_0") == ["work_0"]
+    assert listed(registry, "work_2") == ["work_2"]
+
+
+def test_a_glob_of_many_stars_is_matched_in_linear_time() -> None:
+    def work() -> None:
+        pass
+
+    registry = Registry([tool(id="a" * 64, description="x")(work)], timeout_ceiling_s=1.0)
+    assert listed(registry, "*a" * 40 + "b") == []
