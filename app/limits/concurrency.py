@@ -1,75 +1,291 @@
-"""How many calls run at once: slots with a bounded queue and a bounded patience. Knows no tool and no HTTP."""
+"""How many calls run at once: slots with a queue that is fair between tenants, bounded, and of a bounded patience.
+
+`Slots` is one limit (the process's, a tool's), `SlotTable` those that policies keep by key. Knows no tool, no policy
+and no HTTP; the executor takes slots before a run and gives them back after it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from time import monotonic
+from weakref import WeakValueDictionary
 
 from app.errors import Overloaded
 
 QUEUE_PATIENCE_S = 1.0
 """Longer, and callers give up before they are served: a queue then only makes dead work."""
 
+RETRY_AFTER_MS_MIN, RETRY_AFTER_MS_MAX = 50, 5000
+"""Sooner, and refused clients are a load of their own; later, and nobody comes while slots are free again."""
+
+RETRY_SPREAD = 0.25
+"""Refused together must not mean back together: up to this part is added to what a client is told."""
+
+PACE_WINDOW_S = 0.5
+"""Over less, a few releases that happen to come together look like a trend."""
+
+Turn = asyncio.Future[None]
+"""A place in a queue; done once a slot is its owner's."""
+
 
 class Slots:
-    """`limit` calls hold a slot, `queue_max` wait for one, first come first served.
+    """`limit` calls hold a slot, `queue_max` wait for one: each tenant's in order of arrival, tenants in turn.
 
-    `take_now` decides without waiting; only when it says no is `wait` worth a future.
+    `take_now` decides without waiting; only when it says no is `wait` worth a future. Nobody waits while a slot is
+    free: `release` hands it on in the same step.
     """
 
-    __slots__ = ("_waiting", "limit", "queue_max", "running")
+    __slots__ = ("__weakref__", "_freed", "_handed_on", "_pace", "_waiting", "limit", "queue_max", "running")
 
-    def __init__(self, limit: int, queue_max: int | None = None) -> None:
+    def __init__(self, limit: int, queue_max: int | None = None, clock: Callable[[], float] = monotonic) -> None:
         self.limit = limit
         self.queue_max = limit if queue_max is None else queue_max
         self.running = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting = FairQueue()
+        self._freed = 0
+        self._handed_on = 0
+        self._pace = Pace(QUEUE_PATIENCE_S / max(1, limit), clock)
 
     @property
     def queued(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting.turns)
 
     def take_now(self) -> bool:
-        if self.running < self.limit and not self._waiting:
+        if self.running < self.limit:
             self.running += 1
             return True
         return False
 
-    def wait(self) -> asyncio.Future[None]:
-        """A future that is done once a slot is ours. Raises Overloaded when the queue is full."""
-        if len(self._waiting) >= self.queue_max:
-            raise Overloaded("Too many calls at once", retry_after_ms=int(QUEUE_PATIENCE_S * 1000))
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+    def wait(self, tenant: str = "") -> Turn:
+        """A future that is done once a slot is ours, to be given to `take` at once. Raises Overloaded when the queue
+        is full, unless another tenant waits with so many more calls that its newest is refused instead."""
+        waiting = self._waiting
+        if not waiting.turns:
+            self._pace.begin(self._freed, self._handed_on)
+        if len(waiting.turns) >= self.queue_max and self.running >= self.limit:
+            self._make_room(tenant)
+        turn: Turn = asyncio.get_running_loop().create_future()
+        if self.take_now():
+            turn.set_result(None)
+        else:
+            waiting.add(turn, tenant)
         return turn
 
-    async def take(self, turn: asyncio.Future[None], patience_s: float) -> None:
-        """Wait for `turn`. Raises Overloaded after the patience; leaves no slot behind when cancelled."""
-        expiry = asyncio.get_running_loop().call_later(patience_s, _expire, turn)
+    async def take(self, turn: Turn, patience_s: float) -> None:
+        """Wait for `turn`. Raises Overloaded after the patience, which is never longer than the call's own deadline,
+        or when the place goes to another tenant; leaves neither slot nor place behind when cancelled."""
+        expiry = turn.get_loop().call_later(patience_s, self._expire, turn)
         try:
             await turn
-        except (Overloaded, asyncio.CancelledError):
+        except BaseException:
             self._leave(turn)
             raise
         finally:
             expiry.cancel()
 
-    def _leave(self, turn: asyncio.Future[None]) -> None:
-        if turn.done() and not turn.cancelled() and turn.exception() is None:
-            self.release()  # the slot came in the same tick as the cancellation
-        elif turn in self._waiting:
-            self._waiting.remove(turn)
-
     def release(self) -> None:
         """Give the slot to the next in the queue, or back."""
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
+        if self._waiting.turns:
+            turn = self._waiting.pop_next()
+            if turn is not None:
+                self._handed_on += 1
                 turn.set_result(None)
                 return
+        self._freed += 1
         self.running -= 1
 
+    def _make_room(self, tenant: str) -> None:
+        """Only where the queues become more even: a swap of equals, or a tenant's only call, would be refused after
+        its wait for nothing."""
+        waiting = self._waiting
+        if waiting.length(tenant) + 1 >= waiting.longest:
+            raise self._overloaded("Too many calls at once")
+        turn = waiting.pop_newest_of_longest()
+        if not turn.done():
+            turn.set_exception(self._overloaded("Too many calls at once"))
 
-def _expire(turn: asyncio.Future[None]) -> None:
-    if not turn.done():
-        turn.set_exception(Overloaded("No slot came free in time", retry_after_ms=int(QUEUE_PATIENCE_S * 1000)))
+    def _expire(self, turn: Turn) -> None:
+        if not turn.done():
+            self._waiting.discard(turn)
+            turn.set_exception(self._overloaded("No slot came free in time"))
+
+    def _leave(self, turn: Turn) -> None:
+        if turn.done() and not turn.cancelled() and turn.exception() is None:
+            self.release()  # the slot came in the same tick as the cancellation
+        else:
+            self._waiting.discard(turn)
+
+    def _overloaded(self, message: str) -> Overloaded:
+        return Overloaded(message, retry_after_ms=self._pace.retry_after_ms(self.queued, self._handed_on))
+
+
+class SlotTable:
+    """The slots of policies, by the key of their counter.
+
+    A key's slots live as long as somebody has them in hand: who runs in them, who waits, and who is about to. So a call
+    that waits elsewhere between `of` and `take_now` never finds itself in slots that the table has replaced, and a
+    table of a million past tenants is empty.
+    """
+
+    __slots__ = ("_slots",)
+
+    def __init__(self) -> None:
+        self._slots: WeakValueDictionary[str, Slots] = WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def queued(self) -> int:
+        return sum(slots.queued for slots in self._slots.values())
+
+    def of(self, key: str, limit: int) -> Slots:
+        """The slots of this key; a limit other than before holds once nobody has the earlier ones in hand."""
+        slots = self._slots.get(key)
+        if slots is None:
+            slots = self._slots[key] = Slots(limit)
+        return slots
+
+
+def take_all_now(slots: Sequence[Slots]) -> bool:
+    """A slot of each, none of them twice, or of none."""
+    for each in slots:
+        if each.running >= each.limit:
+            return False
+    for each in slots:
+        each.running += 1
+    return True
+
+
+def release_all(slots: Sequence[Slots]) -> None:
+    """In the reverse of the order in which they were taken: who gets one finds those taken after it free."""
+    for each in reversed(slots):
+        each.release()
+
+
+class FairQueue:
+    """Turns that wait: a queue per tenant, and tenants in the order in which they are served.
+
+    Every step is a few dictionary steps, however many wait. OrderedDict throughout: a plain dictionary is searched from
+    its first entry ever made for the first that is left. A tenant of whom nobody waits is not in here.
+    """
+
+    __slots__ = ("_queues", "_tenants_by_length", "longest", "turns")
+
+    def __init__(self) -> None:
+        self.turns: dict[Turn, str] = {}
+        """Whose each turn is. Never walked, only counted and looked up."""
+        self.longest = 0
+        self._queues: OrderedDict[str, OrderedDict[Turn, None]] = OrderedDict()
+        self._tenants_by_length: dict[int, OrderedDict[str, None]] = {}
+
+    def length(self, tenant: str) -> int:
+        queue = self._queues.get(tenant)
+        return 0 if queue is None else len(queue)
+
+    def add(self, turn: Turn, tenant: str) -> None:
+        """Behind the tenant's others; a tenant that had none is served after those who wait."""
+        queue = self._queues.get(tenant)
+        if queue is None:
+            queue = self._queues[tenant] = OrderedDict()
+        queue[turn] = None
+        self.turns[turn] = tenant
+        self._resized(tenant, len(queue) - 1, len(queue))
+
+    def discard(self, turn: Turn) -> None:
+        tenant = self.turns.pop(turn, None)
+        if tenant is not None:
+            queue = self._queues[tenant]
+            del queue[turn]
+            self._shrunk(tenant, queue)
+
+    def pop_next(self) -> Turn | None:
+        """The oldest turn of the tenant that is next. Those cancelled in this very tick are still here: they go without
+        costing their tenant its turn."""
+        while self._queues:
+            tenant, queue = next(iter(self._queues.items()))
+            turn, _ = queue.popitem(last=False)
+            del self.turns[turn]
+            self._shrunk(tenant, queue)
+            if not turn.done():
+                if queue:
+                    self._queues.move_to_end(tenant)
+                return turn
+        return None
+
+    def pop_newest_of_longest(self) -> Turn:
+        """Of several as long, the one that came to that length last."""
+        tenant = next(reversed(self._tenants_by_length[self.longest]))
+        queue = self._queues[tenant]
+        turn, _ = queue.popitem()
+        del self.turns[turn]
+        self._shrunk(tenant, queue)
+        return turn
+
+    def _shrunk(self, tenant: str, queue: OrderedDict[Turn, None]) -> None:
+        if not queue:
+            del self._queues[tenant]
+        self._resized(tenant, len(queue) + 1, len(queue))
+
+    def _resized(self, tenant: str, before: int, after: int) -> None:
+        """Lengths change by one, so the longest is found without a search."""
+        by_length = self._tenants_by_length
+        if after:
+            peers = by_length.get(after)
+            if peers is None:
+                peers = by_length[after] = OrderedDict()
+            peers[tenant] = None
+        if before:
+            peers = by_length[before]
+            del peers[tenant]
+            if not peers:
+                del by_length[before]
+        if after > self.longest or (before == self.longest and before not in by_length):
+            self.longest = after
+
+
+class Pace:
+    """How fast slots come free while calls wait, and so when a refused client may come back. Works on refusals only."""
+
+    __slots__ = ("_clock", "_freed", "_handed_on", "_refused", "_since_s", "_slot_s")
+
+    def __init__(self, slot_s: float, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._slot_s = slot_s
+        """Seconds between two slots, as last seen; at first a guess."""
+        self._freed = -1
+        self._handed_on = 0
+        self._since_s = 0.0
+        self._refused = 0
+
+    def begin(self, freed: int, handed_on: int) -> None:
+        """A queue forms. Time in which slots were free says nothing about how fast they come when they are not; where
+        none was freed since the last queue, that one's time goes on."""
+        if freed != self._freed:
+            self._freed = freed
+            self._handed_on = handed_on
+            self._since_s = self._clock()
+
+    def retry_after_ms(self, queued: int, handed_on: int) -> int:
+        """When those who wait now and one more have had their slots, bounded and spread.
+
+        The spread walks by the golden ratio: any number of refusals in a row come back evenly, chance would clump.
+        """
+        self._refused += 1
+        wait_ms = (queued + 1) * self._seconds_per_slot(handed_on) * 1000
+        wait_ms = min(max(wait_ms, RETRY_AFTER_MS_MIN), RETRY_AFTER_MS_MAX / (1 + RETRY_SPREAD))
+        return int(wait_ms * (1 + RETRY_SPREAD * (self._refused * 0.618034 % 1)))
+
+    def _seconds_per_slot(self, handed_on: int) -> float:
+        now = self._clock()
+        elapsed_s = now - self._since_s
+        seen = handed_on - self._handed_on
+        if not seen:
+            return max(self._slot_s, elapsed_s)
+        if elapsed_s >= PACE_WINDOW_S:
+            self._slot_s = elapsed_s / seen
+            self._since_s = now
+            self._handed_on = handed_on
+        return self._slot_s

@@ -1,8 +1,12 @@
-"""Slots: a limit, a bounded queue in order of arrival, a bounded patience, and no slot ever lost."""
+"""Slots: a limit, a bounded queue in order of arrival, a bounded patience, and no slot ever lost.
+
+What holds between tenants is in test_fairness.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Coroutine
 from typing import Any
 
@@ -13,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from app.errors import OVERLOADED, Overloaded
-from app.limits.concurrency import QUEUE_PATIENCE_S, Slots
+from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, SlotTable, release_all, take_all_now
 
 pytestmark = pytest.mark.anyio
 
@@ -62,7 +66,7 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_try_again() -> None
     with pytest.raises(Overloaded) as refused:
         slots.wait()
     assert refused.value.kind is OVERLOADED
-    assert refused.value.retry_after_ms == QUEUE_PATIENCE_S * 1000
+    assert refused.value.retry_after_ms and refused.value.retry_after_ms >= QUEUE_PATIENCE_S * 1000
     assert (slots.running, slots.queued) == (1, 0)
 
 
@@ -109,6 +113,39 @@ async def test_a_slot_that_comes_free_around_the_tick_of_the_expiry_is_not_lost(
         slots.release()
     assert (slots.running, slots.queued) == (0, 0)
     assert slots.take_now()
+
+
+async def test_a_wait_that_begins_while_a_slot_is_free_has_it_at_once() -> None:
+    slots = Slots(1)
+    await slots.take(slots.wait(), LONG_S)
+    assert (slots.running, slots.queued, slots.take_now()) == (1, 0, False)
+    slots.release()
+    assert slots.running == 0
+
+
+async def test_a_wait_that_is_closed_and_not_cancelled_leaves_its_place_too() -> None:
+    slots = Slots(1)
+    assert slots.take_now()
+    waiting = slots.take(slots.wait(), LONG_S)
+    waiting.send(None)
+    assert slots.queued == 1
+    waiting.close()
+    assert slots.queued == 0
+    slots.release()
+    assert slots.running == 0
+
+
+async def test_a_call_that_is_cancelled_before_it_begins_to_wait_leaves_nothing() -> None:
+    """tools.cancel that came first: the turn is cancelled between `wait` and `take`."""
+    slots = Slots(1)
+    assert slots.take_now()
+    cancelled = slots.wait()
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await slots.take(cancelled, LONG_S)
+    assert (slots.running, slots.queued) == (1, 0)
+    slots.release()
+    assert slots.running == 0
 
 
 class SlotsMachine(RuleBasedStateMachine):
@@ -196,3 +233,160 @@ class SlotsMachine(RuleBasedStateMachine):
 
 TestSlotsMachine = SlotsMachine.TestCase
 TestSlotsMachine.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+
+
+class Clock:
+    """Time as the test says."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+async def told_ms(slots: Slots) -> int:
+    """What a call is told that the full queue refuses."""
+    with pytest.raises(Overloaded) as refused:
+        slots.wait()
+    assert refused.value.retry_after_ms is not None
+    return refused.value.retry_after_ms
+
+
+async def filled(limit: int, queue_max: int, clock: Clock) -> tuple[Slots, list[asyncio.Future[None]]]:
+    slots = Slots(limit, queue_max, clock)
+    assert all(slots.take_now() for _ in range(limit))
+    return slots, [slots.wait() for _ in range(queue_max)]
+
+
+async def served_one_by_one(slots: Slots, count: int, every_s: float, clock: Clock) -> None:
+    """So many slots come free, one after each interval, and the queue fills up again."""
+    for _ in range(count):
+        clock.now_s += every_s
+        slots.release()
+        slots.wait()
+
+
+@pytest.mark.parametrize(("every_s", "queue_max"), [(0.01, 20), (0.05, 39), (0.1, 9), (0.2, 15)])
+async def test_a_refused_call_is_told_how_long_the_queue_takes_at_the_pace_that_is_seen(
+    every_s: float, queue_max: int
+) -> None:
+    clock = Clock()
+    slots, _ = await filled(10, queue_max, clock)
+    await served_one_by_one(slots, 100, every_s, clock)
+    takes_ms = (queue_max + 1) * every_s * 1000
+    assert 0.99 * takes_ms <= await told_ms(slots) <= 1.26 * takes_ms
+
+
+async def test_a_pace_that_changes_is_followed() -> None:
+    clock = Clock()
+    slots, _ = await filled(10, 9, clock)
+    for every_s in (0.01, 0.3, 0.02):
+        await served_one_by_one(slots, 100, every_s, clock)
+        assert 9_900 * every_s <= await told_ms(slots) <= 12_600 * every_s
+
+
+async def test_time_in_which_slots_were_free_does_not_count_as_slow() -> None:
+    clock = Clock()
+    slots, turns = await filled(10, 9, clock)
+    await served_one_by_one(slots, 100, 0.01, clock)
+    await told_ms(slots)
+    for _ in range(10 + len(turns)):
+        slots.release()
+    assert (slots.running, slots.queued) == (0, 0)
+    clock.now_s += 3600
+    assert all(slots.take_now() for _ in range(10))
+    for _ in range(9):
+        slots.wait()
+    assert await told_ms(slots) <= 130
+
+
+async def test_where_nothing_comes_free_the_wait_that_is_told_grows_with_the_time() -> None:
+    """Also when those who wait give up and others come: the slots stay taken in between."""
+    clock = Clock()
+    slots, (turn_,) = await filled(1, 1, clock)
+    first = await told_ms(slots)
+    clock.now_s += 1.5
+    turn_.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await slots.take(turn_, LONG_S)
+    slots.wait()
+    assert await told_ms(slots) >= 3000 > first
+
+
+@pytest.mark.parametrize(("every_s", "bounds"), [(0.001, (50, 63)), (60.0, (4000, 5000))])
+async def test_what_is_told_is_bounded_and_spread_within_its_bounds(every_s: float, bounds: tuple[int, int]) -> None:
+    clock = Clock()
+    slots, _ = await filled(10, 10, clock)
+    await served_one_by_one(slots, 1000, every_s, clock)
+    told = [await told_ms(slots) for _ in range(100)]
+    assert bounds[0] <= min(told) and max(told) <= bounds[1]
+    assert len(set(told)) >= 10, "refused together, not back together"
+
+
+def test_a_key_has_one_limit_of_its_own() -> None:
+    table = SlotTable()
+    free, paid = table.of("free", 1), table.of("paid", 2)
+    assert free.take_now() and not table.of("free", 1).take_now()
+    assert paid.take_now() and table.of("paid", 2).take_now() and not table.of("paid", 2).take_now()
+    assert len(table) == 2
+
+
+def test_a_key_is_forgotten_once_nobody_runs_waits_or_is_about_to() -> None:
+    table = SlotTable()
+    for number in range(10_000):
+        slots = table.of(f"tenant-{number}", 1)
+        assert slots.take_now()
+        slots.release()
+    assert len(table) == 1
+    in_hand = slots
+    del slots
+    assert table.of("tenant-9999", 1) is in_hand, "still in hand, though nothing runs in it"
+    del in_hand
+    assert len(table) == 0
+
+
+async def test_a_key_outlives_whoever_made_it_while_others_run_or_wait() -> None:
+    table = SlotTable()
+
+    async def call(leave: asyncio.Event) -> None:
+        slots = table.of("key", 1)
+        if not slots.take_now():
+            await slots.take(slots.wait("tenant"), LONG_S)
+        await leave.wait()
+        slots.release()
+
+    leave = [asyncio.Event() for _ in range(3)]
+    first, second, third = (asyncio.create_task(call(each)) for each in leave)
+    await turn()
+    assert (len(table), table.queued) == (1, 1), "as many may wait as may run: the third is refused"
+    assert isinstance(third.exception(), Overloaded)
+    leave[0].set()
+    await asyncio.wait({first})
+    assert (len(table), table.queued) == (1, 0)
+    second.cancel()
+    await asyncio.wait({second})
+    del third, first, second
+    gc.collect()  # the refusal's traceback holds a frame
+    assert (len(table), table.queued) == (0, 0)
+
+
+def test_several_are_taken_together_or_not_at_all() -> None:
+    tool, tenant, process = Slots(3), Slots(1), Slots(3)
+    several = (tool, tenant, process)
+    assert take_all_now(several)
+    assert [each.running for each in several] == [1, 1, 1]
+    assert not take_all_now(several), "the one in the middle is taken"
+    assert [each.running for each in several] == [1, 1, 1]
+    release_all(several)
+    assert [each.running for each in several] == [0, 0, 0]
+    assert take_all_now(())
+
+
+async def test_released_together_each_goes_to_who_waits_for_it() -> None:
+    tool, process = Slots(1), Slots(1)
+    assert take_all_now((tool, process))
+    turns = tool.wait(), process.wait()
+    release_all((tool, process))
+    assert all(each.done() for each in turns)
+    assert (tool.running, process.running, tool.queued, process.queued) == (1, 1, 0, 0)
