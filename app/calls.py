@@ -93,6 +93,8 @@ class Execution(NamedTuple):
     attempts: int
     trace_id: str
     cached: bool = False
+    grant: Any = None
+    """What its limits had left when it was let in; None where none binds it."""
 
     def as_dict(self) -> dict[str, Any]:
         """The wire shape, for `orjson.dumps`."""

@@ -96,6 +96,8 @@ class ToolServiceError(Exception):
         self.http_status = self.kind.http_status
         self.execution_id: str | None = None
         """Set by the executor when it was a call of a tool that was refused."""
+        self.allowance: Any = None
+        """What the limit that refused it has left, for the door's headers."""
 
     def forget_origin(self) -> None:
         """Once it is an answer: tracebacks lead to frames that hold the error, a circle for the garbage collector."""

@@ -11,26 +11,31 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from app.clients import redis_locator
 from app.egress import EgressAllow, EgressClient, parse_egress_allow
 from app.executor.executor import Executor
 from app.executor.runner import Runner
 from app.executor.threads import ThreadPool
+from app.limits.admission import Admission
 from app.limits.concurrency import Slots
+from app.limits.limit import KEY_PREFIX
+from app.limits.limits_file import read_policies
+from app.limits.memory_store import MemoryStore
+from app.limits.policy import Policies, Policy, settings_policies, tool_policies
+from app.limits.redis_store import RedisStore
 from app.settings import Settings, SettingsError
 from app.telemetry.metrics import Metrics
 from app.telemetry.scraping import Scraper
 from app.telemetry.supervision import LoopWatch, Supervisor
 from app.tools.builtin import builtin_tools
-from app.tools.loading import LoadProblem, load_tools
+from app.tools.loading import LoadedTools, LoadProblem, load_tools
 from app.tools.registry import Registry
 from app.tools.tool import Tool
 
 logger = logging.getLogger("app.service")
 
 
-NOT_ENFORCED_YET = frozenset(
-    {"retries", "rate_limits", "quotas", "cache_ttl", "cache_shared", "log_mode", "log_payloads", "cost"}
-)
+NOT_ENFORCED_YET = frozenset({"retries", "cache_ttl", "cache_shared", "log_mode", "log_payloads"})
 """Declarations that are kept and have no effect yet: said once at start, so that nobody relies on them."""
 
 
@@ -94,6 +99,7 @@ async def open_service(
         stack.push_async_callback(http.aclose)
         builtin = [*builtin_tools(settings.wikipedia_url, settings.searxng_url), *extra_tools]
         loaded = load_tools(builtin, settings.tool_modules)
+        declared = _declared_limits(loaded)
         registry = Registry(
             loaded.tools.values(),
             timeout_ceiling_s=settings.tool_execution_timeout,
@@ -102,10 +108,13 @@ async def open_service(
         threads = ThreadPool()
         stack.callback(threads.close)
         slots = Slots(settings.max_concurrent_executions)
+        supervisor = Supervisor(lifecycle.crash)
+        admission = await _open_admission(settings, declared, supervisor, stack)
         executor = Executor(
             registry,
             Runner(threads, settings.max_result_bytes, metrics.count_abandoned),
             slots,
+            admission,
             http,
             metrics,
             timeout_ceiling_s=settings.tool_execution_timeout,
@@ -115,11 +124,12 @@ async def open_service(
             metrics.for_tool(tool.spec.id)
             _warn_of_unenforced(tool)
         watch = LoopWatch()
-        supervisor = Supervisor(lifecycle.crash)
         stack.push_async_callback(supervisor.close)
         # Not before: start-up itself holds the loop for longer than a tool may.
         lifecycle.on_serving = lambda: supervisor.start("loop-watch", watch.measure())
+        metrics.limit_decisions = admission.decisions
         metrics.gauges.update(
+            limit_store_up=lambda: admission.store.up,
             tool_execution_concurrency=lambda: executor.concurrency,
             tool_execution_limit=lambda: slots.limit,
             tool_execution_queue_depth=lambda: executor.queue_depth,
@@ -128,6 +138,46 @@ async def open_service(
             registered_tools=lambda: len(registry),
         )
         yield Service(settings, registry, executor, metrics, Scraper(metrics), lifecycle, tuple(loaded.problems))
+
+
+def _declared_limits(loaded: LoadedTools) -> list[Policy]:
+    """The policies that tools declare; a tool whose declaration cannot hold is taken out and reported."""
+    policies: list[Policy] = []
+    for tool in list(loaded.tools.values()):
+        spec = tool.spec
+        try:
+            policies += tool_policies(spec.id, spec.rate_limits, spec.quotas)
+        except ValueError as error:
+            del loaded.tools[spec.id]
+            loaded.report(spec.id, str(error))
+    return policies
+
+
+async def _open_admission(
+    settings: Settings, declared: Iterable[Policy], supervisor: Supervisor, stack: contextlib.AsyncExitStack
+) -> Admission:
+    """Every policy that there is, over the store that settings name. Raises SettingsError."""
+    try:
+        policies = [
+            *settings_policies(settings.limits_rate, settings.limits_quota_daily, settings.limits_quota_monthly),
+            *(read_policies(settings.limits_file) if settings.limits_file else ()),
+            *declared,
+        ]
+        admission_policies = Policies(policies, settings.limits_expected_replicas)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    if settings.redis_url is None:
+        return Admission(admission_policies, MemoryStore())
+    timeout_s = settings.limits_timeout_ms / 1e3
+    try:
+        locate = redis_locator(settings.redis_url, KEY_PREFIX, timeout_s)
+    except ValueError as error:
+        raise SettingsError(f"REDIS_URL: {error}") from None
+    store = RedisStore(locate, timeout_s)
+    supervisor.start("limit-store", store.run())
+    stack.push_async_callback(store.close)
+    await store.settled()
+    return Admission(admission_policies, store)
 
 
 def _warn_of_unenforced(tool: Tool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter, time
 from typing import Any
 
@@ -26,7 +26,10 @@ from app.errors import (
     ToolServiceError,
 )
 from app.executor.runner import CANCELLED, Abandoned, Interrupt, Runner, cancelled_from_outside
-from app.limits.concurrency import QUEUE_PATIENCE_S, Slots
+from app.limits.admission import Admission, Grant, status
+from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, SlotTable
+from app.limits.limit import Limit
+from app.limits.policy import Bound
 from app.telemetry.metrics import Metrics, ToolSeries
 from app.tools.registry import Registry
 from app.tools.tool import Tool, ToolContext
@@ -40,11 +43,12 @@ _STATUS: dict[str, Status] = {TOOL_TIMEOUT.category: "timeout", TOOL_CANCELLED.c
 class ToolState:
     """What the executor keeps for one tool between calls."""
 
-    __slots__ = ("abandoned", "series", "slots", "tool")
+    __slots__ = ("abandoned", "cost", "series", "slots", "tool")
 
     def __init__(self, tool: Tool, series: ToolSeries) -> None:
         self.tool = tool
         self.series = series
+        self.cost = tool.spec.cost
         self.abandoned = Abandoned()
         self.slots = None if tool.spec.max_concurrent is None else Slots(tool.spec.max_concurrent)
 
@@ -52,12 +56,13 @@ class ToolState:
 class Run:
     """One call while it is on its way: what the epilogue needs, and the way to cancel it."""
 
-    __slots__ = ("attempts", "call", "interrupt", "run_s", "state")
+    __slots__ = ("attempts", "call", "grant", "interrupt", "run_s", "state")
 
     def __init__(self, call: ToolCall) -> None:
         self.call = call
         self.interrupt = Interrupt()
         self.state: ToolState | None = None
+        self.grant: Grant | None = None
         self.attempts = 0
         self.run_s = 0.0
 
@@ -84,6 +89,8 @@ class Run:
             time(),
             self.attempts,
             call.trace_id or call.execution_id.replace("-", ""),
+            False,
+            self.grant,
         )
 
 
@@ -95,6 +102,7 @@ class Executor:
         registry: Registry,
         runner: Runner,
         slots: Slots,
+        admission: Admission,
         http: EgressClient,
         metrics: Metrics,
         *,
@@ -105,6 +113,8 @@ class Executor:
         self.timeout_ceiling_s = timeout_ceiling_s
         self._runner = runner
         self._slots = slots
+        self._admission = admission
+        self._policy_slots = SlotTable()
         self._http = http
         self._metrics = metrics
         self._registry_stage = metrics.stages["registry"]
@@ -127,7 +137,8 @@ class Executor:
     @property
     def queue_depth(self) -> int:
         """Calls waiting for a slot of the process or of their tool."""
-        return self._slots.queued + sum(state.slots.queued for state in self._states.values() if state.slots)
+        of_tools = sum(state.slots.queued for state in self._states.values() if state.slots)
+        return self._slots.queued + of_tools + self._policy_slots.queued
 
     @property
     def abandoned(self) -> int:
@@ -177,12 +188,28 @@ class Executor:
         validated = perf_counter()
         self._validation_stage.observe(validated - found)
         timeout_s = self._timeout_s(call, tool)
-        if state.slots is None and self._slots.take_now():
+        bound = self._bound(call)
+        if state.slots is None and not bound.slots and self._slots.take_now():
             release = self._slots.release
         else:
-            release = await self._take_slots(state, run, min(QUEUE_PATIENCE_S, timeout_s))
-        started = perf_counter()
-        self._limits_stage.observe(started - validated)
+            release = await self._take_slots(state, bound, run, min(QUEUE_PATIENCE_S, timeout_s))
+        try:
+            if bound.limits:
+                run.grant = await self._admit(bound.limits, state.cost, run)
+            started = perf_counter()
+            self._limits_stage.observe(started - validated)
+            value = await self._run(call, run, state, arguments, started, timeout_s)
+        finally:
+            ended = perf_counter()
+            release()
+        result = self._runner.encode(tool, value)
+        self._serialisation_stage.observe(perf_counter() - ended)
+        return result
+
+    async def _run(
+        self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], started: float, timeout_s: float
+    ) -> Any:
+        tool = state.tool
         watcher: asyncio.Task[None] | None = None
         try:
             run.attempts = 1
@@ -194,19 +221,41 @@ class Executor:
                 watcher = asyncio.create_task(
                     _cancel_when_gone(call.client, run.interrupt), name=f"client-watch:{call.execution_id}"
                 )
-            value = await self._runner.run(tool, arguments, context, run.interrupt, state.abandoned)
-        except Overloaded:
-            run.attempts = 0  # refused after all: nothing ran
+            return await self._runner.run(tool, arguments, context, run.interrupt, state.abandoned)
+        except Overloaded:  # refused after all: nothing ran
+            run.attempts = 0
+            if run.grant is not None:
+                run.grant.give_back()
+                run.grant = None
             raise
         finally:
             if watcher is not None:
                 watcher.cancel()
-            ended = perf_counter()
-            run.run_s = (ended - started) * run.attempts
-            release()
-        result = self._runner.encode(tool, value)
-        self._serialisation_stage.observe(perf_counter() - ended)
-        return result
+            run.run_s = (perf_counter() - started) * run.attempts
+
+    def _bound(self, call: ToolCall) -> Bound:
+        """The limits and slots of the call. Where nobody says who calls, the agent's own name for itself does."""
+        caller = call.caller
+        subject = call.agent_id if caller.anonymous and call.agent_id else caller.subject
+        return self._admission.bind(caller.tenant, subject, caller.limit_class, call.tool_id)
+
+    async def _admit(self, limits: tuple[Limit, ...], cost: int, run: Run) -> Grant:
+        """Spend at every limit, or raise the refusal."""
+        outcome = self._admission.admit(limits, cost)
+        if isinstance(outcome, Grant):
+            return outcome
+        run.interrupt.watch(outcome.future)
+        grant = await outcome.settled()
+        if run.interrupt.requested:  # in the tick in which the answer came
+            grant.give_back()
+            raise asyncio.CancelledError
+        return grant
+
+    async def look_at_limits(self, caller: Caller, tool_id: str, agent_id: str | None) -> dict[str, Any]:
+        """What is left of each limit for such a call, without spending. Raises ToolNotFound, DependencyUnavailable."""
+        tool = self.registry.lookup(tool_id, caller)
+        bound = self._bound(ToolCall("", tool_id, None, caller, 0.0, agent_id=agent_id))
+        return status(tool_id, tool.spec.cost, await self._admission.look(bound.limits))
 
     def admitted(self, calls: Iterable[ToolCall]) -> list[ToolCall]:
         """Let a request's calls in together: a drain that begins later does not cut it in two. Raises Draining."""
@@ -259,24 +308,26 @@ class Executor:
             timeout_s = min(timeout_s, max(0.0, call.deadline - perf_counter()))
         return timeout_s
 
-    async def _take_slots(self, state: ToolState, run: Run, patience_s: float) -> Callable[[], None]:
-        """Wait for the tool's slot, then for the process's, in one patience; the way to give both back."""
-        if state.slots is None:
-            await self._take_slot(self._slots, run, patience_s)
-            return self._slots.release
+    async def _take_slots(self, state: ToolState, bound: Bound, run: Run, patience_s: float) -> Callable[[], None]:
+        """Wait for every slot in one patience: the tool's, those of policies, the process's; how to give them back."""
+        wanted = [] if state.slots is None else [state.slots]
+        wanted += [self._policy_slots.of(rule.key, rule.amount) for rule in bound.slots]
+        wanted.append(self._slots)
         patience_ends = perf_counter() + patience_s
-        await self._take_slot(state.slots, run, patience_s)
+        held: list[Slots] = []
         try:
-            await self._take_slot(self._slots, run, patience_ends - perf_counter())
+            for slots in wanted:
+                await self._take_slot(slots, run, max(0.0, patience_ends - perf_counter()))
+                held.append(slots)
         except BaseException:
-            state.slots.release()
+            _release(held)
             raise
-        return _both(state.slots.release, self._slots.release)
+        return lambda: _release(held)
 
     async def _take_slot(self, slots: Slots, run: Run, patience_s: float) -> None:
         if slots.take_now():
             return
-        turn = slots.wait()
+        turn = slots.wait(run.call.caller.tenant)
         run.interrupt.watch(turn)
         await slots.take(turn, patience_s)
         if run.interrupt.requested:  # in the tick in which the slot came
@@ -337,9 +388,7 @@ def _may_cancel(caller: Caller, owner: Caller) -> bool:
     return own or "admin" in caller.scopes
 
 
-def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
-    def release() -> None:
-        second()
-        first()
-
-    return release
+def _release(held: Sequence[Slots]) -> None:
+    """The last one taken first: the process's slot goes to whoever waits for it before a tool's does."""
+    for slots in reversed(held):
+        slots.release()

@@ -8,7 +8,7 @@ microsecond, so that nothing is ever rounded; every number stays under 2**53, wh
 from __future__ import annotations
 
 import hashlib
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 RATE: Final = 0
 DAILY: Final = 1
@@ -41,7 +41,19 @@ class Limit:
     instead of 1. `on_failure` is the answer while the store is away: `local` means `fallback` in this process.
     """
 
-    __slots__ = ("amount", "burst", "fallback", "key", "kind", "on_failure", "period_us", "rule", "shadow", "window")
+    __slots__ = (
+        "amount",
+        "burst",
+        "fallback",
+        "key",
+        "kind",
+        "on_failure",
+        "over",
+        "period_us",
+        "rule",
+        "shadow",
+        "window",
+    )
 
     def __init__(
         self,
@@ -64,6 +76,8 @@ class Limit:
         self.burst = burst
         self.shadow = shadow
         self.on_failure = on_failure
+        self.over: Any = None
+        """Of admission: until when, from which cost on and with what it refuses without asking; None: ask."""
         self.window = self.span(burst)
         self.fallback = self if replicas == 1 else self._part(replicas)
 

@@ -43,8 +43,13 @@ RETRY_MIN_S = 0.05
 RETRY_MAX_S = 1.0
 """Between two attempts to reach Redis again, doubling, with jitter so that replicas do not come all at once."""
 
+CONNECT_S_MIN = 1.0
+"""Finding the server, TLS and authentication take several round trips; no call waits for them once it is away."""
+
 LOOP_LATE_S = 0.005
 """A timer that is later than this was held up by the loop itself: the reply may lie in the socket, unread."""
+
+CLOSED = "closed"
 
 PROBE = Limit(counter_key("probe"), "probe", RATE, 1_000_000, period_us=1_000_000, burst=1_000_000)
 """Written after each connect: a Redis that is full or read-only answers, but cannot count."""
@@ -63,6 +68,7 @@ class RedisStore:
         self._link: RedisLink | None = None
         self._lost = asyncio.Event()
         self._quiet = asyncio.Event()
+        self._tried = asyncio.Event()
         self._pending: list[Waiting] = []
         self._in_flight: list[Waiting] = []
         self._flush_due = False
@@ -172,7 +178,8 @@ class RedisStore:
         self.reason = reason
         if not self._away:
             self._away = True
-            logger.warning("limit store away", extra={"reason": reason})
+            if reason != CLOSED:
+                logger.warning("limit store away", extra={"reason": reason})
         self._disarm()
         link, self._link = self._link, None
         waiting, self._in_flight, self._pending = [*self._in_flight, *self._pending], [], []
@@ -197,18 +204,26 @@ class RedisStore:
         pause_s = RETRY_MIN_S
         while True:
             self._lost.clear()
-            if await self._connect():
+            connected = await self._connect()
+            self._tried.set()
+            if connected:
                 pause_s = RETRY_MIN_S
                 await self._lost.wait()
             else:
                 await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311
                 pause_s = min(RETRY_MAX_S, 2 * pause_s)
 
+    async def settled(self) -> None:
+        """Wait, bounded, until the first attempt to connect has ended either way."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CONNECT_S_MIN + 2 * self._timeout_s):
+                await self._tried.wait()
+
     async def _connect(self) -> bool:
         """Connect and count once, each within the budget (the first with time for TLS and discovery)."""
         link: RedisLink | None = None
         try:
-            async with asyncio.timeout(max(1.0, self._timeout_s)):
+            async with asyncio.timeout(CONNECT_S_MIN + self._timeout_s):
                 endpoint = await self._locate()
                 link = await RedisLink.connect(endpoint, self._link_lost)
                 await link.ask("SCRIPT", "LOAD", SCRIPT)
@@ -234,7 +249,7 @@ class RedisStore:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._timeout_s):
                     await self._quiet.wait()
-        self._declare_away("closed")
+        self._declare_away(CLOSED)
 
 
 def _encode(asks: Sequence[Ask]) -> tuple[list[str], bytes]:

@@ -42,7 +42,9 @@ class Verdict(NamedTuple):
 class LimitStore(Protocol):
     """Where counters live."""
 
-    up: bool
+    @property
+    def up(self) -> bool:
+        """Whether it answers; while it does not, `ask` raises at once."""
 
     def ask(self, ask: Ask) -> Verdict | asyncio.Future[Verdict]:
         """Decide, now or soon. Raises StoreAway, here or in the future."""

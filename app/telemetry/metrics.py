@@ -84,6 +84,7 @@ class Metrics(Collector):
         self.errors = dict.fromkeys(ERROR_TYPES, 0)
         self.busy_s = 0.0
         self.abandoned = 0
+        self.limit_decisions: Mapping[str, Mapping[str, int]] = {}
         self.wire_refusals: Callable[[], Mapping[str, int]] = dict
         self.gauges: dict[str, Callable[[], float]] = {}
         self.counters: dict[str, Callable[[], float]] = {}
@@ -119,6 +120,14 @@ class Metrics(Collector):
         yield _counter("tool_errors_total", "Calls refused or failed, by what went wrong", errors, ("error_type",))
         yield _counter("tool_execution_busy_seconds_total", "Time that tools ran, summed", [((), self.busy_s)])
         yield _counter("tool_abandoned_runs_total", "Runs that ignored their cancellation", [((), self.abandoned)])
+        decisions = [
+            ((kind, outcome), count)
+            for kind, outcomes in self.limit_decisions.items()
+            for outcome, count in outcomes.items()
+        ]
+        yield _counter(
+            "limit_decisions_total", "Limits met by calls, by what came of it", decisions, ("kind", "outcome")
+        )
         refused = [((reason,), count) for reason, count in self.wire_refusals().items()]
         yield _counter("http_wire_refusals_total", "Peers refused or cut by a bound of HTTP", refused, ("reason",))
         for name, text in COUNTERS.items():
@@ -133,6 +142,7 @@ GAUGES = {
     "tool_execution_concurrency": "Calls running and queued; the autoscaler's metric",
     "tool_execution_limit": "Calls that may run at once",
     "tool_execution_queue_depth": "Calls waiting for a slot",
+    "limit_store_up": "1 while the store of limits answers",
     "tool_abandoned_runs_active": "Given-up runs that still hold a task or a thread",
     "event_loop_lag_seconds": "Worst delay of the event loop in the last 15 s",
     "registered_tools": "Tools in the registry",

@@ -115,6 +115,8 @@ class RequestContext:
     """Set when all that was asked for was refused because the replica shuts down: the door answers 503."""
     budget: AnswerBudget | None = None
     """Shared by the requests of a batch; None for one alone, whose result has a bound of its own."""
+    allowance: Any = None
+    """What the tightest limit of a single call has left: the door tells it in headers."""
 
 
 Handler = Callable[[RequestContext, Any], Awaitable[bytes]]

@@ -105,6 +105,14 @@ class Methods:
                 "Cancel a call of yours",
                 self._cancel,
             ),
+            MethodSpec(
+                "tools.get_rate_limit_status",
+                shapes.LimitStatusParams,
+                shapes.LimitStatus,
+                read,
+                "What is left of each limit of a tool, for you; costs nothing",
+                self._limit_status,
+            ),
             MethodSpec("rpc.ping", shapes.NoParams, shapes.Pong, None, "Whether the service answers", self._ping),
             MethodSpec("rpc.version", shapes.NoParams, shapes.Version, None, "The service's version", self._version),
             MethodSpec("rpc.methods", shapes.NoParams, shapes.MethodNames, None, "Names of all methods", self._names),
@@ -135,7 +143,10 @@ class Methods:
         """One call to its Execution, written. Raises the refusal when it did not run."""
         execution = await self._executor.execute(tool_call(context, tool_id, params))
         if execution.refusal is not None:
+            context.allowance = execution.refusal.allowance
             raise execution.refusal
+        if execution.grant is not None and context.budget is None:
+            context.allowance = execution.grant.tightest()
         if context.budget is not None:
             execution = self._within_budget(context.budget, execution)
         written = execution.as_json()
@@ -191,6 +202,13 @@ class Methods:
             raise InvalidParams.at("", "Give either execution_id or call_id")
         cancelled = self._executor.cancel(context.caller, params.execution_id, params.call_id)
         return orjson.dumps({"cancelled": cancelled})
+
+    async def _limit_status(self, context: RequestContext, params: shapes.LimitStatusParams) -> bytes:
+        return await self.limit_status(context.caller, params.tool_id, params.agent_id)
+
+    async def limit_status(self, caller: Caller, tool_id: str, agent_id: str | None = None) -> bytes:
+        """What is left of each limit, written. REST answers the same."""
+        return orjson.dumps(await self._executor.look_at_limits(caller, tool_id, agent_id))
 
     async def _ping(self, context: RequestContext, params: shapes.NoParams) -> bytes:
         return b'{"pong":true}'

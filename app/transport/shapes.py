@@ -278,6 +278,53 @@ class FallbackResult(BaseModel):
     total_time_ms: float
 
 
+class LimitStatusParams(Params):
+    tool_id: ToolId
+    agent_id: Label | None = Field(
+        None,
+        validation_alias=AliasChoices("agent_id", "identifier"),
+        description="Whose limits, where authentication is off; elsewhere they follow the credential",
+    )
+
+
+class RateLeft(BaseModel):
+    limit: int
+    remaining: int
+    reset_at: str = Field(description="When all of it is there again")
+    window_seconds: float
+
+
+class QuotaLeft(BaseModel):
+    limit: int
+    used: int
+    remaining: int
+    reset_at: str = Field(description="End of the UTC day or month")
+
+
+class QuotasLeft(BaseModel):
+    daily: QuotaLeft | None
+    monthly: QuotaLeft | None
+
+
+class PolicyLeft(BaseModel):
+    rule: str = Field(description="As a refusal names it in data.rule")
+    kind: Literal["rate", "daily", "monthly"]
+    limit: int
+    remaining: int
+    reset_at: str
+    window_seconds: float | None = Field(None, description="Of a rate")
+    burst: int | None = Field(None, description="Of a rate: calls that may come at once")
+    used: int | None = Field(None, description="Of a quota")
+
+
+class LimitStatus(BaseModel):
+    tool_id: str
+    cost: int = Field(description="What one call of this tool takes from each limit")
+    rate_limit: RateLeft | None = Field(description="The tightest")
+    quota: QuotasLeft | None
+    policies: list[PolicyLeft] = Field(description="Each limit that is enforced")
+
+
 class CancelResult(BaseModel):
     cancelled: bool
 

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,11 @@ from app.egress import EgressClient, parse_egress_allow
 from app.executor.executor import Executor
 from app.executor.runner import Runner
 from app.executor.threads import ThreadPool
+from app.limits.admission import Admission
 from app.limits.concurrency import Slots
+from app.limits.memory_store import MemoryStore
+from app.limits.policy import Policies, Policy
+from app.limits.store import LimitStore
 from app.telemetry.metrics import Metrics
 from app.tools.registry import Registry
 from app.tools.tool import FunctionTool
@@ -65,6 +69,8 @@ async def opened(
     threads: ThreadPool | None = None,
     ceiling_s: float = 30.0,
     result_bytes_max: int = 1_048_576,
+    policies: Iterable[Policy] = (),
+    store: LimitStore | None = None,
 ) -> AsyncIterator[Rig]:
     """A rig; when it closes, no call may have left anything behind."""
     metrics = Metrics()
@@ -75,6 +81,7 @@ async def opened(
         Registry(tools, timeout_ceiling_s=ceiling_s),
         Runner(threads, result_bytes_max, metrics.count_abandoned),
         slots,
+        Admission(Policies(policies), store or MemoryStore()),
         http,
         metrics,
         timeout_ceiling_s=ceiling_s,

@@ -1,0 +1,302 @@
+"""Admission of one call: every limit that binds it is asked at once, and the answer becomes a grant or a refusal.
+
+Knows policies and stores; knows no HTTP and no tool but by its id. What holds while the store is away, what was over a
+moment ago, what is counted and what is said in the log is decided here. Called by the executor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Sequence
+from datetime import date
+from time import monotonic
+from typing import Any, NamedTuple
+
+from app.calls import rfc3339
+from app.errors import DependencyUnavailable, QuotaExceeded, RateLimited, ToolServiceError
+from app.limits.limit import DAILY, KINDS, RATE, Limit
+from app.limits.memory_store import DAY_US, MemoryStore
+from app.limits.policy import Bound, Policies
+from app.limits.store import REFUSES, WOULD_REFUSE, Ask, LimitStore, StoreAway, Verdict
+
+logger = logging.getLogger("app.limits")
+
+OUTCOMES = ("allowed", "refused", "would_refuse", "unchecked", "unavailable")
+"""Of one limit of one call; `would_refuse` is a shadow's, the last two are `open` and `closed` without the store."""
+
+OVER_REMEMBERED_S = 1.0
+"""A counter that is over is not asked again for this long, or until it lets the next call in, if that is sooner.
+Longer, and a refund or a changed limit would come late."""
+
+SAID_EVERY_S = 10.0
+"""Between two lines of the log about one rule."""
+
+
+class Allowance(NamedTuple):
+    """What one limit has left, for the caller to see. `reset_s` is the time until all of it is there again."""
+
+    limit: Limit
+    remaining: int
+    used: int
+    reset_s: float
+
+
+class Grant:
+    """What one call has spent; the way to give it back, and to see what is left."""
+
+    __slots__ = ("ask", "store", "verdict")
+
+    def __init__(self, ask: Ask, verdict: Verdict, store: LimitStore) -> None:
+        self.ask = ask
+        self.verdict = verdict
+        self.store = store
+
+    def give_back(self) -> None:
+        """The call did not run after all."""
+        if self.ask.cost:
+            self.store.give_back(self.ask._replace(spent=self.verdict))
+
+    def allowances(self) -> list[Allowance]:
+        """One for each limit that is enforced."""
+        pairs = zip(self.ask.limits, self.verdict.states, strict=True)
+        return [_allowance(limit, state, self.verdict.now_us) for limit, state in pairs if not limit.shadow]
+
+    def tightest(self) -> Allowance | None:
+        """The rate with the least left; without one, the quota."""
+        return min(self.allowances(), key=lambda one: (one.limit.kind != RATE, one.remaining), default=None)
+
+
+class Asked:
+    """An ask that the store has not answered yet. Cancel `future` to withdraw it."""
+
+    __slots__ = ("_admission", "_ask", "future")
+
+    def __init__(self, admission: Admission, ask: Ask, future: asyncio.Future[Verdict]) -> None:
+        self._admission = admission
+        self._ask = ask
+        self.future = future
+
+    async def settled(self) -> Grant:
+        """Raises the refusal. Cancelled, it leaves nothing spent."""
+        try:
+            verdict = await self.future
+        except StoreAway:
+            return self._admission.without_store(self._ask)
+        except asyncio.CancelledError:
+            self._withdraw()
+            raise
+        return self._admission.judged(self._ask, verdict)
+
+    def _withdraw(self) -> None:
+        """Cancelled in the tick in which the answer came; any later answer the store gives back itself."""
+        future = self.future
+        if future.done() and not future.cancelled() and future.exception() is None and future.result().passes:
+            self._admission.store.give_back(self._ask._replace(spent=future.result()))
+
+
+class Admission:
+    """Decides for the executor. `decisions` counts what `limit_decisions_total` shows, by kind and outcome."""
+
+    def __init__(self, policies: Policies, store: LimitStore) -> None:
+        self.policies = policies
+        self.store = store
+        self._fallback = MemoryStore()
+        self.decisions = {kind: dict.fromkeys(OUTCOMES, 0) for kind in KINDS}
+        self._by_kind = tuple(self.decisions.values())
+        self._said: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def bind(self, tenant: str, subject: str, limit_class: str, tool_id: str) -> Bound:
+        """The limits and slots of such a call."""
+        return self.policies.bind(tenant, subject, limit_class, tool_id)
+
+    def admit(self, limits: tuple[Limit, ...], cost: int) -> Grant | Asked:
+        """Spend `cost` at every limit. Raises RateLimited, QuotaExceeded, DependencyUnavailable: nothing was spent."""
+        ask = Ask(limits, cost)
+        self._refuse_what_is_over(ask)
+        try:
+            answer = self.store.ask(ask)
+        except StoreAway:
+            return self.without_store(ask)
+        return self.judged(ask, answer) if type(answer) is Verdict else Asked(self, ask, answer)  # type: ignore[arg-type]
+
+    async def look(self, limits: tuple[Limit, ...]) -> Grant:
+        """What is left of each limit; costs nothing. Raises DependencyUnavailable."""
+        ask = Ask(limits, 0)
+        try:
+            answer = self.store.ask(ask)
+            verdict = answer if isinstance(answer, Verdict) else await answer
+        except StoreAway:
+            return self.without_store(ask)
+        return Grant(ask, verdict, self.store)
+
+    def judged(self, ask: Ask, verdict: Verdict, store: LimitStore | None = None) -> Grant:
+        """A grant, or the refusal by the limit that takes longest to let such a call in."""
+        grant = Grant(ask, verdict, store or self.store)
+        refusing = [limit for limit, state in zip(ask.limits, verdict.states, strict=True) if state[0] == REFUSES]
+        if refusing:
+            for limit in refusing:
+                self._by_kind[limit.kind]["refused"] += 1
+            raise self._refusal(grant, refusing)
+        for limit, state in zip(ask.limits, verdict.states, strict=True):
+            if state[0] == WOULD_REFUSE:
+                self._by_kind[limit.kind]["would_refuse"] += 1
+                self._say("limit would refuse", limit)
+            else:
+                self._by_kind[limit.kind]["allowed"] += 1
+        return grant
+
+    def without_store(self, ask: Ask) -> Grant:
+        """What holds while the store is away: each limit's own answer. Raises as `admit` does."""
+        local = []
+        for limit in ask.limits:
+            if limit.on_failure == "local":
+                local.append(limit.fallback)
+                continue
+            closed = limit.on_failure == "closed" and not limit.shadow
+            self._by_kind[limit.kind]["unavailable" if closed else "unchecked"] += 1
+            if closed:
+                raise DependencyUnavailable(
+                    "The store of limits is away and a policy says to wait for it", retry_after_ms=1000, rule=limit.rule
+                )
+        part = Ask(tuple(local), ask.cost)
+        return self.judged(part, self._fallback.ask(part), self._fallback)
+
+    def _refuse_what_is_over(self, ask: Ask) -> None:
+        now = 0.0
+        for limit in ask.limits:
+            if limit.over is not None:
+                now = now or monotonic()
+                until, cost, error = limit.over
+                if now >= until:
+                    limit.over = None
+                elif ask.cost >= cost and self.store.up:
+                    self._by_kind[limit.kind]["refused"] += 1
+                    self._say("limit refuses", limit)
+                    raise error.again(now)
+
+    def _refusal(self, grant: Grant, refusing: Sequence[Limit]) -> ToolServiceError:
+        over = [Over(grant, limit) for limit in refusing]
+        last = max(over, key=lambda one: one.wait_s)
+        self._say("limit refuses", last.limit)
+        if grant.store is not self._fallback and not isinstance(grant.store, MemoryStore):
+            for one in over:
+                if 0 < one.wait_s < math.inf:
+                    until = one.at + min(one.wait_s, OVER_REMEMBERED_S)
+                    one.limit.over = (until, grant.ask.cost, one)
+        return last.again(last.at)
+
+    def _say(self, message: str, limit: Limit) -> None:
+        """One line per rule and time, with the count of those that were not said."""
+        now = monotonic()
+        said_at, unsaid = self._said.get((message, limit.rule), (-math.inf, 0))
+        if now - said_at < SAID_EVERY_S:
+            self._said[message, limit.rule] = (said_at, unsaid + 1)
+            return
+        self._said[message, limit.rule] = (now, 0)
+        logger.info(message, extra={"rule": limit.rule, "kind": KINDS[limit.kind], "unsaid": unsaid})
+
+
+class Over:
+    """One limit that refused, kept for as long as it goes on refusing."""
+
+    __slots__ = ("allowance", "at", "limit", "reset_at", "wait_s")
+
+    def __init__(self, grant: Grant, limit: Limit) -> None:
+        now_us = grant.verdict.now_us
+        state = next(
+            state
+            for one, state in zip(grant.ask.limits, grant.verdict.states, strict=True)
+            if one is limit and state[0] == REFUSES
+        )
+        self.limit = limit
+        self.at = monotonic()
+        self.allowance = _allowance(limit, state, now_us)
+        self.wait_s = _wait_s(limit, state, grant.ask.cost, now_us)
+        self.reset_at = rfc3339(now_us / 1e6 + self.allowance.reset_s)
+
+    def again(self, now: float) -> ToolServiceError:
+        """The error, as of `now` (seconds of `monotonic`)."""
+        limit, passed_s = self.limit, now - self.at
+        wait_ms = None if self.wait_s == math.inf else max(1, math.ceil((self.wait_s - passed_s) * 1e3))
+        error: ToolServiceError
+        if limit.kind == RATE:
+            error = RateLimited(limit.rule, limit.amount, wait_ms)
+        else:
+            error = QuotaExceeded(limit.rule, limit.amount, self.reset_at, wait_ms)
+        error.allowance = self.allowance._replace(reset_s=max(0.0, self.allowance.reset_s - passed_s))
+        return error
+
+
+def _allowance(limit: Limit, state: tuple[int, int, int], now_us: int) -> Allowance:
+    _, a, b = state
+    if limit.kind != RATE:
+        return Allowance(limit, max(0, limit.amount - b), b, max(0.0, (_period_end_us(limit, a) - now_us) / 1e6))
+    window_us, window_parts = limit.window
+    left = (now_us + window_us - a) * limit.amount + window_parts - b
+    remaining = max(0, min(limit.burst, left // limit.period_us))
+    return Allowance(limit, remaining, limit.burst - remaining, (a - now_us) / 1e6)
+
+
+def _wait_s(limit: Limit, state: tuple[int, int, int], cost: int, now_us: int) -> float:
+    """Until a call of this cost passes; infinite when it never will."""
+    _, a, b = state
+    if limit.kind != RATE:
+        return math.inf if cost > limit.amount else max(0.001, (_period_end_us(limit, a) - now_us) / 1e6)
+    if cost > limit.burst:
+        return math.inf
+    us, parts = limit.span(cost)
+    us = a + us - limit.window[0] - now_us
+    return (us + math.ceil((b + parts - limit.window[1]) / limit.amount)) / 1e6
+
+
+def _period_end_us(limit: Limit, period: int) -> int:
+    """Unix microseconds of the end of a day or month that is given by its number since 1970."""
+    if limit.kind == DAILY:
+        return (period + 1) * DAY_US
+    return first_day(period + 1) * DAY_US
+
+
+def first_day(month: int) -> int:
+    """Days since 1970-01-01 to the first day of a month, given in months since 1970-01."""
+    return (date(1970 + month // 12, month % 12 + 1, 1) - date(1970, 1, 1)).days
+
+
+def status(tool_id: str, cost: int, grant: Grant) -> dict[str, Any]:
+    """The result of tools.get_rate_limit_status: what is enforced, and only that."""
+    shown = [(one, _shown(one, grant.verdict.now_us)) for one in grant.allowances()]
+
+    def tightest(kind: int) -> dict[str, Any] | None:
+        of_kind = [(one.remaining, position) for position, (one, _) in enumerate(shown) if one.limit.kind == kind]
+        return None if not of_kind else shown[min(of_kind)[1]][1]
+
+    rate, daily, monthly = (tightest(kind) for kind in range(len(KINDS)))
+    return {
+        "tool_id": tool_id,
+        "cost": cost,
+        "rate_limit": rate and {name: rate[name] for name in ("limit", "remaining", "reset_at", "window_seconds")},
+        "quota": None
+        if daily is None and monthly is None
+        else {
+            name: one and {key: one[key] for key in ("limit", "used", "remaining", "reset_at")}
+            for name, one in (("daily", daily), ("monthly", monthly))
+        },
+        "policies": [entry for _, entry in shown],
+    }
+
+
+def _shown(one: Allowance, now_us: int) -> dict[str, Any]:
+    limit = one.limit
+    entry: dict[str, Any] = {
+        "rule": limit.rule,
+        "kind": KINDS[limit.kind],
+        "limit": limit.amount,
+        "remaining": one.remaining,
+        "reset_at": rfc3339(now_us / 1e6 + one.reset_s),
+    }
+    if limit.kind == RATE:
+        entry.update(window_seconds=limit.period_us / 1e6, burst=limit.burst)
+    else:
+        entry["used"] = one.used
+    return entry
