@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import asyncpg
 from redis.asyncio import RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 CONNECT_TIMEOUT_S = 5.0
@@ -29,8 +31,29 @@ CLOSE_TIMEOUT_S = 2.0
 
 SQLITE_BUSY_S = 5.0
 
+DATABASE_ERRORS: tuple[type[Exception], ...] = (
+    SQLAlchemyError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
+"""Everything by which a statement can fail; while it connects, the driver's own errors come unwrapped."""
 
-def create_engine(url: str, pool_size: int, max_overflow: int) -> AsyncEngine:
+
+def reason(error: Exception) -> str:
+    """Why the database failed, in a line for operators: without the statement and its values."""
+    cause: BaseException = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    if isinstance(cause, TimeoutError):
+        return "no answer in time"
+    lines = str(cause).splitlines()
+    return lines[0][:200] if lines else type(cause).__name__
+
+
+def create_engine(
+    url: str, pool_size: int, max_overflow: int, command_timeout_s: float = COMMAND_TIMEOUT_S
+) -> AsyncEngine:
     """The engine of DATABASE_URL. Opens nothing yet. The pool's bounds hold for PostgreSQL; SQLite has one writer."""
     if make_url(url).get_backend_name() == "sqlite":
         return _create_sqlite(url)
@@ -43,7 +66,7 @@ def create_engine(url: str, pool_size: int, max_overflow: int) -> AsyncEngine:
         pool_pre_ping=True,
         connect_args={
             "timeout": CONNECT_TIMEOUT_S,
-            "command_timeout": COMMAND_TIMEOUT_S,
+            "command_timeout": command_timeout_s,
             "server_settings": {"application_name": "agentcore-tools"},
         },
     )

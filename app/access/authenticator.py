@@ -1,0 +1,301 @@
+"""From a credential to its Caller: known ones at once, new ones by one look-up however many wait for it.
+
+Known keys are confirmed in the database every 2 s, so that a revocation takes effect everywhere within 5 s without any
+message between replicas. While the database is away they stay good for KEYS_STALE_S. Knows no HTTP but the headers;
+the doors ask it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from hashlib import sha256
+from typing import Literal
+
+from app.access.credential import (
+    CredentialMissing,
+    CredentialRefused,
+    Headers,
+    credential_in,
+    gives_credential,
+    is_sendable,
+)
+from app.access.keys import KEY_PREFIX, proven, split
+from app.access.memory import Known, Memory
+from app.access.store import CHUNK_MAX, KeyStore, Row, decode
+from app.calls import LOCAL_CALLER, Caller
+from app.clients import reason
+from app.errors import DependencyUnavailable, Overloaded, ToolServiceError, Unauthenticated
+
+logger = logging.getLogger("app.access")
+
+Mode = Literal["off", "auto", "required"]
+
+CONFIRM_EVERY_S = 2.0
+EFFECTIVE_WITHIN_S = 5.0
+"""What is promised of a revocation: one interval, one question that takes as long as it may, and room."""
+
+TOKEN_KEPT_S = 60.0
+"""A token is verified anew after this, so that a signing key that was withdrawn is no longer believed."""
+
+REFUSED_KEPT_S = 1.0
+REFUSED_MAX = 10_000
+"""A flood of one wrong credential asks the database once a second."""
+
+LOOKUPS_AT_ONCE = 8
+"""The pool's other connections are for confirming and for the log, whatever strangers send."""
+
+LOOKUPS_MAX = 1_000
+LOOKUP_PATIENCE_S = 2.0
+
+CLOSE_TIMEOUT_S = 1.0
+
+VerifyToken = Callable[[str], Awaitable[tuple[Caller, float]]]
+"""Caller and Unix expiry of a JWT. Raises Unauthenticated or DependencyUnavailable."""
+
+Refusal = Callable[[], ToolServiceError]
+
+
+class Authenticator:
+    """Who calls. `mode` auto is off for as long as the table of keys can be read and never held one."""
+
+    def __init__(
+        self,
+        store: KeyStore,
+        mode: Mode,
+        stale_s: float,
+        verify_token: VerifyToken | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._mode = mode
+        self._good_for_s = max(stale_s, EFFECTIVE_WITHIN_S)
+        self._verify_token = verify_token
+        self._clock = clock
+        self._wall = wall
+        self._off_until = math.inf if mode == "off" else -math.inf
+        self._keys = Memory(clock, wall)
+        self._tokens = Memory(clock, wall)
+        self._refused: dict[bytes, float] = {}
+        self._flights: dict[bytes, asyncio.Task[Caller | Refusal]] = {}
+        self._turns = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+        self._away_since: float | None = None
+        self.keys_exist: bool | None = None
+        """Whether the table was ever seen to hold a row; None until it could be read."""
+
+    # What the doors ask
+
+    def recognised(self, headers: Headers) -> Caller | None:
+        """The caller, if that can be told without waiting; None: await `identify`. Raises Unauthenticated."""
+        if self.is_off:
+            return LOCAL_CALLER if self._mode == "off" or not gives_credential(headers) else None
+        credential = credential_in(headers)
+        return None if credential is None else self.known(credential)
+
+    def known(self, credential: bytes) -> Caller | None:
+        """The caller of a credential that was good a moment ago."""
+        memory = self._keys if credential.startswith(KEY_PREFIX) else self._tokens
+        return memory.caller(sha256(credential).digest())
+
+    async def identify(self, headers: Headers) -> Caller:
+        """The caller. Raises Unauthenticated, DependencyUnavailable or Overloaded."""
+        try:
+            credential = credential_in(headers)
+            if credential is None:
+                raise CredentialMissing
+            return self.known(credential) or await self._look_up(credential)
+        except ToolServiceError:
+            if self.is_off:  # a key made just now turns authentication on; anything else nobody asked for
+                return LOCAL_CALLER
+            raise
+
+    @property
+    def is_off(self) -> bool:
+        """Everybody may call, and nothing tells them apart."""
+        return self._off_until > self._clock()
+
+    # What operators ask
+
+    @property
+    def away_s(self) -> float | None:
+        """How long the database has been away; None while it answers."""
+        return None if self._away_since is None else self._clock() - self._away_since
+
+    @property
+    def lets_nobody_in(self) -> bool:
+        """Keys cannot be read, none is known from before, and tokens are not taken."""
+        blind = self._away_since is not None and self._verify_token is None and not self.is_off
+        return blind and not self._keys.holds_fresh()
+
+    # New credentials
+
+    async def _look_up(self, credential: bytes) -> Caller:
+        if not is_sendable(credential):
+            raise CredentialRefused
+        digest = sha256(credential).digest()
+        if self._refused.get(digest, -math.inf) > self._clock():
+            raise CredentialRefused
+        outcome = await asyncio.shield(self._flight(credential, digest))  # one who leaves leaves the others alone
+        if isinstance(outcome, Caller):
+            return outcome
+        raise outcome()
+
+    def _flight(self, credential: bytes, digest: bytes) -> asyncio.Task[Caller | Refusal]:
+        """The one look-up of this credential, under way or begun now."""
+        flight = self._flights.get(digest)
+        if flight is None:
+            if len(self._flights) >= LOOKUPS_MAX:
+                raise _too_many()
+            flight = asyncio.get_running_loop().create_task(self._resolve(credential, digest), name="identify")
+            self._flights[digest] = flight
+            flight.add_done_callback(lambda _: self._flights.pop(digest, None))
+        return flight
+
+    async def _resolve(self, credential: bytes, digest: bytes) -> Caller | Refusal:
+        """The caller, or how to say that it is none: each who waits raises an exception of its own."""
+        by = self._by_key if credential.startswith(KEY_PREFIX) else self._by_token
+        try:
+            return await by(credential, digest)
+        except Unauthenticated:
+            self._refuse_for_a_while(digest)
+            return CredentialRefused
+        except Overloaded:
+            return _too_many
+        except DependencyUnavailable as error:
+            message = error.message
+            return lambda: DependencyUnavailable(message, retry_after_ms=1000)
+
+    async def _by_key(self, credential: bytes, digest: bytes) -> Caller:
+        parts = split(credential)
+        if parts is None:
+            raise CredentialRefused
+        key_id, secret = parts
+        row, asked_at = await self._row_in_turn(key_id)
+        key = proven(None if row is None else decode(row), secret)
+        if row is not None:
+            self._found_keys()
+        if key is None or not key.is_good(self._wall()):
+            raise CredentialRefused
+        stale_at = asked_at + self._good_for_s
+        self._keys.keep(key_id, digest, Known(key.caller, key.good_until, stale_at, row))
+        return key.caller
+
+    async def _row_in_turn(self, key_id: str) -> tuple[Row | None, float]:
+        try:
+            async with asyncio.timeout(LOOKUP_PATIENCE_S):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise _too_many() from None
+        try:
+            asked_at = self._clock()
+            rows = await self._store.find([key_id])
+        finally:
+            self._turns.release()
+        return (rows[0] if rows else None), asked_at
+
+    async def _by_token(self, credential: bytes, digest: bytes) -> Caller:
+        if self._verify_token is None:
+            raise CredentialRefused
+        verified_at = self._clock()
+        caller, expires_at = await self._verify_token(credential.decode("ascii"))
+        self._tokens.keep(digest.hex(), digest, Known(caller, expires_at, verified_at + TOKEN_KEPT_S))
+        return caller
+
+    def _refuse_for_a_while(self, digest: bytes) -> None:
+        self._refused.pop(digest, None)  # to the end of the line
+        self._refused[digest] = self._clock() + REFUSED_KEPT_S
+        if len(self._refused) > REFUSED_MAX:
+            del self._refused[next(iter(self._refused))]
+
+    # Known keys
+
+    async def watch(self) -> None:
+        """Confirm for ever: a background task of the service."""
+        while True:
+            await self.confirm()
+            await asyncio.sleep(CONFIRM_EVERY_S)
+
+    async def confirm(self) -> None:
+        """Ask the database once more for every known key: what was revoked, changed or deleted takes effect."""
+        try:
+            if names := self._keys.names():
+                for start in range(0, len(names), CHUNK_MAX):
+                    await self._confirm_some(names[start : start + CHUNK_MAX])
+            else:
+                await self._look_for_keys()
+        except DependencyUnavailable as error:
+            self._database_failed(error)
+        else:
+            self._database_answered()
+
+    async def _confirm_some(self, key_ids: Sequence[str]) -> None:
+        asked_at = self._clock()
+        rows = {row[0]: row for row in await self._store.find(key_ids)}
+        for key_id in key_ids:
+            known = self._keys.named(key_id)
+            if known is None:  # forgotten meanwhile
+                continue
+            row = rows.get(key_id)
+            if row == known.row or self._take_over(known, row):
+                known.stale_at = asked_at + self._good_for_s
+            else:
+                self._keys.forget(key_id)
+
+    def _take_over(self, known: Known, row: Row | None) -> bool:
+        """Whether the key is still good as the row now is; if so, what it says holds from here on."""
+        key = None if row is None else decode(row)
+        before = decode(known.row)
+        if key is None or before is None or key.secret_sha256 != before.secret_sha256 or not key.is_good(self._wall()):
+            return False
+        known.caller, known.expires_at, known.row = key.caller, key.good_until, row
+        return True
+
+    def forget(self, key_id: str) -> None:
+        """It was revoked here: do not wait for the next round."""
+        self._keys.forget(key_id)
+
+    async def _look_for_keys(self) -> None:
+        """With no key known: has there ever been one?"""
+        asked_at = self._clock()
+        if await self._store.holds_any():
+            self._found_keys()
+        elif not self.keys_exist:
+            self.keys_exist = False
+            if self._mode == "auto":
+                self._off_until = asked_at + self._good_for_s
+
+    def _found_keys(self) -> None:
+        """From now on, for the life of this process, even should every row be deleted."""
+        if not self.keys_exist:
+            self.keys_exist = True
+            if self._mode == "auto":
+                self._off_until = -math.inf
+                logger.info("authentication is on: there is a key")
+
+    def _database_failed(self, error: DependencyUnavailable) -> None:
+        if self._away_since is None:
+            self._away_since = self._clock()
+            cause = error.__cause__
+            why = reason(cause) if isinstance(cause, Exception) else "no answer in time"
+            logger.error("keys cannot be read; known ones stay good for a while", extra={"reason": why})
+
+    def _database_answered(self) -> None:
+        if self._away_since is not None:
+            logger.info("keys can be read again", extra={"after_s": round(self._clock() - self._away_since, 1)})
+            self._away_since = None
+
+    async def close(self) -> None:
+        """Nobody waits any more."""
+        flights = list(self._flights.values())
+        for flight in flights:
+            flight.cancel()
+        if flights:
+            await asyncio.wait(flights, timeout=CLOSE_TIMEOUT_S)
+
+
+def _too_many() -> Overloaded:
+    return Overloaded("Too many new credentials at once; try again", retry_after_ms=1000)

@@ -1,0 +1,122 @@
+"""The database's tables: which version it has, and bringing it up to date, once, however many processes try.
+
+Alembic runs the scripts in `migrations/` beside this package; it is imported only when there is something to run.
+Called at start for SQLite, by `agentcore-tools migrate` for PostgreSQL. Knows no table but Alembic's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from sqlalchemy import Connection, inspect, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from app.clients import DATABASE_ERRORS, reason
+
+NEWEST = "head"
+
+LOCK_KEY = 0x61676E74
+"""Of PostgreSQL's advisory locks, which all applications of a database share; the letters are `agnt`."""
+
+LOCK_TIMEOUT_S = 60.0
+LOCK_RETRY_S = 0.1
+"""Tried again and again instead of waited for: a wait inside of the server would end by the command's timeout."""
+
+VERSION_TIMEOUT_S = 5.0
+
+
+class MigrationError(Exception):
+    """The tables cannot be brought to a version: says why, and what to do."""
+
+
+def folder() -> Path:
+    """Where the scripts are. Raises MigrationError when the package was installed without them."""
+    found = Path(__file__).parent.parent / "migrations"
+    if not (found / "versions").is_dir():
+        raise MigrationError(
+            "the folder `migrations` is not beside the package `app`; run from a whole checkout or image"
+        )
+    return found
+
+
+def versions() -> list[str]:
+    """Every version there is, oldest first, told from the names of the scripts: Alembic would import them all."""
+    return sorted(script.stem.partition("_")[0] for script in (folder() / "versions").glob("[0-9]*.py"))
+
+
+async def version(engine: AsyncEngine) -> str | None:
+    """What the database has; None before the first migration. Raises MigrationError when it cannot be asked."""
+    try:
+        async with asyncio.timeout(VERSION_TIMEOUT_S), engine.connect() as connection:
+            return await connection.run_sync(_version)
+    except DATABASE_ERRORS as error:
+        raise MigrationError(f"the database cannot be read ({reason(error)}); check DATABASE_URL") from error
+
+
+def _version(connection: Connection) -> str | None:
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    return found
+
+
+async def is_current(engine: AsyncEngine) -> bool:
+    """Whether the tables are at least what this code needs; a newer version's tables serve an older one."""
+    return (await version(engine) or "") >= versions()[-1]
+
+
+async def migrate(engine: AsyncEngine, revision: str = NEWEST) -> None:
+    """Bring the tables up to `revision`, never down. Safe from many processes at once."""
+    known = versions()
+    if revision not in (NEWEST, *known):
+        raise MigrationError(f"no such revision; there are {', '.join(known)}")
+    if (await version(engine) or "") >= (known[-1] if revision == NEWEST else revision):
+        return
+    try:
+        async with locked(engine) as connection:
+            await connection.run_sync(_upgrade, revision)
+    except DATABASE_ERRORS as error:
+        raise MigrationError(f"the database cannot be migrated ({reason(error)})") from error
+
+
+def _upgrade(connection: Connection, revision: str) -> None:
+    from alembic import command  # takes 0.1 s to import, and nearly every start has nothing to do with it
+    from alembic.config import Config
+
+    if revision != NEWEST and (_version(connection) or "") >= revision:
+        return  # another process went further while this one waited
+    config = Config()
+    config.set_main_option("script_location", str(folder()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    command.upgrade(config, revision)
+
+
+@contextlib.asynccontextmanager
+async def locked(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """One transaction that no other migration overlaps; all that was done in it is done, or nothing."""
+    if engine.dialect.name == "sqlite":
+        async with engine.begin() as connection:
+            await connection.exec_driver_sql("BEGIN IMMEDIATE")  # waits as long as clients.SQLITE_BUSY_S
+            yield connection
+        return
+    async with engine.connect() as connection:
+        await _lock(connection)
+        yield connection
+        await connection.commit()
+
+
+async def _lock(connection: AsyncConnection) -> None:
+    """Held until the transaction ends, however it ends, behind a pooler too."""
+    try:
+        async with asyncio.timeout(LOCK_TIMEOUT_S):
+            while not (
+                await connection.execute(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": LOCK_KEY})
+            ).scalar():
+                await connection.rollback()
+                await asyncio.sleep(LOCK_RETRY_S)
+    except TimeoutError:
+        raise MigrationError(f"another process has been migrating for over {LOCK_TIMEOUT_S:g} s; try again") from None
