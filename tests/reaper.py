@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 Kind = Literal["process", "folder"]
 
 END_S_MAX = 15.0
-"""For processes that were killed to be gone."""
+"""For processes to do what a signal made them do."""
 
 POLL_S = 0.01
 
@@ -59,35 +59,36 @@ def _dismiss(reaper: subprocess.Popen[bytes]) -> None:
     reaper.wait(timeout=30)
 
 
-def family(pid: int) -> list[psutil.Process]:
-    """A process and all that it started, itself first; empty when it is gone."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
-    return []
-
-
 def send(pid: int, signal_number: int) -> list[psutil.Process]:
     """Signal a process and all that it started: PostgreSQL's backends are no group, each leads its own session."""
-    signalled = family(pid)
+    try:
+        parent = psutil.Process(pid)
+        if signal_number != signal.SIGCONT:
+            # First, so that it starts no other while these are looked up.
+            parent.suspend()
+        signalled = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
     for process in signalled:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal_number)
     return signalled
 
 
-def wait(killed: list[psutil.Process]) -> None:
-    """Until none of them holds anything more, be it that nobody has collected their exit codes yet."""
+def wait(signalled: list[psutil.Process], *until: str) -> None:
+    """Until all are in one of these states, or gone; a zombie holds nothing, its exit code is only not collected."""
     ends = time.monotonic() + END_S_MAX
-    while any(map(_is_alive, killed)) and time.monotonic() < ends:
+    while not all(_status(process) in (None, *until) for process in signalled):
+        if time.monotonic() > ends:
+            raise TimeoutError(f"processes are not {' or '.join(until)} within {END_S_MAX:g} s")
         time.sleep(POLL_S)
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def _status(process: psutil.Process) -> str | None:
     try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
+        return process.status()
     except psutil.NoSuchProcess:
-        return False
+        return None
 
 
 def main() -> None:
@@ -101,7 +102,8 @@ def main() -> None:
         else:
             owed.discard((kind, value))
     ended = [process for kind, value in owed if kind == "process" for process in send(int(value), signal.SIGKILL)]
-    wait(ended)
+    with contextlib.suppress(TimeoutError):
+        wait(ended, psutil.STATUS_ZOMBIE)
     for kind, value in owed:
         if kind == "folder":
             shutil.rmtree(value, ignore_errors=True)

