@@ -16,9 +16,11 @@ from pydantic import BaseModel
 
 from app.transport import shapes
 from app.transport.examples import EXAMPLES, EXECUTION, OPENRPC, Json
+from app.transport.gate import is_open, open_to_all
 from app.transport.methods import MethodSpec
 from app.transport.openapi import (
     EXECUTE_TOOL,
+    GET_LIMITS,
     GET_TOOL,
     LIST_TOOLS,
     RETRY_AFTER,
@@ -32,6 +34,7 @@ from app.transport.rpc import RPC_PATH
 TAGS = [
     {"name": "json-rpc", "description": "The main door: every method, single or in a batch."},
     {"name": "tools", "description": "Discovery and calls in REST shape, over the same registry and executor."},
+    {"name": "limits", "description": "What is left of rates and quotas, for the caller."},
     {"name": "ops", "description": "What probes and Prometheus ask. Never needs a credential."},
     {"name": "documents", "description": "This description."},
 ]
@@ -45,7 +48,7 @@ Any path can also answer before a route is reached: 400 or 505 to what is not HT
 requests wait on one connection; and 405 with `Allow` to another method. A connection too many is closed unanswered.
 """
 
-ANSWERS = {each.id: each.answer for each in (LIST_TOOLS, GET_TOOL, EXECUTE_TOOL)}
+ANSWERS = {each.id: each.answer for each in (LIST_TOOLS, GET_TOOL, EXECUTE_TOOL, GET_LIMITS)}
 
 REQUEST_ID = {"type": ["string", "number", "null"]}
 
@@ -59,9 +62,11 @@ def mount(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None) -> 
         swagger_favicon_url="data:,",
     ).body
 
+    @open_to_all
     async def document(request: Request) -> Response:
         return Response(document_json, media_type="application/json")
 
+    @open_to_all
     async def page(request: Request) -> Response:
         return Response(page_html, media_type="text/html")
 

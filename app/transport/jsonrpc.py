@@ -117,6 +117,8 @@ class RequestContext:
     """Shared by the requests of a batch; None for one alone, whose result has a bound of its own."""
     allowance: Any = None
     """What the tightest limit of a single call has left: the door tells it in headers."""
+    retry_after_ms: int | None = None
+    """Of a single call that was refused."""
 
 
 Handler = Callable[[RequestContext, Any], Awaitable[bytes]]

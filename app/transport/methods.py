@@ -143,7 +143,9 @@ class Methods:
         """One call to its Execution, written. Raises the refusal when it did not run."""
         execution = await self._executor.execute(tool_call(context, tool_id, params))
         if execution.refusal is not None:
-            context.allowance = execution.refusal.allowance
+            if context.budget is None:
+                context.allowance = execution.refusal.allowance
+                context.retry_after_ms = execution.refusal.retry_after_ms
             raise execution.refusal
         if execution.grant is not None and context.budget is None:
             context.allowance = execution.grant.tightest()

@@ -22,10 +22,17 @@ REFUSED_BECAUSE = {
     413: "The body is too large",
     414: "The URL is too long",
     422: "A parameter does not fit; `data.errors` says which and why",
+    429: "A rate limit or quota; `data.rule` names it, come back after `Retry-After` seconds",
     500: "A defect of this service; the log has the rest",
     503: "Overloaded or shutting down; come back after `Retry-After` seconds",
 }
 RETRY_AFTER = {"Retry-After": {"description": "Seconds", "schema": {"type": "integer", "minimum": 1}}}
+
+RATE_LIMIT = {
+    "RateLimit-Limit": {"description": "What the tightest limit allows", "schema": {"type": "integer"}},
+    "RateLimit-Remaining": {"description": "What it has left", "schema": {"type": "integer", "minimum": 0}},
+    "RateLimit-Reset": {"description": "Seconds until all of it is there", "schema": {"type": "integer", "minimum": 0}},
+}
 
 
 def reference(name: str) -> Json:
@@ -46,6 +53,8 @@ def refusals(statuses: Iterable[int], shape: str = "Refused") -> dict[int | str,
     }
     if 503 in written:
         written[503]["headers"] = RETRY_AFTER
+    if 429 in written:
+        written[429]["headers"] = {**RETRY_AFTER, **RATE_LIMIT}
     return written
 
 
@@ -112,6 +121,31 @@ GET_TOOL = Operation(
     "One tool with its schemas",
     "`parameters` and `result` are JSON Schema 2020-12: what an execute request must hold, and what comes back.",
     response("The tool", reference("ToolDetail")),
+    {"parameters": [TOOL_ID]},
+)
+_RATE = {"limit": 600, "remaining": 598, "reset_at": "2026-11-20T15:00:00.200Z", "window_seconds": 60.0}
+_DAILY = {"limit": 10_000, "used": 2, "remaining": 9_998, "reset_at": "2026-11-21T00:00:00.000Z"}
+_MONTHLY = {"limit": 200_000, "used": 52, "remaining": 199_948, "reset_at": "2026-12-01T00:00:00.000Z"}
+LIMITS_LEFT = {
+    "tool_id": "echo",
+    "cost": 1,
+    "rate_limit": _RATE,
+    "quota": {"daily": _DAILY, "monthly": _MONTHLY},
+    "policies": [
+        {"rule": "search-free", "kind": "rate", **_RATE, "burst": 600},
+        {"rule": "search-free", "kind": "daily", **_DAILY},
+        {"rule": "search-free", "kind": "monthly", **_MONTHLY},
+    ],
+}
+GET_LIMITS = Operation(
+    "getLimits",
+    "What is left of each limit of a tool",
+    "For the caller, and only what is enforced. Asking costs nothing.",
+    response(
+        "What is left",
+        reference("LimitStatus"),
+        {"a rate and two quotas": LIMITS_LEFT},
+    ),
     {"parameters": [TOOL_ID]},
 )
 EXECUTE_TOOL = Operation(

@@ -82,6 +82,7 @@ def test_every_operation_says_what_it_is(document: Json) -> None:
         "listTools",
         "getTool",
         "executeTool",
+        "getLimits",
         "getOpenApi",
         "getDocs",
     ]
@@ -98,7 +99,7 @@ def test_every_refusal_has_the_one_shape(document: Json) -> None:
             named = re.findall(r"schemas/(\w+)", str(media(answer)["schema"]))
             door = path == RPC_PATH and status != "403"
             assert set(named) == ({"RpcResponse"} if door else {"Refused"}), (path, status)
-            assert ("Retry-After" in answer.get("headers", {})) == (status == "503")
+            assert ("Retry-After" in answer.get("headers", {})) == (status in ("429", "503"))
 
 
 def test_every_status_that_a_refusal_can_have_is_documented(document: Json) -> None:

@@ -250,7 +250,8 @@ def test_overload_is_503_and_says_when_to_come_back(service: Running) -> None:
     taken, left = sorted(answers, key=lambda answer: answer.status_code)
     assert taken.json()["status"] == "success"
     error = refused(left, 503, -32006)
-    assert int(left.headers["retry-after"]) * 1000 == error["data"]["retry_after_ms"]
+    retry_after_ms = error["data"]["retry_after_ms"]
+    assert retry_after_ms <= int(left.headers["retry-after"]) * 1000 < retry_after_ms + 1000
 
 
 def test_a_call_that_meets_the_shutdown_is_503_and_the_connection_closes(serve: Serve) -> None:
