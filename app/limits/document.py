@@ -23,7 +23,10 @@ _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\
 _WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 """YAML 1.1 reads 010 as 8, 1:30 as 90 and 1_0 as 10: a limit must not be what its reader would not expect."""
 
-_KINDS = {"str": "a text", "bool": "true or false", "null": "nothing", "timestamp": "a date"}
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+"""A number of JSON and of YAML 1.2; YAML 1.1 reads some as texts."""
+
+_KINDS = {"bool": "true or false", "null": "nothing", "timestamp": "a date"}
 
 
 class UnreadableDocument(ValueError):
@@ -52,10 +55,15 @@ def parse_yaml(text: str) -> Node | None:
     """The tree of a text, or None where nothing is in it. Raises UnreadableDocument."""
     if found := _UNPRINTABLE.search(text):
         raise UnreadableDocument(_line_of(text, found.start()), "has a character that YAML does not allow")
+    loader = yaml.SafeLoader(text)
     try:
-        return _document(yaml.parse(text, Loader=yaml.SafeLoader))
+        return _document(iter(loader.get_event, None))
     except yaml.MarkedYAMLError as error:
         raise UnreadableDocument(*_described(error)) from None
+    except UnreadableDocument:
+        raise
+    except (ValueError, OverflowError):  # PyYAML's own, of an escape or a version that is no number of Python's
+        raise UnreadableDocument(_line(loader), "is not YAML: a number in it is too high") from None
 
 
 def parse_json(text: str) -> Node | None:
@@ -92,6 +100,7 @@ def _described(error: yaml.MarkedYAMLError) -> tuple[int, str]:
 
 
 def _line(mark: Any) -> int:
+    """Of a mark, or of how far a loader has read; both count from 0."""
     return mark.line + 1 if mark else 1
 
 
@@ -146,7 +155,7 @@ def _scalar(event: Any, line: int) -> Node:
     plain, _ = event.implicit
     tag = _RESOLVER.resolve(yaml.ScalarNode, event.value, (True, False)) if plain else "str"
     kind = tag.rpartition(":")[2]
-    if kind == "str":
+    if kind == "str" and not (plain and _EXPONENT.fullmatch(event.value)):
         return Node(line, "a text", event.value)
     if kind == "int" and _WHOLE_NUMBER.fullmatch(event.value):
         return Node(line, "a number", int(event.value))

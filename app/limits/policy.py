@@ -151,10 +151,29 @@ class Policies:
     while half of the room filled anew is forgotten: a counter's state is in the store, not here.
     """
 
-    __slots__ = ("_bounds", "_everywhere", "_limits", "_of_tool", "_older_bounds", "_older_limits", "_replicas")
+    __slots__ = (
+        "_bounds",
+        "_bounds_half",
+        "_everywhere",
+        "_limits",
+        "_limits_half",
+        "_of_tool",
+        "_older_bounds",
+        "_older_limits",
+        "_replicas",
+    )
 
-    def __init__(self, policies: Iterable[Policy], replicas: int = 1) -> None:
+    def __init__(
+        self,
+        policies: Iterable[Policy],
+        replicas: int = 1,
+        *,
+        bounds_kept: int = BOUNDS_KEPT,
+        limits_kept: int = LIMITS_KEPT,
+    ) -> None:
         self._replicas = replicas
+        self._bounds_half = bounds_kept // 2
+        self._limits_half = limits_kept // 2
         self._everywhere: list[_Rule] = []
         self._of_tool: dict[str, list[_Rule]] = {}
         names = set()
@@ -180,8 +199,8 @@ class Policies:
 
     def _bind(self, who: _Who) -> Bound:
         bound = self._older_bounds.get(who) or self._bound(who)
-        if len(self._bounds) >= BOUNDS_KEPT // 2 or len(self._limits) + len(bound.limits) > LIMITS_KEPT // 2:
-            # What is kept twice over dies as a whole: no order of use has to be kept up on a hit.
+        if len(self._bounds) >= self._bounds_half or len(self._limits) + len(bound.limits) > self._limits_half:
+            # The older half is dropped as a whole: no order of use has to be kept up on a hit.
             self._older_bounds, self._bounds = self._bounds, {}
             self._older_limits, self._limits = self._limits, {}
         self._bounds[who] = bound
