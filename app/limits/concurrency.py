@@ -160,8 +160,8 @@ def take_all_now(slots: Sequence[Slots]) -> bool:
 
 
 def release_all(slots: Sequence[Slots]) -> None:
-    """In the reverse of the order in which they were taken: who gets one finds those taken after it free."""
-    for each in reversed(slots):
+    """Give every one to who waits for it, or back. The order does not matter: nobody wakes before all are done."""
+    for each in slots:
         each.release()
 
 

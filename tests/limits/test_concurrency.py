@@ -87,6 +87,19 @@ async def test_patience_ends_the_wait_and_leaves_the_place_in_the_queue(patience
     assert slots.running == 0
 
 
+async def test_who_lost_patience_has_no_place_any_more_before_it_wakes() -> None:
+    slots = Slots(1)
+    assert slots.take_now()
+    place = slots.wait()
+    waiting = slots.take(place, 0.0)
+    waiting.send(None)
+    await asyncio.wait({place})
+    assert slots.queued == 0
+    with pytest.raises(Overloaded):
+        waiting.send(None)
+    assert (slots.running, slots.queued) == (1, 0)
+
+
 async def test_a_slot_that_comes_with_the_cancellation_goes_to_the_next() -> None:
     slots = Slots(1, queue_max=2)
     assert slots.take_now()
@@ -115,8 +128,9 @@ async def test_a_slot_that_comes_free_around_the_tick_of_the_expiry_is_not_lost(
     assert slots.take_now()
 
 
-async def test_a_wait_that_begins_while_a_slot_is_free_has_it_at_once() -> None:
-    slots = Slots(1)
+@pytest.mark.parametrize("queue_max", [0, 1])
+async def test_a_wait_that_begins_while_a_slot_is_free_has_it_at_once(queue_max: int) -> None:
+    slots = Slots(1, queue_max)
     await slots.take(slots.wait(), LONG_S)
     assert (slots.running, slots.queued, slots.take_now()) == (1, 0, False)
     slots.release()
