@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from time import perf_counter, time
 from typing import Any
 
@@ -27,7 +27,7 @@ from app.errors import (
 )
 from app.executor.runner import CANCELLED, Abandoned, Interrupt, Runner, cancelled_from_outside
 from app.limits.admission import Admission, Grant, status
-from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, SlotTable
+from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, SlotTable, release_all, take_all_now
 from app.limits.limit import Limit
 from app.limits.policy import Bound
 from app.telemetry.metrics import Metrics, ToolSeries
@@ -309,20 +309,27 @@ class Executor:
         return timeout_s
 
     async def _take_slots(self, state: ToolState, bound: Bound, run: Run, patience_s: float) -> Callable[[], None]:
-        """Wait for every slot in one patience: the tool's, those of policies, the process's; how to give them back."""
-        wanted = [] if state.slots is None else [state.slots]
-        wanted += [self._policy_slots.of(rule.key, rule.amount) for rule in bound.slots]
+        """Wait for every slot in one patience: those of policies first, so that a tenant that waits for itself holds
+        nothing that others want, then the tool's, then the process's; how to give them back."""
+        wanted = [self._policy_slots.of(rule.key, rule.amount) for rule in bound.slots]
+        rules = {id(slots): rule.rule for slots, rule in zip(wanted, bound.slots, strict=True)}
+        if state.slots is not None:
+            wanted.append(state.slots)
         wanted.append(self._slots)
+        if take_all_now(wanted):
+            return lambda: release_all(wanted)
         patience_ends = perf_counter() + patience_s
         held: list[Slots] = []
         try:
             for slots in wanted:
                 await self._take_slot(slots, run, max(0.0, patience_ends - perf_counter()))
                 held.append(slots)
-        except BaseException:
-            _release(held)
+        except BaseException as error:
+            release_all(held)
+            if isinstance(error, Overloaded) and (rule := rules.get(id(slots))):
+                error.data["rule"] = rule
             raise
-        return lambda: _release(held)
+        return lambda: release_all(held)
 
     async def _take_slot(self, slots: Slots, run: Run, patience_s: float) -> None:
         if slots.take_now():
@@ -386,9 +393,3 @@ async def _cancel_when_gone(client: Client, interrupt: Interrupt) -> None:
 def _may_cancel(caller: Caller, owner: Caller) -> bool:
     own = caller.tenant == owner.tenant and caller.subject == owner.subject
     return own or "admin" in caller.scopes
-
-
-def _release(held: Sequence[Slots]) -> None:
-    """The last one taken first: the process's slot goes to whoever waits for it before a tool's does."""
-    for slots in reversed(held):
-        slots.release()
