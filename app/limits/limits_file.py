@@ -69,8 +69,8 @@ def _document(path: Path) -> Node | None:
     return parse_json(text) if path.suffix == ".json" else parse_yaml(text)
 
 
-_POLICY_KEYS = ("name", "match", "per", "rate", "burst", "quota", "max_concurrent", "on_store_failure", "mode")
-_MATCH_KEYS = ("tool", "tenant", "subject", "class")
+POLICY_KEYS = ("name", "match", "per", "rate", "burst", "quota", "max_concurrent", "on_store_failure", "mode")
+MATCH_KEYS = ("tool", "tenant", "subject", "class")
 
 
 class _Reading:
@@ -94,7 +94,7 @@ class _Reading:
 
     def _policy(self, node: Node) -> Policy:
         told = len(self.problems)
-        found = self._mapping(node, "a policy", _POLICY_KEYS)
+        found = self._mapping(node, "a policy", POLICY_KEYS)
         policy = Policy(
             name=self._name(found.get("name")),
             match=self._match(found.get("match")),
@@ -138,7 +138,7 @@ class _Reading:
     def _match(self, node: Node | None) -> Match:
         if node is None:
             return Match()
-        found = self._mapping(node, "match", _MATCH_KEYS)
+        found = self._mapping(node, "match", MATCH_KEYS)
         globs = {("limit_class" if key == "class" else key): self._glob(found[key], key) for key in found}
         return Match(**globs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,20 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.limits.document import UnreadableDocument, parse_json, parse_yaml
-from app.limits.limits_file import FILE_BYTES_MAX, POLICIES_MAX, PROBLEMS_SHOWN_MAX, LimitsFileError, read_policies
-from app.limits.policy import Match, Policy, Rate
+from app.limits.limits_file import (
+    FILE_BYTES_MAX,
+    POLICIES_MAX,
+    POLICY_KEYS,
+    PROBLEMS_SHOWN_MAX,
+    LimitsFileError,
+    read_policies,
+)
+from app.limits.policy import CONCURRENT_MAX, QUOTA_MAX, RATE_MAX, Match, Policy, Rate
+from tests.conftest import ROOT
 
 MINUTE_US = 60_000_000
 
-EXAMPLE = """policies:
-  - name: search-free                 # shown in data.rule
-    match: {tool: "web_*", tenant: "*", class: free}   # globs; what is left out matches all
-    per: [tenant, tool]               # what a counter is kept by: any of tenant, subject, tool; [] is one for all
-    rate: 600/minute                  # N/second|minute|hour|day, with an optional burst: N
-    quota: {daily: 10000, monthly: 200000}
-    on_store_failure: local           # local | open | closed
-    mode: enforce                     # enforce | shadow
-"""
+PAGE = ROOT / "docs" / "limits.md"
 
 
 def written(folder: Path, text: str | bytes, name: str = "limits.yaml") -> Path:
@@ -39,8 +40,9 @@ def refused(path: Path) -> list[str]:
     return [line.replace(f"{path.parent}/", "") for line in str(caught.value).splitlines()]
 
 
-def test_the_example_of_the_documents_says_what_its_comments_say(tmp_path: Path) -> None:
-    assert read_policies(written(tmp_path, EXAMPLE)) == (
+def test_the_example_of_the_documents_is_what_they_say_of_it(tmp_path: Path) -> None:
+    (example,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert read_policies(written(tmp_path, example)) == (
         Policy(
             name="search-free",
             match=Match(tool="web_*", limit_class="free"),
@@ -99,6 +101,13 @@ policies:
     )
 
 
+def test_the_page_names_every_key_and_every_bound() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", PAGE.read_text().split("## Counters")[0], re.MULTILINE)
+    assert tuple(rows[-len(POLICY_KEYS) :]) == POLICY_KEYS
+    for bound in (RATE_MAX, QUOTA_MAX, CONCURRENT_MAX, POLICIES_MAX):
+        assert f"{bound:,}" in PAGE.read_text()
+
+
 @pytest.mark.parametrize(
     "text", ["", "\n\n", "# nothing yet\n", "---\n", "policies:\n", "policies: []\n", "{}", "\ufeff"]
 )
@@ -143,7 +152,7 @@ BAD = {
     "a list as name": (P + "- name: [a]\n", 4, "name must be a text; it is a list"),
     "no limit": (P + "\n- name: b\n  match: {tool: x}\n", 5, "a policy needs a rate, a quota or max_concurrent"),
     "a mistyped key": (P + "  rates: 5/second\n", 4, "a policy has no 'rates'; did you mean rate?"),
-    "a key in capitals": (P + "  Match: {tool: x}\n", 4, "a policy has no 'Match'; did you mean match?"),
+    "a key in capitals": (P + "  MATCH: {tool: x}\n", 4, "a policy has no 'MATCH'; did you mean match?"),
     "a key like no other": (P + "  xyzzy: 1\n", 4, "a policy has no 'xyzzy'; it can have name, match, per"),
     "a key with line breaks": (P + '  "a\\nb": 1\n', 4, "a policy has no 'a\\nb'; it can have"),
     "a bool as key": (P + "  on: 1\n", 4, "a policy has no 'on'"),

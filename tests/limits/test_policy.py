@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app.limits.limit import DAILY, KINDS, MONTHLY, RATE, WINDOW_US_MAX, Limit, counter_key
@@ -126,6 +126,10 @@ globs = st.text(st.sampled_from("aAb_*?*?[]!-.\\^$\n"), min_size=1, max_size=8)
 texts = st.text(st.sampled_from("aAb_[]!-.\\^$*?\n"), max_size=8)
 
 
+@example(glob="[aA]*?", text="ab", where="tool")
+@example(glob="[aA]*?", text="[aA]b", where="tool")
+@example(glob="[!a]", text="b", where="subject")
+@example(glob="a*b*", text="a\nb", where="tenant")
 @given(glob=globs, text=texts, where=st.sampled_from(["tool", "tenant", "subject", "limit_class"]))
 def test_a_policy_binds_what_its_glob_matches_and_nothing_else(glob: str, text: str, where: str) -> None:
     caller = {
