@@ -45,6 +45,9 @@ LOG_MODES: tuple[str | None, ...] = ("durable", "strict", "buffered", None)
 LOG_PAYLOADS: tuple[str | None, ...] = ("off", "metadata", "full", None)
 """None is the service's own."""
 
+COST_MAX = 10_000
+"""The time that a call of this cost takes at the slowest rate still counts in whole microseconds below 2**53."""
+
 _ID = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 """The intersection of what model providers accept as a function's name."""
 
@@ -137,7 +140,7 @@ class ToolSpec:
             ),
             (self.max_concurrent is not None and self.max_concurrent < 1, "max_concurrent must be at least 1"),
             (self.retries < 0, "retries must be at least 0"),
-            (self.cost < 0, "cost must be at least 0"),
+            (not 0 <= self.cost <= COST_MAX, f"cost must be 0 to {COST_MAX}"),
             (self.cache_ttl is not None and not 0 < self.cache_ttl < math.inf, "cache_ttl must be over 0 seconds"),
             (self.cache_ttl is not None and not self.read_only, "cache_ttl needs read_only=True"),
             (self.log_mode not in LOG_MODES, f"log_mode must be one of {_listed(LOG_MODES)}"),

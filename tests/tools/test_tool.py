@@ -277,6 +277,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_concurrent": 0}, "max_concurrent"),
     ({"retries": -1}, "retries"),
     ({"cost": -1}, "cost"),
+    ({"cost": 10_001}, "cost"),
     ({"cache_ttl": 5}, "read_only"),
     ({"cache_ttl": 0, "read_only": True}, "cache_ttl"),
     ({"log_mode": "loud"}, "log_mode must be one of durable, strict, buffered"),
