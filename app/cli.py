@@ -8,17 +8,24 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import orjson
 import uvloop
+from pydantic import ValidationError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import __version__
-from app.calls import LOCAL_CALLER, ToolCall, new_execution_id
+from app.access.keys import NewKey
+from app.access.store import KeyStore
+from app.calls import DEFAULT_SCOPES, LOCAL_CALLER, ToolCall, new_execution_id
+from app.clients import close_engine, create_engine
 from app.doctor import examine
-from app.service import open_service
+from app.errors import ToolServiceError
+from app.migration import NEWEST, MigrationError, is_current, migrate, version
+from app.service import Service, open_service
 from app.settings import Settings, SettingsError, check_bind, read_settings
 from app.telemetry.logging import log_to_stdout
 from app.tools.registry import summary
@@ -28,6 +35,9 @@ from app.transport.server import CannotListen, Server
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8001
 PORT_MAX = 65_535
+
+MIGRATION_TIMEOUT_S = 3600.0
+"""For one statement: to write a large table anew takes its time, and half of it is worth nothing."""
 
 ENDED_BY_INTERRUPT = 130
 ENDED_BY_PIPE = 141
@@ -43,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SettingsError as error:
         print(f"agentcore-tools: {error}", file=sys.stderr)
         sys.exit(2)
-    except CannotListen as error:
+    except (CannotListen, MigrationError, ToolServiceError) as error:
         print(f"agentcore-tools: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -72,12 +82,41 @@ def _parser() -> argparse.ArgumentParser:
     call.add_argument("parameters", metavar="JSON", nargs="?", default="{}")
     call.set_defaults(run=_tools_call)
 
+    migrate = commands.add_parser("migrate", parents=[common], help="bring the database up to date")
+    migrate.add_argument("revision", metavar="REVISION", nargs="?", default=NEWEST, help="the newest when not given")
+    migrate.set_defaults(run=_migrate)
+
+    _add_keys(commands.add_parser("keys", help="API keys of callers"), common)
+
     doctor = commands.add_parser("doctor", parents=[common], help="check settings and surroundings; exit 1 when wrong")
     doctor.add_argument("--host", default=DEFAULT_HOST)
     doctor.add_argument("--port", type=_port, default=DEFAULT_PORT)
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_keys(keys: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    actions = keys.add_subparsers(required=True, metavar="ACTION")
+    create = actions.add_parser("create", parents=[common], help="make a key; its secret is shown once")
+    create.add_argument("--tenant", required=True, help="whom the caller belongs to")
+    create.add_argument("--subject", required=True, help="who calls")
+    create.add_argument(
+        "--scope", action="extend", nargs="+", help=f"what it may do; without: {' '.join(sorted(DEFAULT_SCOPES))}"
+    )
+    create.add_argument(
+        "--tool", metavar="GLOB", action="extend", nargs="+", help="ids of tools it may call; without: *"
+    )
+    create.add_argument("--class", dest="limit_class", help="what limit policies match as class")
+    create.add_argument("--expires-in", metavar="TIME", help="as 90d, 12h, 30m; without: never")
+    create.set_defaults(run=_keys_create)
+    listing = actions.add_parser("list", parents=[common], help="every key, without its secret")
+    listing.set_defaults(run=_keys_list)
+    revoke = actions.add_parser("revoke", parents=[common], help="refuse a key from now on, within 5 s everywhere")
+    revoke.add_argument("id", metavar="ID")
+    revoke.set_defaults(run=_keys_revoke)
+    for action in (create, listing, revoke):
+        action.add_argument("--json", action="store_true", help="for programs")
 
 
 def _port(text: str) -> int:
@@ -87,12 +126,12 @@ def _port(text: str) -> int:
 
 
 def _serve(settings: Settings, options: argparse.Namespace) -> int:
-    check_bind(settings, options.host)
     writer = log_to_stdout(settings.log_level)
 
     async def serve() -> int:
         try:
             async with open_service(settings, listen=(options.host, options.port)) as service:
+                check_start(service, options.host)
                 service.metrics.counters["log_lines_dropped_total"] = lambda: writer.dropped
                 app = create_app(service, host=options.host, port=options.port)
                 await Server(app, service, options.host, options.port).serve()
@@ -101,6 +140,13 @@ def _serve(settings: Settings, options: argparse.Namespace) -> int:
             writer.close()
 
     _run(serve())
+
+
+def check_start(service: Service, host: str) -> None:
+    """Refuse what would serve everybody, or could serve nobody and will not mend itself. Raises SettingsError."""
+    check_bind(service.settings, host, service.access.keys_exist)
+    if service.database.problem is not None and service.settings.auth_mode != "none":
+        raise SettingsError(f"DATABASE_URL: {service.database.problem}")
 
 
 def _run(command: Coroutine[Any, Any, int]) -> NoReturn:
@@ -159,10 +205,103 @@ def _tools_call(settings: Settings, options: argparse.Namespace) -> int:
     _run(called())
 
 
+def _migrate(settings: Settings, options: argparse.Namespace) -> int:
+    async def migrated() -> int:
+        async with opened_database(settings, command_timeout_s=MIGRATION_TIMEOUT_S) as engine:
+            await migrate(engine, options.revision)
+            print(f"tables at {await version(engine)}")
+        return 0
+
+    _run(migrated())
+
+
+def _keys_create(settings: Settings, options: argparse.Namespace) -> int:
+    given = {
+        "tenant": options.tenant,
+        "subject": options.subject,
+        "scopes": options.scope,
+        "tools": options.tool,
+        "limit_class": options.limit_class,
+        "expires_in": options.expires_in,
+    }
+    try:
+        new = NewKey.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise SettingsError("\n".join(_argument_problem(detail) for detail in error.errors())) from None
+
+    async def created() -> int:
+        async with opened_keys(settings) as keys:
+            key, credential = await keys.create(new)
+        if options.json:
+            _print_json({"id": key.id, "key": credential})
+        else:
+            print(f"id   {key.id}\nkey  {credential}\nThe key is shown this once; send it as Authorization: Bearer.")
+        return 0
+
+    _run(created())
+
+
+def _argument_problem(detail: Any) -> str:
+    argument = {"scopes": "--scope", "tools": "--tool", "limit_class": "--class", "expires_in": "--expires-in"}
+    name = str(detail["loc"][0])
+    return f"{argument.get(name, f'--{name}')}: {detail['msg'].removeprefix('Value error, ')}"
+
+
+def _keys_list(settings: Settings, options: argparse.Namespace) -> int:
+    async def listed() -> int:
+        async with opened_keys(settings) as keys:
+            found = [key async for key in keys.all()]
+        if options.json:
+            _print_json([key.shown() for key in found])
+            return 0
+        for key in found:
+            who, may = f"{key.caller.tenant}/{key.caller.subject}", " ".join(sorted(key.caller.scopes))
+            print(f"{key.id}  {key.state(time.time()):<8} {who:<32} {may}")
+        return 0
+
+    _run(listed())
+
+
+def _keys_revoke(settings: Settings, options: argparse.Namespace) -> int:
+    async def revoked() -> int:
+        async with opened_keys(settings) as keys:
+            key = await keys.revoke(options.id)
+        if key is None:
+            print("agentcore-tools: no such key; keys list shows them", file=sys.stderr)
+            return 1
+        if options.json:
+            _print_json(key.shown())
+        else:
+            print(f"{key.id} is revoked; every replica refuses it within 5 s")
+        return 0
+
+    _run(revoked())
+
+
+@contextlib.asynccontextmanager
+async def opened_keys(settings: Settings) -> AsyncIterator[KeyStore]:
+    """The keys and nothing else, beside a service that runs or alone."""
+    async with opened_database(settings) as engine:
+        if engine.dialect.name == "sqlite":
+            await migrate(engine)
+        elif not await is_current(engine):
+            raise MigrationError("the database has no tables yet, or old ones; run agentcore-tools migrate")
+        yield KeyStore(engine)
+
+
+@contextlib.asynccontextmanager
+async def opened_database(settings: Settings, **options: float) -> AsyncIterator[AsyncEngine]:
+    engine = create_engine(settings.database_url, 1, 0, **options)
+    try:
+        yield engine
+    finally:
+        await close_engine(engine)
+
+
 def _doctor(settings: Settings, options: argparse.Namespace) -> int:
     async def examined() -> int:
         async with open_service(settings) as service:
-            findings = await asyncio.to_thread(lambda: list(examine(service, options.host, options.port)))
+            findings = await examine(service, options.host, options.port)
         if options.json:
             _print_json([finding._asdict() for finding in findings])
         else:

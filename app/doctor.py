@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import socket
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from app.migration import MigrationError, version, versions
 from app.service import Service
 from app.settings import SettingsError, check_bind
 
@@ -24,9 +26,14 @@ class Finding(NamedTuple):
     says: str
 
 
-def examine(service: Service, host: str, port: int) -> Iterator[Finding]:
+async def examine(service: Service, host: str, port: int) -> list[Finding]:
     """Every check, in the order in which one would mend things."""
-    yield Finding("settings", True, f"profile {service.settings.profile}")
+    settings = Finding("settings", True, f"profile {service.settings.profile}")
+    return [settings, await _database(service), *await asyncio.to_thread(lambda: [*_local(service, host, port)])]
+
+
+def _local(service: Service, host: str, port: int) -> Iterator[Finding]:
+    """What is asked of this machine alone."""
     yield _bind(service, host)
     yield _listen(host, port)
     yield Finding("tools", bool(len(service.registry)), f"{len(service.registry)} registered")
@@ -37,9 +44,21 @@ def examine(service: Service, host: str, port: int) -> Iterator[Finding]:
     yield _clock()
 
 
+async def _database(service: Service) -> Finding:
+    """Reached, and with the tables that this version needs."""
+    try:
+        found, newest = await version(service.database.engine), versions()[-1]
+    except MigrationError as error:
+        return Finding("database", False, str(error))
+    if (found or "") < newest:
+        says = f"its tables are at {found or 'nothing'}, {newest} is needed; run agentcore-tools migrate"
+        return Finding("database", False, says)
+    return Finding("database", True, f"{service.database.engine.dialect.name}, tables at {found}")
+
+
 def _bind(service: Service, host: str) -> Finding:
     try:
-        check_bind(service.settings, host)
+        check_bind(service.settings, host, service.access.keys_exist)
     except SettingsError as error:
         return Finding("access", False, str(error))
     return Finding("access", True, f"AUTH_MODE {service.settings.auth_mode} may serve on {host}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def _upgrade(connection: Connection, revision: str) -> None:
 
     if revision != NEWEST and (_version(connection) or "") >= revision:
         return  # another process went further while this one waited
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # a dozen lines of what it is made of
     config = Config()
     config.set_main_option("script_location", str(folder()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")

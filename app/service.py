@@ -10,8 +10,14 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
-from app.clients import redis_locator
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from app.access.authenticator import Authenticator, Mode
+from app.access.jwt import JwtVerifier, jwt_rules
+from app.access.store import KeyStore
+from app.clients import close_engine, create_engine, redis_locator
 from app.egress import EgressAllow, EgressClient, parse_egress_allow
 from app.executor.executor import Executor
 from app.executor.runner import Runner
@@ -23,7 +29,8 @@ from app.limits.limits_file import read_policies
 from app.limits.memory_store import MemoryStore
 from app.limits.policy import Policies, Policy, settings_policies, tool_policies
 from app.limits.redis_store import RedisStore
-from app.settings import Settings, SettingsError
+from app.migration import MigrationError, migrate
+from app.settings import Settings, SettingsError, has_jwt, is_loopback
 from app.telemetry.metrics import Metrics
 from app.telemetry.scraping import Scraper
 from app.telemetry.supervision import LoopWatch, Supervisor
@@ -67,11 +74,21 @@ class Lifecycle:
         self.on_crash()
 
 
+class Database(NamedTuple):
+    """The engine of DATABASE_URL, and why its tables could not be made at start, if they could not."""
+
+    engine: AsyncEngine
+    problem: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """Every room, built and open."""
 
     settings: Settings
+    database: Database
+    keys: KeyStore
+    access: Authenticator
     registry: Registry
     executor: Executor
     metrics: Metrics
@@ -109,6 +126,9 @@ async def open_service(
         stack.callback(threads.close)
         slots = Slots(settings.max_concurrent_executions)
         supervisor = Supervisor(lifecycle.crash)
+        database = await _open_database(settings, stack)
+        keys = KeyStore(database.engine)
+        access = await _open_access(settings, listen, keys, supervisor, stack)
         admission = await _open_admission(settings, declared, supervisor, stack)
         executor = Executor(
             registry,
@@ -137,7 +157,75 @@ async def open_service(
             event_loop_lag_seconds=watch.lag_s,
             registered_tools=lambda: len(registry),
         )
-        yield Service(settings, registry, executor, metrics, Scraper(metrics), lifecycle, tuple(loaded.problems))
+        yield Service(
+            settings,
+            database,
+            keys,
+            access,
+            registry,
+            executor,
+            metrics,
+            Scraper(metrics),
+            lifecycle,
+            tuple(loaded.problems),
+        )
+
+
+async def _open_database(settings: Settings, stack: contextlib.AsyncExitStack) -> Database:
+    """The engine. A SQLite file gets its tables here; PostgreSQL gets them by `agentcore-tools migrate` alone."""
+    engine = create_engine(settings.database_url, settings.database_pool_size, settings.database_max_overflow)
+    stack.push_async_callback(close_engine, engine)
+    if engine.dialect.name != "sqlite":
+        return Database(engine, None)
+    try:
+        await migrate(engine)
+    except MigrationError as error:  # whoever needs no key and no log is served all the same
+        logger.error("the database has no tables", extra={"reason": str(error)})
+        return Database(engine, str(error))
+    return Database(engine, None)
+
+
+async def _open_access(
+    settings: Settings,
+    listen: tuple[str, int] | None,
+    keys: KeyStore,
+    supervisor: Supervisor,
+    stack: contextlib.AsyncExitStack,
+) -> Authenticator:
+    """Who calls, by key and by token; with a first look at the keys, on which the safe default depends."""
+    verifier = _token_verifier(settings)
+    if verifier is not None:
+        supervisor.start("token-keys", verifier.keys.keep_fresh())
+    access = Authenticator(keys, auth_mode(settings, listen[0] if listen else None), settings.keys_stale_s, verifier)
+    stack.push_async_callback(access.close)
+    await access.confirm()
+    supervisor.start("key-watch", access.watch())
+    return access
+
+
+def auth_mode(settings: Settings, host: str | None) -> Mode:
+    """What AUTH_MODE comes to on this address; None: nobody listens."""
+    if settings.auth_mode == "none":
+        return "off"
+    if settings.auth_mode == "auto" and not has_jwt(settings) and (host is None or is_loopback(host)):
+        return "auto"
+    return "required"
+
+
+def _token_verifier(settings: Settings) -> JwtVerifier | None:
+    try:
+        rules = jwt_rules(
+            issuer=settings.jwt_issuer,
+            audience=settings.jwt_audience,
+            algorithms=settings.jwt_algorithms,
+            secret=settings.jwt_secret,
+            jwks=settings.jwt_jwks,
+            tenant_claim=settings.jwt_tenant_claim,
+            scope_claim=settings.jwt_scope_claim,
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    return None if rules is None else JwtVerifier(rules)
 
 
 def _declared_limits(loaded: LoadedTools) -> list[Policy]:

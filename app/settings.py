@@ -269,14 +269,25 @@ def http_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def check_bind(settings: Settings, host: str) -> None:
-    """The safe default: another address than loopback needs authentication, or AUTH_MODE=none said aloud."""
-    if settings.auth_mode == "required":
-        raise SettingsError(
-            "AUTH_MODE: required needs credentials, which this version does not have yet; use auto or none"
-        )
-    if settings.auth_mode == "auto" and not is_loopback(host):
+def has_jwt(settings: Settings) -> bool:
+    """Whether anything was said of tokens: then somebody means to be asked for one."""
+    return bool(
+        settings.jwt_issuer
+        or settings.jwt_audience
+        or settings.jwt_algorithms
+        or settings.jwt_secret
+        or settings.jwt_jwks
+    )
+
+
+def check_bind(settings: Settings, host: str, keys_exist: bool | None) -> None:
+    """The safe default: another address than loopback needs authentication, or AUTH_MODE=none said aloud.
+
+    `keys_exist` is None where that could not be read: authentication is on then.
+    """
+    if settings.auth_mode == "auto" and keys_exist is False and not has_jwt(settings) and not is_loopback(host):
         raise SettingsError(
             "AUTH_MODE: auto serves without authentication on loopback only, and this address is not loopback. "
-            "Bind 127.0.0.1, or set AUTH_MODE=none to serve everyone who can reach it"
+            "Make a key (agentcore-tools keys create --tenant T --subject S) or set JWT_*, bind 127.0.0.1, "
+            "or set AUTH_MODE=none to serve everyone who can reach it"
         )

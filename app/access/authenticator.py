@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import Literal
 
@@ -23,6 +23,7 @@ from app.access.credential import (
     gives_credential,
     is_sendable,
 )
+from app.access.jwt import JwtVerifier
 from app.access.keys import KEY_PREFIX, proven, split
 from app.access.memory import Known, Memory
 from app.access.store import CHUNK_MAX, KeyStore, Row, decode
@@ -38,9 +39,6 @@ CONFIRM_EVERY_S = 2.0
 EFFECTIVE_WITHIN_S = 5.0
 """What is promised of a revocation: one interval, one question that takes as long as it may, and room."""
 
-TOKEN_KEPT_S = 60.0
-"""A token is verified anew after this, so that a signing key that was withdrawn is no longer believed."""
-
 REFUSED_KEPT_S = 1.0
 REFUSED_MAX = 10_000
 """A flood of one wrong credential asks the database once a second."""
@@ -53,9 +51,6 @@ LOOKUP_PATIENCE_S = 2.0
 
 CLOSE_TIMEOUT_S = 1.0
 
-VerifyToken = Callable[[str], Awaitable[tuple[Caller, float]]]
-"""Caller and Unix expiry of a JWT. Raises Unauthenticated or DependencyUnavailable."""
-
 Refusal = Callable[[], ToolServiceError]
 
 
@@ -67,14 +62,15 @@ class Authenticator:
         store: KeyStore,
         mode: Mode,
         stale_s: float,
-        verify_token: VerifyToken | None = None,
+        tokens: JwtVerifier | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._mode = mode
         self._good_for_s = max(stale_s, EFFECTIVE_WITHIN_S)
-        self._verify_token = verify_token
+        self._verifier = tokens
+        self._generation = tokens.generation if tokens else 0
         self._clock = clock
         self._wall = wall
         self._off_until = math.inf if mode == "off" else -math.inf
@@ -98,8 +94,15 @@ class Authenticator:
 
     def known(self, credential: bytes) -> Caller | None:
         """The caller of a credential that was good a moment ago."""
-        memory = self._keys if credential.startswith(KEY_PREFIX) else self._tokens
+        memory = self._keys if credential.startswith(KEY_PREFIX) else self._fresh_tokens()
         return memory.caller(sha256(credential).digest())
+
+    def _fresh_tokens(self) -> Memory:
+        """Without those that were verified by keys which the issuer has replaced since."""
+        if self._verifier is not None and self._verifier.generation != self._generation:
+            self._generation = self._verifier.generation
+            self._tokens.clear()
+        return self._tokens
 
     async def identify(self, headers: Headers) -> Caller:
         """The caller. Raises Unauthenticated, DependencyUnavailable or Overloaded."""
@@ -121,6 +124,11 @@ class Authenticator:
     # What operators ask
 
     @property
+    def always_asks(self) -> bool:
+        """For a credential, from the first request to the last."""
+        return self._mode == "required"
+
+    @property
     def away_s(self) -> float | None:
         """How long the database has been away; None while it answers."""
         return None if self._away_since is None else self._clock() - self._away_since
@@ -128,7 +136,7 @@ class Authenticator:
     @property
     def lets_nobody_in(self) -> bool:
         """Keys cannot be read, none is known from before, and tokens are not taken."""
-        blind = self._away_since is not None and self._verify_token is None and not self.is_off
+        blind = self._away_since is not None and self._verifier is None and not self.is_off
         return blind and not self._keys.holds_fresh()
 
     # New credentials
@@ -198,11 +206,12 @@ class Authenticator:
         return (rows[0] if rows else None), asked_at
 
     async def _by_token(self, credential: bytes, digest: bytes) -> Caller:
-        if self._verify_token is None:
+        if self._verifier is None:
             raise CredentialRefused
-        verified_at = self._clock()
-        caller, expires_at = await self._verify_token(credential.decode("ascii"))
-        self._tokens.keep(digest.hex(), digest, Known(caller, expires_at, verified_at + TOKEN_KEPT_S))
+        generation = self._verifier.generation
+        caller, expires_at = await self._verifier.verify(credential.decode("ascii"))
+        if generation == self._verifier.generation:
+            self._fresh_tokens().keep(digest.hex(), digest, Known(caller, expires_at, math.inf))
         return caller
 
     def _refuse_for_a_while(self, digest: bytes) -> None:

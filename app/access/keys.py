@@ -12,11 +12,11 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from app.calls import DEFAULT_LIMIT_CLASS, DEFAULT_SCOPES, EVERY_TOOL, Caller
+from app.calls import DEFAULT_LIMIT_CLASS, DEFAULT_SCOPES, EVERY_TOOL, Caller, rfc3339
 
 SCOPE_ADMIN = "admin"
 """Never by default, never implied by another."""
@@ -84,6 +84,25 @@ class Key:
     def is_good(self, now: float) -> bool:
         """Neither revoked nor expired at this Unix time."""
         return self.revoked_at is None and now < self.good_until
+
+    def state(self, now: float) -> Literal["active", "expired", "revoked"]:
+        if self.revoked_at is not None:
+            return "revoked"
+        return "active" if self.is_good(now) else "expired"
+
+    def shown(self) -> dict[str, Any]:
+        """All but the secret's digest, as JSON has it."""
+        return {
+            "id": self.id,
+            "tenant": self.caller.tenant,
+            "subject": self.caller.subject,
+            "scopes": sorted(self.caller.scopes),
+            "tools": list(self.caller.tools),
+            "limit_class": self.caller.limit_class,
+            "created_at": rfc3339(self.created_at),
+            "expires_at": None if self.expires_at is None else rfc3339(self.expires_at),
+            "revoked_at": None if self.revoked_at is None else rfc3339(self.revoked_at),
+        }
 
 
 _NOBODYS_SHA256 = digest(secrets.token_bytes(SECRET_BYTES))

@@ -57,6 +57,10 @@ class Memory:
         if digest is not None:
             del self._by_digest[digest]
 
+    def clear(self) -> None:
+        self._by_digest.clear()
+        self._digests.clear()
+
     def named(self, name: str) -> Known | None:
         digest = self._digests.get(name)
         return None if digest is None else self._by_digest[digest]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -32,6 +32,8 @@ CHUNK_SIZES = (1, 16, 128, 512)
 """Ids asked for at once, filled up to one of these: each length is a statement of its own to prepare."""
 
 CHUNK_MAX = CHUNK_SIZES[-1]
+
+LISTED_AT_ONCE = 1_000
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
@@ -103,10 +105,20 @@ class KeyStore:
         asked = [*key_ids, *[key_ids[-1]] * (size - len(key_ids))]
         return await self._rows(select(KEYS).where(KEYS.c.id.in_(asked)))
 
-    async def page(self, limit: int, after: str) -> list[Key]:
-        """Keys in the order of their making, from the first id past `after`; unreadable rows are left out."""
-        rows = await self._rows(select(KEYS).where(KEYS.c.id > after).order_by(KEYS.c.id).limit(limit))
-        return [key for row in rows if (key := decode(row)) is not None]
+    async def page(self, limit: int, after: str) -> tuple[list[Key], str | None]:
+        """Keys in the order of their making past the id `after`, and where the next page begins, if there is one.
+        Rows that cannot be read are left out."""
+        rows = await self._rows(select(KEYS).where(KEYS.c.id > after).order_by(KEYS.c.id).limit(limit + 1))
+        keys = [key for row in rows[:limit] if (key := decode(row)) is not None]
+        return keys, rows[limit - 1][0] if len(rows) > limit else None
+
+    async def all(self) -> AsyncIterator[Key]:
+        """Every key, page by page."""
+        after: str | None = ""
+        while after is not None:
+            keys, after = await self.page(LISTED_AT_ONCE, after)
+            for key in keys:
+                yield key
 
     async def revoke(self, key_id: str) -> Key | None:
         """The key, revoked now or before; None when there is none."""

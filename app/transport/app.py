@@ -1,6 +1,7 @@
 """The ASGI application: who answers which path, top to bottom.
 
-First the guard against browsers and DNS rebinding, then the RPC door, then FastAPI for REST, documents and ops.
+First the guard against browsers and DNS rebinding, then the RPC door, which asks for a credential itself, then the gate
+that does, then FastAPI for REST, documents and ops.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from app.executor.plans import run_bounded
 from app.service import Service
 from app.settings import http_url, is_loopback
 from app.transport import documents, ops, rest
+from app.transport.admin import KeyRoutes
+from app.transport.gate import Gate, open_paths
 from app.transport.jsonrpc import Dispatcher
 from app.transport.methods import Methods
 from app.transport.openrpc import openrpc_document
@@ -40,15 +43,23 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
     dispatcher = Dispatcher(
         methods.methods(), settings.max_batch_size, answer_bytes_max, run_bounded, service.metrics.count_error
     )
-    door = JsonRpcDoor(dispatcher, settings.max_request_bytes, settings.request_read_timeout_s)
-    inner: ASGIApp = Doors(door, create_fastapi(service, methods))
+    access, count_error = service.access, service.metrics.count_error
+    door = JsonRpcDoor(dispatcher, access, count_error, settings.max_request_bytes, settings.request_read_timeout_s)
+    fastapi = create_fastapi(service, methods)
+    inner: ASGIApp = Doors(door, Gate(fastapi, access, open_paths(fastapi.routes), count_error))
     if settings.cors_allow_origins:
         inner = CORSMiddleware(
             inner,
             allow_origins=settings.cors_allow_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"],
+            expose_headers=[
+                "WWW-Authenticate",
+                "Retry-After",
+                "RateLimit-Limit",
+                "RateLimit-Remaining",
+                "RateLimit-Reset",
+            ],
         )
     own = (origin_of(settings.public_url),) if settings.public_url else ()
     return Guard(inner, (*settings.cors_allow_origins, *own), loopback_only=is_loopback(host))
@@ -74,23 +85,26 @@ def create_fastapi(service: Service, methods: Methods) -> FastAPI:
     )
     app.include_router(ops.router(service))
     rest.mount(app, service, methods)
-    documents.mount(app, methods.table(), service.settings.public_url)
+    settings = service.settings
+    bounds = settings.max_request_bytes, settings.request_read_timeout_s
+    app.include_router(KeyRoutes(service.keys, service.access, *bounds).router())
+    documents.mount(app, methods.table(), settings.public_url, always_asks=service.access.always_asks)
     return app
 
 
 class Doors:
-    """The RPC path goes to its door, everything else to FastAPI."""
+    """The RPC path goes to its door, everything else through the gate to FastAPI."""
 
-    def __init__(self, jsonrpc: JsonRpcDoor, fastapi: FastAPI) -> None:
+    def __init__(self, jsonrpc: JsonRpcDoor, rest: Gate) -> None:
         self._jsonrpc = jsonrpc
-        self._fastapi = fastapi
+        self._rest = rest
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http" and scope["path"] == RPC_PATH:
             return self._jsonrpc(scope, receive, send)
         if scope["type"] == "http" and scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}  # the server itself leaves out the body of an answer to HEAD
-        return self._fastapi(scope, receive, send)
+        return self._rest(scope, receive, send)
 
 
 class Guard:

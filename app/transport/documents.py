@@ -14,9 +14,11 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from app.access.keys import NewKey
 from app.transport import shapes
+from app.transport.admin import CREATE_KEY, LIST_KEYS, REVOKE_KEY, KeyMade, KeyPage
 from app.transport.examples import EXAMPLES, EXECUTION, OPENRPC, Json
-from app.transport.gate import is_open, open_to_all
+from app.transport.gate import open_paths, open_to_all
 from app.transport.methods import MethodSpec
 from app.transport.openapi import (
     EXECUTE_TOOL,
@@ -35,6 +37,7 @@ TAGS = [
     {"name": "json-rpc", "description": "The main door: every method, single or in a batch."},
     {"name": "tools", "description": "Discovery and calls in REST shape, over the same registry and executor."},
     {"name": "limits", "description": "What is left of rates and quotas, for the caller."},
+    {"name": "admin", "description": "Keys of all callers. Needs the scope `admin`."},
     {"name": "ops", "description": "What probes and Prometheus ask. Never needs a credential."},
     {"name": "documents", "description": "This description."},
 ]
@@ -48,13 +51,15 @@ Any path can also answer before a route is reached: 400 or 505 to what is not HT
 requests wait on one connection; and 405 with `Allow` to another method. A connection too many is closed unanswered.
 """
 
-ANSWERS = {each.id: each.answer for each in (LIST_TOOLS, GET_TOOL, EXECUTE_TOOL, GET_LIMITS)}
+ANSWERS = {
+    each.id: each for each in (LIST_KEYS, CREATE_KEY, REVOKE_KEY, LIST_TOOLS, GET_TOOL, EXECUTE_TOOL, GET_LIMITS)
+}
 
 REQUEST_ID = {"type": ["string", "number", "null"]}
 
 
-def mount(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None) -> None:
-    """Add /openapi.json and /docs. Call it when every other route is there."""
+def mount(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None, *, always_asks: bool) -> None:
+    """Add /openapi.json and /docs. Call it when every other route is there. `always_asks`: for a credential."""
     document_json = b""
     page_html = get_swagger_ui_html(
         openapi_url="openapi.json",  # relative, so that it is found behind a proxy that adds a prefix
@@ -94,10 +99,10 @@ def mount(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None) -> 
             **refusals([403]),
         },
     )
-    document_json = orjson.dumps(openapi_document(app, table, public_url))
+    document_json = orjson.dumps(openapi_document(app, table, public_url, always_asks=always_asks))
 
 
-def openapi_document(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None) -> Json:
+def openapi_document(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None, *, always_asks: bool) -> Json:
     """Every route of the application, and the JSON-RPC door of this table."""
     document = get_openapi(
         title=app.title,
@@ -111,15 +116,36 @@ def openapi_document(app: FastAPI, table: Sequence[MethodSpec], public_url: str 
     for item in document["paths"].values():
         for operation in item.values():
             if operation["operationId"] in ANSWERS:  # get_openapi leaves out whatever is null, in examples too
-                operation["responses"]["200"] = ANSWERS[operation["operationId"]]
+                answer = ANSWERS[operation["operationId"]]
+                operation["responses"][str(answer.status)] = answer.answer
     document["paths"] = {RPC_PATH: {"post": _door(table)}, **document["paths"]}
-    document["components"] = {"schemas": {**_shapes(table), **_envelopes(table)}}
+    _say_who_may(document, open_paths(app.routes))
+    document["components"] = {"schemas": {**_shapes(table), **_envelopes(table)}, "securitySchemes": CREDENTIALS}
+    document["security"] = [*({name: []} for name in CREDENTIALS), *([] if always_asks else [{}])]
     return document
 
 
+CREDENTIALS = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, or a JWT where those are taken"},
+    "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "An API key, or a JWT"},
+}
+
+
+def _say_who_may(document: Json, open_to_all: frozenset[str]) -> None:
+    """As the gate has it: whatever is not open needs a credential, and who gives one may be told to come back."""
+    for path, item in document["paths"].items():
+        for operation in item.values():
+            if path in open_to_all:
+                operation["security"] = []
+            else:
+                shape = "RpcResponse" if path == RPC_PATH else "Refused"
+                asked = {str(status): answer for status, answer in refusals((401, 503), shape).items()}
+                operation["responses"] = {**asked, **operation["responses"]}
+
+
 def _shapes(table: Sequence[MethodSpec]) -> Json:
-    taken: list[type[BaseModel]] = [shapes.RestExecuteBody, *(spec.params for spec in table)]
-    given: list[type[BaseModel]] = [shapes.ToolListing, shapes.Refused]
+    taken: list[type[BaseModel]] = [NewKey, shapes.RestExecuteBody, *(spec.params for spec in table)]
+    given: list[type[BaseModel]] = [KeyPage, KeyMade, shapes.ToolListing, shapes.Refused]
     return schemas_of(taken, [*given, *(spec.result for spec in table if spec.result)])
 
 

@@ -16,16 +16,18 @@ from app.transport.openrpc import REFERENCE
 
 REFUSED_BECAUSE = {
     400: "The body is not JSON that this service takes",
+    401: "No credential where one is needed, or one that is not good",
     403: "A foreign Origin or Host, or a missing scope",
-    404: "No such tool, or none that you may call",
+    404: "No such thing, or none that you may see",
     408: "The body did not arrive in time",
     413: "The body is too large",
     414: "The URL is too long",
     422: "A parameter does not fit; `data.errors` says which and why",
     429: "A rate limit or quota; `data.rule` names it, come back after `Retry-After` seconds",
     500: "A defect of this service; the log has the rest",
-    503: "Overloaded or shutting down; come back after `Retry-After` seconds",
+    503: "Overloaded, shutting down, or what is needed is away; come back after `Retry-After` seconds",
 }
+CHALLENGE = {"WWW-Authenticate": {"description": "Bearer", "schema": {"type": "string"}}}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds", "schema": {"type": "integer", "minimum": 1}}}
 
 RATE_LIMIT = {
@@ -51,6 +53,8 @@ def refusals(statuses: Iterable[int], shape: str = "Refused") -> dict[int | str,
     written: dict[int | str, Json] = {
         status: response(REFUSED_BECAUSE[status], reference(shape)) for status in sorted(statuses)
     }
+    if 401 in written:
+        written[401]["headers"] = CHALLENGE
     if 503 in written:
         written[503]["headers"] = RETRY_AFTER
     if 429 in written:
@@ -89,6 +93,7 @@ class Operation:
     description: str
     answer: Json
     extra: Json = field(default_factory=dict)
+    status: int = 200
 
     def described(self, statuses: Iterable[int]) -> dict[str, Any]:
         """Keyword arguments for FastAPI's `add_api_route`."""
@@ -96,7 +101,8 @@ class Operation:
             "operation_id": self.id,
             "summary": self.summary,
             "description": self.description,
-            "responses": {200: self.answer, **refusals(statuses)},
+            "status_code": self.status,
+            "responses": {self.status: self.answer, **refusals(statuses)},
             "openapi_extra": self.extra,
         }
 

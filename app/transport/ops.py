@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from app.service import Phase, Service
+from app.transport.gate import open_to_all
 from app.transport.openapi import refusals
 
 
@@ -18,6 +19,7 @@ def router(service: Service) -> APIRouter:
     @routes.get(
         "/livez", response_class=PlainTextResponse, operation_id="getLiveness", summary="Whether the event loop turns"
     )
+    @open_to_all
     async def livez() -> str:
         return "ok\n"
 
@@ -27,12 +29,16 @@ def router(service: Service) -> APIRouter:
         operation_id="getReadiness",
         summary="Whether to send calls here, with a line per dependency",
         responses={
-            503: {"description": "Starting or draining", "content": {"text/plain": {"schema": {"type": "string"}}}}
+            503: {
+                "description": "Starting, draining, or nobody can be let in",
+                "content": {"text/plain": {"schema": {"type": "string"}}},
+            }
         },
     )
+    @open_to_all
     async def readyz() -> Response:
-        serving = service.lifecycle.phase is Phase.SERVING
-        return PlainTextResponse("".join(f"{line}\n" for line in readiness(service)), 200 if serving else 503)
+        ready = service.lifecycle.phase is Phase.SERVING and not service.access.lets_nobody_in
+        return PlainTextResponse("".join(f"{line}\n" for line in readiness(service)), 200 if ready else 503)
 
     @routes.get(
         "/metrics",
@@ -41,6 +47,7 @@ def router(service: Service) -> APIRouter:
         summary="Prometheus text or OpenMetrics, by Accept",
         responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
     )
+    @open_to_all
     async def metrics(request: Request) -> Response:
         text, content_type = await service.scraper.scrape(request.headers.get("accept", ""))
         return Response(text, media_type=content_type)
@@ -51,6 +58,17 @@ def router(service: Service) -> APIRouter:
 def readiness(service: Service) -> Iterator[str]:
     """One line for the process and one for each thing that it needs."""
     yield f"service: {service.lifecycle.phase.value}"
+    yield f"authentication: {'off' if service.access.is_off else 'on'}"
+    yield f"database: {database_state(service)}"
     yield f"tools: {len(service.registry)} registered"
     for source in dict.fromkeys(problem.source for problem in service.load_problems):
         yield f"problem with tools from {source}: the log says why"
+
+
+def database_state(service: Service) -> str:
+    """Whether keys can be read, and what it means when they cannot. Not ready only when nobody can be let in: a replica
+    that knows keys serves them on."""
+    access = service.access
+    if access.away_s is None:
+        return "up"
+    return f"away for {access.away_s:.0f} s, {'no key is known' if access.lets_nobody_in else 'known keys stay good'}"

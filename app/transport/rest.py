@@ -6,34 +6,35 @@ registry and the methods built; FastAPI routes them and documents them.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from app.calls import LOCAL_CALLER, Caller
 from app.errors import DRAINING, InternalError, InvalidParams, InvalidRequest, MethodNotFound, ToolServiceError
 from app.service import Service
 from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import violations
 from app.transport import openapi
+from app.transport.allowance import limit_headers
+from app.transport.gate import caller_with
 from app.transport.jsonrpc import RequestContext, decode
-from app.transport.methods import SCOPE_EXECUTE, SCOPE_READ, Methods, require_scope
+from app.transport.methods import SCOPE_EXECUTE, SCOPE_READ, Methods
 from app.transport.rpc import AsgiClient, ClientGone, read_body
 from app.transport.shapes import NoParams, Params, RestExecuteBody, ToolsQuery
 
 P = TypeVar("P", bound=Params)
+M = TypeVar("M", bound=BaseModel)
 
 REPEATABLE = frozenset({"tag"})
 """Query parameters that are lists."""
 
 READ_REFUSALS = (403, 414, 422, 500)
-EXECUTE_REFUSALS = (400, 403, 404, 408, 413, 414, 422, 500, 503)
+EXECUTE_REFUSALS = (400, 403, 404, 408, 413, 414, 422, 429, 500, 503)
 
 
 def mount(app: FastAPI, service: Service, methods: Methods) -> None:
@@ -42,10 +43,14 @@ def mount(app: FastAPI, service: Service, methods: Methods) -> None:
     settings = service.settings
     tools = ToolRoutes(service.registry, methods, settings.max_request_bytes, settings.request_read_timeout_s)
     app.include_router(tools.router())
+    limits = APIRouter(prefix="/api/v1/limits", tags=["limits"], default_response_class=Response)
+    described = openapi.GET_LIMITS.described((*READ_REFUSALS, 404, 503))
+    limits.add_api_route("/{tool_id}", tools.limits, methods=["GET"], **described)
+    app.include_router(limits)
 
 
 class ToolRoutes:
-    """The endpoints under /api/v1/tools."""
+    """The endpoints under /api/v1/tools, and what is left of a tool's limits."""
 
     def __init__(self, registry: Registry, methods: Methods, body_bytes_max: int, read_timeout_s: float) -> None:
         self._registry = registry
@@ -68,7 +73,7 @@ class ToolRoutes:
         return routes
 
     async def listing(self, request: Request) -> Response:
-        caller = _caller(SCOPE_READ)
+        caller = caller_with(request, SCOPE_READ)
         asked = read_query(request, ToolsQuery)
         wanted = ToolFilter(asked.category, tuple(asked.tag or ()))
         if asked.query is None or not asked.query.strip():
@@ -79,26 +84,26 @@ class ToolRoutes:
         return _json(found[:-1] + b',"next_cursor":null}')
 
     async def detail(self, request: Request) -> Response:
-        caller = _caller(SCOPE_READ)
+        caller = caller_with(request, SCOPE_READ)
         read_query(request, NoParams)
         return _json(self._registry.detail(request.path_params["tool_id"], caller))
 
+    async def limits(self, request: Request) -> Response:
+        caller = caller_with(request, SCOPE_READ)
+        read_query(request, NoParams)
+        return _json(await self._methods.limit_status(caller, request.path_params["tool_id"]))
+
     async def execute(self, request: Request) -> Response:
-        caller = _caller(SCOPE_EXECUTE)
+        caller = caller_with(request, SCOPE_EXECUTE)
         read_query(request, NoParams)
         try:
             body = await read_body(request.receive, self._body_bytes_max, self._read_timeout_s)
         except ClientGone:
             return Response(status_code=400)  # nobody is there to read it
         context = RequestContext(caller, time.perf_counter(), AsgiClient(request.receive))
-        asked = _validated(RestExecuteBody, decode(body) if body else {}, strict=True)
-        return _json(await self._methods.execute(context, request.path_params["tool_id"], asked))
-
-
-def _caller(scope: str) -> Caller:
-    """Who calls, when it may."""
-    require_scope(LOCAL_CALLER, scope)
-    return LOCAL_CALLER
+        asked = validated(RestExecuteBody, decode(body) if body else {}, strict=True)
+        written = await self._methods.execute(context, request.path_params["tool_id"], asked)
+        return _json(written, limit_headers(context.allowance))
 
 
 def read_query(request: Request, shape: type[P]) -> P:
@@ -111,18 +116,21 @@ def read_query(request: Request, shape: type[P]) -> P:
             raise InvalidParams.at(name, "Given more than once", "repeated")
         else:
             values[name] = value
-    return _validated(shape, values, strict=False)
+    return validated(shape, values, strict=False)
 
 
-def _validated(shape: type[P], value: Any, *, strict: bool) -> P:
+def validated(shape: type[M], value: Any, *, strict: bool) -> M:
+    """The value as its shape. Raises InvalidParams."""
     try:
         return shape.model_validate(value, strict=strict)
     except ValidationError as error:
         raise InvalidParams("Invalid parameters; /openapi.json shows the schema", violations(error)) from None
 
 
-def _json(written: bytes) -> Response:
-    return Response(written, media_type="application/json")
+def _json(written: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> Response:
+    response = Response(written, media_type="application/json")
+    response.raw_headers.extend(headers)
+    return response
 
 
 def answer_errors(app: FastAPI, count_error: Callable[[str], None]) -> None:
@@ -157,10 +165,8 @@ async def _unroutable(request: Request, error: Exception) -> Response:
 
 
 def error_response(error: ToolServiceError) -> Response:
-    """A refusal with the HTTP status of its kind and, where it is known, when to come back."""
-    headers = {}
-    if error.retry_after_ms is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_ms / 1000)))
-    if error.kind is DRAINING or error.http_status in (408, 413):
-        headers["Connection"] = "close"
-    return Response(orjson.dumps({"error": error.as_error()}), error.http_status, headers, "application/json")
+    """A refusal with the HTTP status of its kind and, where it is known, when to come back and what is left."""
+    headers = {"Connection": "close"} if error.kind is DRAINING or error.http_status in (408, 413) else {}
+    response = Response(orjson.dumps({"error": error.as_error()}), error.http_status, headers, "application/json")
+    response.raw_headers.extend(limit_headers(error.allowance, error.retry_after_ms))
+    return response

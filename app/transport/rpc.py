@@ -12,8 +12,10 @@ from typing import Any
 
 import orjson
 
-from app.calls import LOCAL_CALLER
-from app.errors import BodyTooLarge, BodyTooSlow, ToolServiceError
+from app.access.authenticator import Authenticator
+from app.access.credential import CredentialMissing
+from app.errors import UNAUTHENTICATED, BodyTooLarge, BodyTooSlow, ToolServiceError
+from app.transport.allowance import limit_headers, limit_lines, retry_after_s
 from app.transport.exchange import EXTENSION, Exchange
 from app.transport.jsonrpc import Dispatcher, RequestContext
 
@@ -88,15 +90,48 @@ def json_headers(body: bytes) -> Headers:
     return [JSON, (b"content-length", b"%d" % len(body))]
 
 
+CHALLENGE = b'Bearer realm="agentcore-tools"'
+"""RFC 6750, section 3: with an error only where a credential was given."""
+
+
+def refusal_headers(error: ToolServiceError, body: bytes) -> Headers:
+    """Of a request that was refused before its body was read, or in the middle of it."""
+    headers = json_headers(body)
+    if error.kind is UNAUTHENTICATED:
+        told = b"" if isinstance(error, CredentialMissing) else b', error="invalid_token"'
+        headers.append((b"www-authenticate", CHALLENGE + told))
+    elif error.http_status in (408, 413):
+        headers.append(CLOSE)
+    if error.retry_after_ms is not None:
+        headers.append((b"retry-after", b"%d" % retry_after_s(error.retry_after_ms)))
+    return headers
+
+
 class JsonRpcDoor:
     """POST /api/v1/jsonrpc."""
 
-    def __init__(self, dispatcher: Dispatcher, body_bytes_max: int, read_timeout_s: float) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        access: Authenticator,
+        count_error: Callable[[str], None],
+        body_bytes_max: int,
+        read_timeout_s: float,
+    ) -> None:
         self._dispatcher = dispatcher
+        self._access = access
+        self._count_error = count_error
         self._body_bytes_max = body_bytes_max
         self._read_timeout_s = read_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            headers = scope["headers"]
+            caller = self._access.recognised(headers) or await self._access.identify(headers)
+        except ToolServiceError as error:
+            self._count_error(error.kind.error_type)
+            await self._refuse(send, error)
+            return
         if scope["method"] != "POST":
             await respond(send, 405, [(b"allow", b"POST"), (b"content-length", b"0")])
             return
@@ -110,10 +145,13 @@ class JsonRpcDoor:
             except ToolServiceError as error:
                 await self._refuse(send, error)
                 return
-        context = RequestContext(LOCAL_CALLER, time.perf_counter(), AsgiClient(receive))
+        context = RequestContext(caller, time.perf_counter(), AsgiClient(receive))
         answer = await self._dispatcher.dispatch(body, context)
         if exchange is not None and answer is not None and not context.draining:
-            answered = exchange.answer(200, JSON_HEADERS % len(answer), answer)
+            headers = JSON_HEADERS % len(answer)
+            if context.allowance is not None:
+                headers += limit_lines(context.allowance, context.retry_after_ms)
+            answered = exchange.answer(200, headers, answer)
         else:
             answered = False
         if not answered:
@@ -125,11 +163,12 @@ class JsonRpcDoor:
         elif answer is None:
             await respond(send, 204, [])
         else:
-            await respond(send, 200, json_headers(answer), answer)
+            left = limit_headers(context.allowance, context.retry_after_ms)
+            await respond(send, 200, [*json_headers(answer), *left], answer)
 
     async def _refuse(self, send: Send, error: ToolServiceError) -> None:
         answer = orjson.dumps({"jsonrpc": "2.0", "error": error.as_error(), "id": None})
-        await respond(send, error.http_status, [*json_headers(answer), CLOSE], answer)
+        await respond(send, error.http_status, refusal_headers(error, answer), answer)
 
 
 RETRY_LATER: tuple[bytes, bytes] = (b"retry-after", b"1")
