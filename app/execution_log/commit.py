@@ -1,0 +1,57 @@
+"""The promise that a record is kept: one object for all records of a tick, so that a call costs no future of its own.
+
+Made by the journal, held by the executor and the doors. Knows no file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+logger = logging.getLogger("app.execution_log")
+
+
+def settle(future: asyncio.Future[None]) -> None:
+    """End what somebody waits for, if somebody still does."""
+    if not future.done():
+        future.set_result(None)
+
+
+class Commit:
+    """Done once, and then for good. It never fails: what a failing disk means for an answer is the journal's affair."""
+
+    __slots__ = ("_callbacks", "done")
+
+    def __init__(self, *, done: bool = False) -> None:
+        self.done = done
+        self._callbacks: list[Callable[[Commit], object]] = []
+
+    def add_done_callback(self, callback: Callable[[Commit], object]) -> None:
+        """Have it called with this commit, on the event loop: when it is done, or now when it is."""
+        if self.done:
+            callback(self)
+        else:
+            self._callbacks.append(callback)
+
+    async def wait(self) -> None:
+        """Return when it is done. May be cancelled; others that wait do not notice."""
+        if self.done:
+            return
+        future = asyncio.get_running_loop().create_future()
+        self._callbacks.append(lambda _: settle(future))
+        await future
+
+    def complete(self) -> None:
+        """Called by the journal alone."""
+        self.done = True
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            try:
+                callback(self)
+            except Exception:  # one door's bug must not keep the other answers of the tick
+                logger.exception("callback of a commit failed")
+
+
+COMMITTED = Commit(done=True)
+"""For what promises nothing, or has kept its promise already."""
