@@ -128,7 +128,8 @@ class Admission:
             answer = self.store.ask(ask)
             verdict = answer if isinstance(answer, Verdict) else await answer
         except StoreAway:
-            return self.without_store(ask)
+            part = self._local_part(ask, count=False)
+            return Grant(part, self._fallback.ask(part), self._fallback)
         return Grant(ask, verdict, self.store)
 
     def judged(self, ask: Ask, verdict: Verdict, store: LimitStore | None = None) -> Grant:
@@ -149,19 +150,24 @@ class Admission:
 
     def without_store(self, ask: Ask) -> Grant:
         """What holds while the store is away: each limit's own answer. Raises as `admit` does."""
+        part = self._local_part(ask, count=True)
+        return self.judged(part, self._fallback.ask(part), self._fallback)
+
+    def _local_part(self, ask: Ask, count: bool) -> Ask:
+        """What of an ask the store in this process decides. Raises DependencyUnavailable."""
         local = []
         for limit in ask.limits:
             if limit.on_failure == "local":
                 local.append(limit.fallback)
                 continue
             closed = limit.on_failure == "closed" and not limit.shadow
-            self._by_kind[limit.kind]["unavailable" if closed else "unchecked"] += 1
+            if count:
+                self._by_kind[limit.kind]["unavailable" if closed else "unchecked"] += 1
             if closed:
                 raise DependencyUnavailable(
                     "The store of limits is away and a policy says to wait for it", retry_after_ms=1000, rule=limit.rule
                 )
-        part = Ask(tuple(local), ask.cost)
-        return self.judged(part, self._fallback.ask(part), self._fallback)
+        return Ask(tuple(local), ask.cost)
 
     def _refuse_what_is_over(self, ask: Ask) -> None:
         now = 0.0
@@ -174,7 +180,7 @@ class Admission:
                 elif ask.cost >= cost and self.store.up:
                     self._by_kind[limit.kind]["refused"] += 1
                     self._say("limit refuses", limit)
-                    raise error.again(now)
+                    raise error.again(now, ask.cost)
 
     def _refusal(self, grant: Grant, refusing: Sequence[Limit]) -> ToolServiceError:
         over = [Over(grant, limit) for limit in refusing]
@@ -185,7 +191,7 @@ class Admission:
                 if 0 < one.wait_s < math.inf:
                     until = one.at + min(one.wait_s, OVER_REMEMBERED_S)
                     one.limit.over = (until, grant.ask.cost, one)
-        return last.again(last.at)
+        return last.again(last.at, grant.ask.cost)
 
     def _say(self, message: str, limit: Limit) -> None:
         """One line per rule and time, with the count of those that were not said."""
@@ -201,7 +207,7 @@ class Admission:
 class Over:
     """One limit that refused, kept for as long as it goes on refusing."""
 
-    __slots__ = ("allowance", "at", "limit", "reset_at", "wait_s")
+    __slots__ = ("_now_us", "_state", "allowance", "at", "limit", "reset_at", "wait_s")
 
     def __init__(self, grant: Grant, limit: Limit) -> None:
         now_us = grant.verdict.now_us
@@ -210,16 +216,19 @@ class Over:
             for one, state in zip(grant.ask.limits, grant.verdict.states, strict=True)
             if one is limit and state[0] == REFUSES
         )
+        self._state = state
+        self._now_us = now_us
         self.limit = limit
         self.at = monotonic()
         self.allowance = _allowance(limit, state, now_us)
         self.wait_s = _wait_s(limit, state, grant.ask.cost, now_us)
         self.reset_at = rfc3339(now_us / 1e6 + self.allowance.reset_s)
 
-    def again(self, now: float) -> ToolServiceError:
-        """The error, as of `now` (seconds of `monotonic`)."""
+    def again(self, now: float, cost: int) -> ToolServiceError:
+        """The error for a call of this cost, as of `now` (seconds of `monotonic`)."""
         limit, passed_s = self.limit, now - self.at
-        wait_ms = None if self.wait_s == math.inf else max(1, math.ceil((self.wait_s - passed_s) * 1e3))
+        wait_s = _wait_s(limit, self._state, cost, self._now_us)
+        wait_ms = None if wait_s == math.inf else max(1, math.ceil((wait_s - passed_s) * 1e3))
         error: ToolServiceError
         if limit.kind == RATE:
             error = RateLimited(limit.rule, limit.amount, wait_ms)

@@ -8,6 +8,7 @@ been carried out is not sent again.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
@@ -18,7 +19,11 @@ from app.clients import RedisEndpoint
 
 Reply = Callable[[Any], None]
 
-LinkError = (OSError, hiredis.HiredisError, asyncio.TimeoutError)
+NAME = "agentcore-tools:limits"
+"""What CLIENT LIST shows."""
+
+KEEPALIVE_S = 30
+"""Firewalls forget a connection that is silent for minutes, and the next call would be the one that finds out."""
 
 
 class LinkLost(ConnectionError):
@@ -33,7 +38,8 @@ class RedisLink(asyncio.Protocol):
         self._reader = hiredis.Reader(protocolError=LinkLost, replyError=hiredis.ReplyError)
         self._waiting: deque[Reply] = deque()
         self._transport: asyncio.Transport | None = None
-        self._closed = False
+        self._reason = "connection to Redis lost"
+        self.lost = False
 
     @classmethod
     async def connect(cls, endpoint: RedisEndpoint, on_lost: Callable[[], None]) -> RedisLink:
@@ -47,19 +53,30 @@ class RedisLink(asyncio.Protocol):
             server_hostname=endpoint.host if endpoint.ssl else None,
         )
         try:
-            if endpoint.password is not None:
-                user = (endpoint.username,) if endpoint.username else ()
-                await link.ask("AUTH", *user, endpoint.password)
-            if endpoint.db:
-                await link.ask("SELECT", str(endpoint.db))
-            await link.ask("CLIENT", "SETNAME", "agentcore-tools:limits")
+            await link._introduce(endpoint)
         except BaseException:
             link.close()
             raise
         return link
 
+    async def _introduce(self, endpoint: RedisEndpoint) -> None:
+        if endpoint.password is not None:
+            user = (endpoint.username,) if endpoint.username else ()
+            await self.ask("AUTH", *user, endpoint.password)
+        if endpoint.db:
+            await self.ask("SELECT", str(endpoint.db))
+        try:
+            await self.ask("CLIENT", "SETNAME", NAME)
+        except hiredis.ReplyError as error:
+            # A user, or a proxy, that may do no more than what is needed.
+            if not str(error).startswith(("NOPERM", "ERR unknown")):
+                raise
+
     def send(self, command: tuple[Any, ...], reply: Reply) -> None:
-        """Send it now; `reply` gets what comes, a `hiredis.ReplyError` too. Not called when the link is lost."""
+        """Send it now; `reply` gets what comes, a `hiredis.ReplyError` or LinkLost too."""
+        if self.lost:
+            reply(LinkLost(self._reason))
+            return
         assert self._transport is not None
         self._waiting.append(reply)
         self._transport.write(hiredis.pack_command(command))
@@ -80,31 +97,37 @@ class RedisLink(asyncio.Protocol):
 
     def close(self) -> None:
         """At once; replies that are due are lost with it."""
-        self._closed = True
-        if self._transport is not None:
-            self._transport.abort()
-        self._lose_waiting()
+        if not self.lost:
+            self._end()
 
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclasses of it
+        plain = transport.get_extra_info("socket")
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):  # not on every system
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
 
     def data_received(self, data: bytes) -> None:
         try:
             self._reader.feed(data)
-            while (value := self._reader.gets()) is not False:
+            while not self.lost and (value := self._reader.gets()) is not False:
+                if not self._waiting:  # why it wants no connection, or a reply to nothing: the next ones would not fit
+                    raise LinkLost(str(value) if isinstance(value, hiredis.ReplyError) else "a reply to no command")
                 self._waiting.popleft()(value)
-        except (LinkLost, IndexError):  # not Redis, or more replies than commands: nothing fits any more
-            assert self._transport is not None
-            self._transport.abort()
+        except LinkLost as error:
+            self._reason = str(error)
+            self.connection_lost(error)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._lose_waiting()
-        if not self._closed:
-            self._closed = True
+        if not self.lost:
+            self._end()
             self._on_lost()
 
-    def _lose_waiting(self) -> None:
+    def _end(self) -> None:
+        self.lost = True
+        if self._transport is not None:
+            self._transport.abort()
         while self._waiting:
-            self._waiting.popleft()(LinkLost("connection to Redis lost"))
+            self._waiting.popleft()(LinkLost(self._reason))

@@ -22,7 +22,7 @@ import orjson
 
 from app.clients import Locate
 from app.limits.limit import RATE, Limit, counter_key
-from app.limits.redis_link import RedisLink
+from app.limits.redis_link import LinkLost, RedisLink
 from app.limits.store import PASSES, Ask, StoreAway, Verdict
 
 logger = logging.getLogger("app.limits")
@@ -30,14 +30,15 @@ logger = logging.getLogger("app.limits")
 SCRIPT = resources.files("app.limits").joinpath("scripts/admit.lua").read_bytes()
 SCRIPT_SHA = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest()
 
-BATCH_ASKS_MAX = 256
+BATCH_ASKS_MAX = 512
 """In one script call, some 2 ms of Redis; the rest goes with the next."""
 
-BATCH_COUNTERS_MAX = 2_000
+BATCH_COUNTERS_MAX = 4_000
 """Lua's stack holds about 8,000 values."""
 
-PENDING_MAX = 20_000
-"""Asks that wait for the next script call; slots bound them long before."""
+PENDING_MAX = 5_000
+"""Asks that wait for the next script call: as many as Redis decides within half of the budget. Slots bound them long
+before; past it the store is not away, but those that come are told so."""
 
 RETRY_MIN_S = 0.05
 RETRY_MAX_S = 1.0
@@ -49,6 +50,12 @@ CONNECT_S_MIN = 1.0
 LOOP_LATE_S = 0.005
 """A timer that is later than this was held up by the loop itself: the reply may lie in the socket, unread."""
 
+LOOKS_MAX = 4
+"""How often a late loop is believed to be the cause."""
+
+TIMER_S_MIN = 0.001
+"""uvloop keeps time in whole milliseconds."""
+
 CLOSED = "closed"
 
 PROBE = Limit(counter_key("probe"), "probe", RATE, 1_000_000, period_us=1_000_000, burst=1_000_000)
@@ -59,12 +66,21 @@ Waiting = tuple[Ask, "asyncio.Future[Verdict] | None", float]
 
 
 class RedisStore:
-    """`run` must be running. `clock_us` is for tests: Unix microseconds that the script is to believe."""
+    """`run` must be running. For tests are `clock_us`, Unix microseconds that the script is to believe, and a shorter
+    `retry_s_max`."""
 
-    def __init__(self, locate: Locate, timeout_s: float, clock_us: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self,
+        locate: Locate,
+        timeout_s: float,
+        clock_us: Callable[[], int] | None = None,
+        retry_s_max: float = RETRY_MAX_S,
+    ) -> None:
         self._locate = locate
         self._timeout_s = timeout_s
         self._clock_us = clock_us
+        self._retry_s_max = retry_s_max
+        self._late_s = min(LOOP_LATE_S, timeout_s / 2)
         self._link: RedisLink | None = None
         self._lost = asyncio.Event()
         self._quiet = asyncio.Event()
@@ -82,8 +98,10 @@ class RedisStore:
         return not self._away
 
     def ask(self, ask: Ask) -> asyncio.Future[Verdict]:
-        if self._away or len(self._pending) >= PENDING_MAX:
+        if self._away:
             raise StoreAway(self.reason)
+        if len(self._pending) >= PENDING_MAX:
+            raise StoreAway("too many wait for it")
         future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self._add(ask, future)
         return future
@@ -97,10 +115,9 @@ class RedisStore:
         self._quiet.clear()
         if not self._in_flight and not self._flush_due:
             self._flush_due = True
-            loop = asyncio.get_running_loop()
-            loop.call_soon(self._flush)
+            asyncio.get_running_loop().call_soon(self._flush)
             if self._timer is None:
-                self._arm(loop, self._timeout_s)
+                self._wake(self._timeout_s - self._late_s)
 
     # One script call
 
@@ -108,9 +125,12 @@ class RedisStore:
         """Send what is there. While the link is being made anew, it waits, and the timer runs."""
         self._flush_due = False
         link = self._link
-        if link is None or self._in_flight or not self._pending:
+        if link is None or self._in_flight:
             return
         batch = self._take_batch()
+        if not batch:
+            self._quiet.set()
+            return
         self._in_flight = batch
         keys, payload = _encode([ask for ask, _, _ in batch])
         clock = "" if self._clock_us is None else str(self._clock_us())
@@ -118,13 +138,19 @@ class RedisStore:
         link.send(command, lambda reply: self._replied(link, batch, command, reply))
 
     def _take_batch(self) -> list[Waiting]:
+        """The oldest, as many as one call takes. Who was cancelled before it was sent has spent nothing."""
+        batch: list[Waiting] = []
         counters = 0
-        for count, (ask, _, _) in enumerate(self._pending):
+        for place, waiting in enumerate(self._pending):
+            ask, future, _ = waiting
+            if future is not None and future.done():
+                continue
             counters += len(ask.limits)
-            if count == BATCH_ASKS_MAX or (count and counters > BATCH_COUNTERS_MAX):
-                batch, self._pending = self._pending[:count], self._pending[count:]
+            if len(batch) == BATCH_ASKS_MAX or (batch and counters > BATCH_COUNTERS_MAX):
+                self._pending = self._pending[place:]
                 return batch
-        batch, self._pending = self._pending, []
+            batch.append(waiting)
+        self._pending = []
         return batch
 
     def _replied(self, link: RedisLink, batch: list[Waiting], command: tuple[Any, ...], reply: Any) -> None:
@@ -135,12 +161,13 @@ class RedisStore:
             again = ("EVAL", SCRIPT, *command[2:])
             link.send(again, lambda reply: self._replied(link, batch, again, reply))
             return
-        if isinstance(reply, Exception):
-            self._declare_away(str(reply))
+        try:
+            verdicts = _verdicts([ask for ask, _, _ in batch], reply)
+        except StoreAway as error:
+            self._declare_away(str(error))
             return
         self._in_flight = []
-        self._disarm()
-        for (ask, future, _), verdict in zip(batch, _verdicts(batch, reply), strict=True):
+        for (ask, future, _), verdict in zip(batch, verdicts, strict=True):
             if future is None:
                 continue
             if not future.done():
@@ -150,37 +177,43 @@ class RedisStore:
         if not self._pending:
             self._quiet.set()
         elif not self._flush_due:
-            loop = asyncio.get_running_loop()
             self._flush_due = True
-            loop.call_soon(self._flush)
-            self._arm(loop, self._pending[0][2] + self._timeout_s - time.perf_counter())
+            asyncio.get_running_loop().call_soon(self._flush)
 
     # Away and back
 
-    def _arm(self, loop: asyncio.AbstractEventLoop, left_s: float, grace: bool = False) -> None:
-        self._disarm()
-        due = time.perf_counter() + left_s
-        self._timer = loop.call_later(max(0.0, left_s), self._timed_out, due, grace)
+    def _wake(self, delay_s: float, judged: Waiting | None = None, looks: int = 0) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(delay_s, self._judge, time.perf_counter() + delay_s, judged, looks)
 
-    def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _timed_out(self, due: float, grace: bool) -> None:
-        if time.perf_counter() - due > LOOP_LATE_S and not grace:
-            self._arm(asyncio.get_running_loop(), LOOP_LATE_S, grace=True)
+    def _judge(self, due: float, judged: Waiting | None, looks: int) -> None:
+        """Run towards the end of the budget of whoever has waited longest. Timers come before sockets are read, so
+        that one look is not enough, and when the loop was late it takes another."""
+        self._timer = None
+        oldest = next(iter(self._in_flight or self._pending), None)
+        if oldest is None:
             return
-        self._declare_away(f"no answer within {self._timeout_s * 1e3:g} ms")
+        now = time.perf_counter()
+        left_s = oldest[2] + self._timeout_s - now
+        if oldest is not judged:
+            looks = 0
+            if left_s - self._late_s > TIMER_S_MIN:
+                self._wake(left_s - self._late_s)
+                return
+        if looks == 0 or (now - due > LOOP_LATE_S and looks < LOOKS_MAX):
+            self._wake(max(left_s, self._late_s), oldest, looks + 1)
+        else:
+            self._declare_away(f"no answer within {self._timeout_s * 1e3:g} ms")
 
     def _declare_away(self, reason: str) -> None:
         """Tell everyone who waits, drop the connection (its replies would fit nothing), and look for another."""
         self.reason = reason
-        if not self._away:
-            self._away = True
-            if reason != CLOSED:
-                logger.warning("limit store away", extra={"reason": reason})
-        self._disarm()
+        if reason != CLOSED and not (self._away and self._tried.is_set()):
+            logger.warning("limit store away", extra={"reason": reason})
+        self._away = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         link, self._link = self._link, None
         waiting, self._in_flight, self._pending = [*self._in_flight, *self._pending], [], []
         if link is not None:
@@ -190,12 +223,11 @@ class RedisStore:
         for _, future, _ in waiting:
             if future is not None and not future.done():
                 future.set_exception(StoreAway(reason))
+                future.exception()  # who waited may be cancelled in this tick: then nobody takes it
 
     def _link_lost(self) -> None:
-        """The connection ended: what was on its way is unknown and must not be sent again; what waits may wait on."""
-        if self._in_flight or self._link is None:
-            self._declare_away("connection lost")
-        else:
+        """The connection ended with nothing on its way: what waits may wait on, for as long as its budget lasts."""
+        if self._link is not None:
             self._link = None
             self._lost.set()
 
@@ -203,15 +235,17 @@ class RedisStore:
         """Keep a connection that can count; never ends by itself."""
         pause_s = RETRY_MIN_S
         while True:
-            self._lost.clear()
             connected = await self._connect()
             self._tried.set()
             if connected:
-                pause_s = RETRY_MIN_S
+                since = time.perf_counter()
                 await self._lost.wait()
-            else:
-                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311
-                pause_s = min(RETRY_MAX_S, 2 * pause_s)
+                if time.perf_counter() - since > self._retry_s_max:
+                    pause_s = RETRY_MIN_S
+                    continue
+            # A Redis that is lost again and again is given time, or every attempt would cost some calls their budget.
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311
+            pause_s = min(self._retry_s_max, 2 * pause_s)
 
     async def settled(self) -> None:
         """Wait, bounded, until the first attempt to connect has ended either way."""
@@ -228,13 +262,20 @@ class RedisStore:
                 link = await RedisLink.connect(endpoint, self._link_lost)
                 await link.ask("SCRIPT", "LOAD", SCRIPT)
             async with asyncio.timeout(self._timeout_s):
-                keys, payload = _encode([Ask((PROBE,), 1)])
-                await link.ask("EVALSHA", SCRIPT_SHA, len(keys), *keys, payload, "")
-        except Exception as error:  # the library's, hiredis's, the system's: all mean the same here
+                probe = Ask((PROBE,), 1)
+                keys, payload = _encode([probe])
+                _verdicts([probe], await link.ask("EVALSHA", SCRIPT_SHA, len(keys), *keys, payload, ""))
+            if link.lost:
+                raise LinkLost("connection to Redis lost")
+        except BaseException as error:
             if link is not None:
                 link.close()
-            self._declare_away(str(error) or type(error).__name__)
+            if not isinstance(error, Exception):
+                raise
+            # The library's, hiredis's, the system's: all mean the same here.
+            self._declare_away("no answer in time" if isinstance(error, TimeoutError) else str(error) or repr(error))
             return False
+        self._lost.clear()
         self._link = link
         if self._away:
             self._away = False
@@ -253,7 +294,7 @@ class RedisStore:
 
 
 def _encode(asks: Sequence[Ask]) -> tuple[list[str], bytes]:
-    """KEYS and ARGV[1] of the script."""
+    """KEYS and ARGV[1] of the script. Limits of one key are one and the same."""
     position: dict[str, int] = {}
     counters: list[tuple[int, ...]] = []
     encoded: list[list[int]] = []
@@ -264,24 +305,33 @@ def _encode(asks: Sequence[Ask]) -> tuple[list[str], bytes]:
             if index is None:
                 counters.append((limit.kind, limit.amount, *limit.window))
                 index = position[limit.key] = len(counters)
-            x, y = limit.span(cost) if limit.kind == RATE else (cost, 0)
+            # What never passes is told as little over the limit: all numbers stay under 2**53.
+            if limit.kind == RATE:
+                x, y = limit.span(cost if cost <= limit.burst else limit.burst + 1)
+            else:
+                x, y = (cost if cost <= limit.amount else limit.amount + 1), 0
             if spent is None:
                 one += (index, x, y, 0, limit.shadow)
             elif spent.states[at][0] == PASSES:
-                one += (index, x, y, spent.now_us if limit.kind == RATE else spent.states[at][1], 0)
+                one += (index, x, y, spent.now_us if limit.kind == RATE else spent.states[at][1], False)
         encoded.append(one)
     return list(position), orjson.dumps((counters, encoded))
 
 
-def _verdicts(batch: list[Waiting], reply: list[int]) -> list[Verdict]:
-    """One for each ask of the batch; what was given back has none worth reading."""
-    now, at = reply[0], 1
+def _verdicts(asks: Sequence[Ask], reply: Any) -> list[Verdict]:
+    """One for each ask; what was given back has none worth reading. Raises StoreAway: no answer of the script."""
+    if isinstance(reply, Exception):
+        raise StoreAway(str(reply))
     verdicts = []
-    for ask, future, _ in batch:
-        states = []
-        if future is not None:
-            for _ in ask.limits:
-                states.append((reply[at], reply[at + 1], reply[at + 2]))
-                at += 3
-        verdicts.append(Verdict(now, states))
+    try:
+        now, at = reply[0], 1
+        for ask in asks:
+            states = []
+            if ask.spent is None:
+                for _ in ask.limits:
+                    states.append((reply[at], reply[at + 1], reply[at + 2]))
+                    at += 3
+            verdicts.append(Verdict(now, states))
+    except (TypeError, IndexError):
+        raise StoreAway("not an answer of the script") from None
     return verdicts

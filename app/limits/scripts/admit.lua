@@ -6,7 +6,7 @@
 --   ask       [op, counter, x, y, token, shadow, counter, x, y, token, shadow, ...]; op 0 spends, 1 gives back
 --             x, y    rate: what the ask costs in time, microseconds and parts of 1/amount of one; quota: the cost, 0
 --             token   give back: when it was spent (rate) or in which period (quota)
---             shadow  1: told, not enforced
+--             shadow  true: told, not enforced
 -- ARGV[2]     Unix microseconds to be believed instead of the server's clock; empty outside of tests
 --
 -- Value of a key, packed doubles:   rate   TAT in microseconds, parts of 1/amount of one, amount
@@ -14,7 +14,7 @@
 -- Reply, a flat list of integers:   now_us, then for each ask that spends and each of its counters
 --                                   status (0 passes, 1 refuses, 2 would refuse), a, b: the state afterwards
 --
--- A ask that costs 0 is a question: nothing is written. Every number is a whole number below 2^53.
+-- An ask that costs 0 is a question: nothing is written. Every number is a whole number below 2^53.
 
 local PERIOD_MARGIN_MS = 60000
 local RATE_MARGIN_MS = 1000
@@ -50,7 +50,7 @@ while first_day(month_now) > today do month_now = month_now - 1 end
 local request = cjson.decode(ARGV[1])
 local counters, asks = request[1], request[2]
 local stored = redis.call('MGET', unpack(KEYS))
-local a, b, changed = {}, {}, {}
+local a, b, changed, set_back = {}, {}, {}, {}
 
 for i, counter in ipairs(counters) do
   local value = stored[i]
@@ -64,6 +64,7 @@ for i, counter in ipairs(counters) do
       local far = now + counter[3] + 1
       if a[i] > far then -- the clock was set back: what was spent is spent, and no more than all of it
         a[i], b[i] = far - 1, counter[4]
+        set_back[i] = true
       end
     else
       a[i], b[i] = 0, 0
@@ -78,7 +79,10 @@ for i, counter in ipairs(counters) do
     else
       a[i], b[i] = period, 0
     end
-    if a[i] < period then -- and never back to an earlier one, whatever the clock says
+    if a[i] > period + 1 then -- the clock was far ahead: its period may be years away
+      a[i], b[i] = period, 0
+      set_back[i] = true
+    elseif a[i] < period then -- and never back to the one before, where a clock was set back a little
       a[i], b[i] = period, 0
     end
   end
@@ -87,6 +91,9 @@ end
 local function refuses(i, counter, x, y)
   if x == 0 and y == 0 then
     return false
+  end
+  if set_back[i] then -- written even when it refuses: from here on its time passes again
+    changed[i] = true
   end
   if counter[1] ~= 0 then
     return b[i] + x > counter[2]
@@ -117,6 +124,9 @@ end
 
 -- Time that has passed since has given a part back already: only the rest may be, or calls would be let in twice.
 local function give_back(i, counter, x, y, token)
+  if set_back[i] then
+    changed[i] = true
+  end
   if counter[1] ~= 0 then
     if a[i] == token then
       b[i] = math.max(0, b[i] - x)
@@ -150,7 +160,7 @@ for _, ask in ipairs(asks) do
       local i = ask[at]
       local status = 0
       if refuses(i, counters[i], ask[at + 1], ask[at + 2]) then
-        if ask[at + 4] == 1 then
+        if ask[at + 4] then
           status = 2
         else
           status, pass = 1, false
