@@ -44,7 +44,7 @@ async def borrowed(engine: AsyncEngine, timeout_s: float) -> AsyncIterator[Any]:
     SQLAlchemy's cursors would prepare, wrap rows and open a transaction: 0.5 ms of our CPU a batch. Raises StoreAway
     when there is no connection, or when it was lost or cut; other errors of the server pass.
     """
-    connection = await _checked_out(engine)
+    connection = await _checked_out(engine, min(timeout_s, CHECKOUT_TIMEOUT_S))
     try:
         driver = (await connection.get_raw_connection()).driver_connection
         assert driver is not None
@@ -52,25 +52,26 @@ async def borrowed(engine: AsyncEngine, timeout_s: float) -> AsyncIterator[Any]:
         try:
             yield driver
         except BaseException as error:
-            if driver.is_closed() or not isinstance(error, asyncpg.PostgresError):
+            late = asyncio.get_running_loop().time() >= cut.when()
+            lost = driver.is_closed()
+            if lost or not isinstance(error, asyncpg.PostgresError):
                 driver.terminate()  # nobody knows what it still waits for
                 await connection.invalidate()
-            if isinstance(error, asyncpg.PostgresError) or not isinstance(error, DATABASE_ERRORS):
+            if not isinstance(error, DATABASE_ERRORS) or (isinstance(error, asyncpg.PostgresError) and not lost):
                 raise
-            late = asyncio.get_running_loop().time() >= cut.when()
-            raise StoreAway(f"no answer within {timeout_s:g} s" if late else reason(error)) from error
+            raise (StoreAway(f"no answer within {timeout_s:g} s") if late else away(error)) from error
         finally:
             cut.cancel()
     finally:
         await connection.close()
 
 
-async def _checked_out(engine: AsyncEngine) -> AsyncConnection:
+async def _checked_out(engine: AsyncEngine, timeout_s: float) -> AsyncConnection:
     try:
-        async with asyncio.timeout(CHECKOUT_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             return await engine.connect()
     except TimeoutError as error:
-        raise StoreAway(f"no connection within {CHECKOUT_TIMEOUT_S:g} s") from error
+        raise StoreAway(f"no connection within {timeout_s:g} s") from error
     except DATABASE_ERRORS as error:
         raise away(error) from error
 

@@ -31,9 +31,10 @@ LIMIT_DEFAULT = 50
 LIMIT_MAX = 500
 
 STATEMENT_TIMEOUT_S = 5.0
-"""The server's own bound; the connection is cut a little later, when not even that was heard of."""
+"""The server's own bound."""
 
-CUT_AFTER_S = STATEMENT_TIMEOUT_S + 1.0
+CUT_AFTER_S = 1.0
+"""The connection is cut that much later, when not even that was heard of."""
 
 READERS_MAX = 4
 """Pages that are read at once: most of the pool stays for keys and the writer, and a page takes milliseconds."""
@@ -141,10 +142,9 @@ class ExecutionHistory:
     while keys are in the order of ids.
     """
 
-    def __init__(self, engine: AsyncEngine, wait_s_max: float = 60.0) -> None:
-        self._reader: PostgresReader | SqliteReader = (
-            SqliteReader(engine) if engine.dialect.name == "sqlite" else PostgresReader(engine)
-        )
+    def __init__(self, engine: AsyncEngine, wait_s_max: float = 60.0, timeout_s: float = STATEMENT_TIMEOUT_S) -> None:
+        kind = SqliteReader if engine.dialect.name == "sqlite" else PostgresReader
+        self._reader: PostgresReader | SqliteReader = kind(engine, timeout_s)
         self._wait_us_max = int(wait_s_max * 1e6)
         self._places = asyncio.Semaphore(READERS_MAX)
 
@@ -343,7 +343,9 @@ def _conditions(where: Where, mark: str, parameters: list[Any]) -> Iterator[str]
             yield condition.format(mark.format(len(parameters)))
     if where.status is not None:
         assert where.status in STATUSES
-        yield f"status = '{where.status}'"  # as a literal, or no plan could use the partial index
+        yield f"status = '{where.status}'"  # a literal, or no plan could use the partial index
+        if where.status != "success":
+            yield "status <> 'success'"  # SQLite wants that index's own words
 
 
 POSTGRESQL_COLUMNS = ", ".join(
@@ -357,7 +359,7 @@ POSTGRESQL_COLUMNS = ", ".join(
     for column in COLUMNS
 )
 
-READ_ONLY = f"""BEGIN READ ONLY; SET LOCAL statement_timeout = {int(STATEMENT_TIMEOUT_S * 1000)};
+READ_ONLY = """BEGIN READ ONLY; SET LOCAL statement_timeout = {};
 SET LOCAL plan_cache_mode = force_custom_plan"""
 """A tenant may have most of the rows or ten: planning with the values finds the right index, for half a millisecond."""
 
@@ -365,8 +367,9 @@ SET LOCAL plan_cache_mode = force_custom_plan"""
 class PostgresReader:
     """By way of asyncpg's own connection."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, timeout_s: float) -> None:
         self._engine = engine
+        self._timeout_s = timeout_s
 
     def query(self, where: Where, rows_max: int) -> Query:
         parameters: list[Any] = []
@@ -385,8 +388,8 @@ class PostgresReader:
 
     async def read(self, query: Query) -> Sequence[Sequence[Any]]:
         try:
-            async with borrowed(self._engine, CUT_AFTER_S) as pg:
-                await pg.execute(READ_ONLY)
+            async with borrowed(self._engine, self._timeout_s + CUT_AFTER_S) as pg:
+                await pg.execute(READ_ONLY.format(round(self._timeout_s * 1000)))
                 try:
                     found: list[Any] = await pg.fetch(query.sql, *query.parameters)
                 finally:
@@ -400,8 +403,9 @@ class PostgresReader:
 class SqliteReader:
     """By way of SQLAlchemy, which runs SQLite in a thread."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, timeout_s: float) -> None:
         self._engine = engine
+        self._timeout_s = timeout_s
 
     def query(self, where: Where, rows_max: int) -> Query:
         parameters: list[Any] = []
@@ -418,7 +422,7 @@ class SqliteReader:
 
     async def read(self, query: Query) -> Sequence[Sequence[Any]]:
         try:
-            async with opened(self._engine, STATEMENT_TIMEOUT_S) as connection:
+            async with opened(self._engine, self._timeout_s) as connection:
                 found = await connection.exec_driver_sql(query.sql, tuple(query.parameters))
                 return found.fetchall()
         except DBAPIError as error:

@@ -59,8 +59,9 @@ class Table(Protocol):
 class ExecutionStore:
     """The table of executions, for writing."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._table: Table = SqliteTable(engine) if engine.dialect.name == "sqlite" else PostgresTable(engine)
+    def __init__(self, engine: AsyncEngine, timeout_s: float = INSERT_TIMEOUT_S) -> None:
+        kind = SqliteTable if engine.dialect.name == "sqlite" else PostgresTable
+        self._table: Table = kind(engine, timeout_s)
 
     async def insert(self, records: Sequence[bytes]) -> Stored:
         """Write them in their order, bisecting around what is refused. Raises StoreAway; offer them again then."""
@@ -126,23 +127,29 @@ VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING
 """
 
 
+PARTITION_TRIES = 3
+
+
 class PostgresTable:
     """By way of asyncpg's own connection."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, timeout_s: float) -> None:
         self._engine = engine
+        self._timeout_s = timeout_s
 
     async def put(self, records: Sequence[bytes]) -> int:
         document = b"[" + b",".join(records) + b"]"
-        try:
-            return await self._insert(document)
-        except asyncpg.CheckViolationError:  # no partition takes it: neither a month nor the one for all others
-            await self._make_partitions()
-            return await self._insert(document)
+        for _ in range(PARTITION_TRIES):
+            try:
+                return await self._insert(document)
+            except asyncpg.CheckViolationError:
+                # No partition takes it, or a month was attached while it waited for the partition of all others.
+                await self._make_partitions()
+        raise StoreAway("no partition takes the rows", asyncpg.CheckViolationError.sqlstate)
 
     async def _insert(self, document: bytes) -> int:
         try:
-            async with borrowed(self._engine, INSERT_TIMEOUT_S) as pg:
+            async with borrowed(self._engine, self._timeout_s) as pg:
                 status: str = await pg.execute(POSTGRESQL_INSERT, document)
         except asyncpg.PostgresError as error:
             if error.sqlstate == asyncpg.CheckViolationError.sqlstate and not error.constraint_name:
@@ -154,8 +161,7 @@ class PostgresTable:
 
     async def _make_partitions(self) -> None:
         try:
-            if not await ensure_partitions(self._engine, time.time()):
-                raise StoreAway("a partition is missing and another process makes it")
+            await ensure_partitions(self._engine, time.time())
         except asyncpg.PostgresError as error:
             raise away(error) from error
 
@@ -163,7 +169,7 @@ class PostgresTable:
         shown = record[:RECORD_BYTES_SHOWN_MAX]
         digest = hashlib.sha256(record).digest()
         try:
-            async with borrowed(self._engine, INSERT_TIMEOUT_S) as pg:
+            async with borrowed(self._engine, self._timeout_s) as pg:
                 await pg.execute(POSTGRESQL_PARK, digest, execution_id_of(record), shown, why.sqlstate, why.reason)
         except asyncpg.PostgresError as error:
             raise away(error) from error
@@ -197,8 +203,9 @@ DECODED_AT_ONCE = 100
 class SqliteTable:
     """By way of SQLAlchemy, which runs SQLite in a thread. What is refused has the SQLSTATE that PostgreSQL gives."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, timeout_s: float) -> None:
         self._engine = engine
+        self._timeout_s = timeout_s
 
     async def put(self, records: Sequence[bytes]) -> int:
         rows = []
@@ -206,7 +213,7 @@ class SqliteTable:
             rows += [_row(record) for record in records[start : start + DECODED_AT_ONCE]]
             await asyncio.sleep(0)
         try:
-            async with opened(self._engine, INSERT_TIMEOUT_S) as connection:
+            async with opened(self._engine, self._timeout_s) as connection:
                 return (await connection.exec_driver_sql(SQLITE_INSERT, rows)).rowcount
         except DBAPIError as error:
             raise RecordsRefused(*_sqlite_refusal(error)) from error
@@ -223,7 +230,7 @@ class SqliteTable:
             why.reason,
             int(time.time() * 1e6),
         )
-        async with opened(self._engine, INSERT_TIMEOUT_S) as connection:
+        async with opened(self._engine, self._timeout_s) as connection:
             await connection.exec_driver_sql(SQLITE_PARK, values)
 
 
