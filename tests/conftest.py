@@ -129,12 +129,16 @@ def start_service(*arguments: str, **environ: str) -> Running:
 def service_environ(folder: Path | None = None, **environ: str) -> dict[str, str]:
     """The environment of a service under test: hermetic but for what Python needs. It keeps its data in `folder`."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-    folder = folder or make_folder("agentcore-service-")
-    places = {
+    places = places_in(folder or make_folder("agentcore-service-"))
+    return {**kept, **places, "DRAIN_SECONDS": "0", "PYTHONPATH": str(ROOT), **environ}
+
+
+def places_in(folder: Path) -> dict[str, str]:
+    """Settings of a service that writes nothing but into `folder`."""
+    return {
         "DATABASE_URL": f"sqlite+aiosqlite:///{folder / 'agentcore.db'}",
         "JOURNAL_DIR": str(folder / "journal"),
     }
-    return {**kept, **places, "DRAIN_SECONDS": "0", "PYTHONPATH": str(ROOT), **environ}
 
 
 def end(running: Running) -> None:

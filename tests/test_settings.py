@@ -24,7 +24,7 @@ from app.service import open_service
 from app.settings import Settings, SettingsError, read_settings
 from app.tools.registry import Registry, ToolFilter
 from app.tools.tool import FunctionTool, tool
-from tests.conftest import ROOT, Running, Serve, end, service_environ, start_service
+from tests.conftest import ROOT, Running, Serve, end, places_in, service_environ, start_service
 
 TUNED = {
     "TOOL_MODULES": "tests.tools_for_tests",
@@ -301,11 +301,13 @@ class CountsRebuilds(FunctionTool):
 
 
 @pytest.mark.parametrize(("enabled", "rebuilds"), [(True, 0), (False, 3)])
-def test_enable_parameter_validation_cache_false_builds_validators_on_every_call(enabled: bool, rebuilds: int) -> None:
+def test_enable_parameter_validation_cache_false_builds_validators_on_every_call(
+    enabled: bool, rebuilds: int, tmp_path: Path
+) -> None:
     async def run() -> int:
         counting = CountsRebuilds(give.function, give.spec)
         counting.rebuilds = 0
-        settings = Settings(enable_parameter_validation_cache=enabled)
+        settings = read_settings(places_in(tmp_path), enable_parameter_validation_cache=enabled)
         async with open_service(settings, extra_tools=[counting]) as service:
             for _ in range(3):
                 call = ToolCall(new_execution_id(), "give", {"value": 1}, LOCAL_CALLER, 0.0)

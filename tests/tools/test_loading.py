@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from app.service import open_service
-from app.settings import Settings
+from app.settings import read_settings
 from app.tools.loading import LoadedTools, load_tools
 from app.tools.tool import tool
+from tests.conftest import places_in
 
 DECLARATION = '''
 from app.tools.tool import tool
@@ -182,7 +183,9 @@ def test_an_interrupt_while_loading_ends_the_loading(module: Write) -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_declared_and_not_enforced_is_said_at_start(caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_is_declared_and_not_enforced_is_said_at_start(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     @tool(cost=5, retries=1, log_mode="strict", read_only=True)
     async def costly() -> None:
         """Cost."""
@@ -191,7 +194,7 @@ async def test_what_is_declared_and_not_enforced_is_said_at_start(caplog: pytest
     async def plain() -> None:
         """Nothing that is not enforced."""
 
-    async with open_service(Settings(), extra_tools=[costly, plain]):
+    async with open_service(read_settings(places_in(tmp_path)), extra_tools=[costly, plain]):
         pass
     events = [vars(record) for record in caplog.records if record.name == "app.service"]
     assert [(event["tool_id"], event["declared"]) for event in events] == [("costly", ["cost", "log_mode", "retries"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from app.service import open_service
 from app.settings import read_settings
 from app.transport.app import create_app
 from app.transport.server import Server
+from tests.conftest import places_in
 
 REQUESTS = 200
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"tools.execute","params":{"tool_id":"%b","parameters":%b}}'
@@ -41,11 +43,11 @@ async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, r
     ],
     ids=["success", "not found", "invalid", "failed", "no method", "no JSON"],
 )
-def test_a_call_leaves_no_garbage_in_circles(call: bytes) -> None:
+def test_a_call_leaves_no_garbage_in_circles(call: bytes, tmp_path: Path) -> None:
     request = http(call)
 
     async def circles() -> int:
-        settings = read_settings({"DRAIN_SECONDS": "0"})
+        settings = read_settings({"DRAIN_SECONDS": "0", **places_in(tmp_path)})
         async with open_service(settings) as service:
             server: Any = Server(create_app(service), service, "127.0.0.1", 0)
             serving = asyncio.create_task(server.serve())

@@ -20,11 +20,11 @@ from openapi_spec_validator import validate
 
 from app import errors
 from app.service import open_service
-from app.settings import Settings
+from app.settings import read_settings
 from app.transport.app import create_fastapi
 from app.transport.methods import Methods
 from app.transport.rpc import RPC_PATH
-from tests.conftest import ROOT, Running, Serve
+from tests.conftest import ROOT, Running, Serve, places_in
 
 Json = dict[str, Any]
 
@@ -54,9 +54,9 @@ def test_it_is_valid(document: Json) -> None:
     validate(document)
 
 
-def test_every_route_is_documented_and_nothing_else() -> None:
+def test_every_route_is_documented_and_nothing_else(tmp_path: Path) -> None:
     async def compared() -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
-        async with open_service(Settings()) as service:
+        async with open_service(read_settings(places_in(tmp_path))) as service:
             methods = Methods(service.executor, service.registry, service.metrics, 100, 1_000_000)
             app = create_fastapi(service, methods)
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
