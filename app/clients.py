@@ -108,6 +108,9 @@ class RedisEndpoint(NamedTuple):
 
 Locate = Callable[[], Awaitable[RedisEndpoint]]
 
+LOCATE_TIMEOUT_S_MIN = 0.25
+"""For each Sentinel or node that is asked: no call waits for it, and TLS takes several round trips."""
+
 
 def redis_locator(url: str, key: str, timeout_s: float) -> Locate:
     """How to find the server that holds `key` now: itself, the master that Sentinels name, a shard of a Cluster.
@@ -117,16 +120,15 @@ def redis_locator(url: str, key: str, timeout_s: float) -> Locate:
     authorities. Raises ValueError that says what is wrong, without the URL, which holds a password.
     """
     scheme, _, rest = url.partition("://")
-    parts = urlsplit("//" + rest)
+    try:
+        parts = urlsplit("//" + rest)
+    except ValueError:
+        raise ValueError("cannot be read; special characters of a password are written as %XX") from None
     kind = scheme.partition("+")[2]
     credentials, _, hosts = parts.netloc.rpartition("@")
     username, _, password = credentials.partition(":")
-    context, tls = None, {}
-    if scheme.startswith("rediss"):
-        authorities = dict(parse_qsl(parts.query)).get("ca")
-        context = ssl.create_default_context(cafile=authorities)
-        tls = {"ssl": True, "ssl_ca_certs": authorities}
-    options = _library_options(timeout_s, tls)
+    context, tls = _tls(scheme.startswith("rediss"), parts.query)
+    options = _library_options(max(timeout_s, LOCATE_TIMEOUT_S_MIN), tls)
     nodes = [_host_and_port(host, 26379 if kind == "sentinel" else 6379) for host in hosts.split(",")]
     path = [part for part in parts.path.split("/") if part]
     service = path.pop(0) if kind == "sentinel" and path else ""
@@ -134,7 +136,7 @@ def redis_locator(url: str, key: str, timeout_s: float) -> Locate:
         raise ValueError("a Sentinel URL names the service after the hosts: redis+sentinel://host:26379/mymaster")
     if kind != "sentinel" and kind != "cluster" and len(nodes) > 1:
         raise ValueError("one host only; redis+sentinel:// and redis+cluster:// take several")
-    if len(path) > 1 or not all(part.isdigit() for part in path) or (kind == "cluster" and path):
+    if len(path) > 1 or not all(part.isdecimal() for part in path) or (kind == "cluster" and path):
         raise ValueError("after the host comes the number of a database at most, and none in a Cluster")
     template = RedisEndpoint(
         "", 0, int(path[0]) if path else 0, unquote(username) or None, unquote(password) or None, context
@@ -144,6 +146,21 @@ def redis_locator(url: str, key: str, timeout_s: float) -> Locate:
     if kind == "cluster":
         return lambda: _ask_cluster(nodes, key, template, options)
     return lambda: _known(template._replace(host=nodes[0][0], port=nodes[0][1]))
+
+
+def _tls(wanted: bool, query: str) -> tuple[ssl.SSLContext | None, dict[str, Any]]:
+    """Of our own connection, and in the words of the library. Raises ValueError."""
+    given = parse_qsl(query, keep_blank_values=True)
+    if not all(name == "ca" for name, _ in given) or (given and not wanted):
+        raise ValueError("after ? may come ca=FILE, with rediss:// alone")
+    if not wanted:
+        return None, {}
+    authorities = dict(given).get("ca")
+    try:
+        context = ssl.create_default_context(cafile=authorities)
+    except OSError as error:
+        raise ValueError(f"ca: cannot be read: {error.strerror or error}") from None
+    return context, {"ssl": True, "ssl_ca_certs": authorities}
 
 
 def _host_and_port(text: str, port: int) -> tuple[str, int]:
