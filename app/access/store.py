@@ -80,7 +80,7 @@ class KeyStore:
 
     async def create(self, new: NewKey) -> tuple[Key, str]:
         """The key, and its credential, which is nowhere else."""
-        made, now, caller = new_secret(), time.time(), new.caller()
+        made, now, caller = new_secret(), _now(), new.caller()
         values = {
             "id": made.key_id,
             "secret_sha256": made.secret_sha256,
@@ -127,7 +127,7 @@ class KeyStore:
 
         async def work(connection: AsyncConnection) -> Row | None:
             unrevoked = (KEYS.c.id == key_id) & KEYS.c.revoked_at.is_(None)
-            await connection.execute(update(KEYS).where(unrevoked).values(revoked_at=time.time()))
+            await connection.execute(update(KEYS).where(unrevoked).values(revoked_at=_now()))
             row = (await connection.execute(select(KEYS).where(KEYS.c.id == key_id))).first()
             return None if row is None else tuple(row)
 
@@ -172,10 +172,17 @@ class KeyStore:
             raise DependencyUnavailable("The key store is away; try again", retry_after_ms=1000) from error
 
 
+def _now() -> float:
+    """In whole milliseconds, which come back from the database as they were."""
+    return time.time_ns() // 1_000_000 / 1e3
+
+
 def decode(row: Row) -> Key | None:
     """The key of a row; None, and a line in the log, when somebody wrote there what is none."""
     try:
         key_id, secret_sha256, tenant, subject, scopes, tools, limit_class, created, expires, revoked = row
+        if not all(isinstance(value, str) for value in row[:7]):  # SQLite takes bytes for text
+            raise TypeError
         caller = Caller(tenant, subject, frozenset(scopes.split()), tuple(tools.split()), limit_class)
         return Key(key_id, secret_sha256, caller, _unix_s(created) or 0.0, _unix_s(expires), _unix_s(revoked))
     except (AttributeError, OverflowError, TypeError, ValueError):

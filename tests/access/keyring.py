@@ -1,0 +1,82 @@
+"""Keys in a real database with an authenticator before them, inside of the test's process: clocks are the test's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from app.access.authenticator import Authenticator, Mode
+from app.access.jwt import JwtVerifier
+from app.access.keys import Key, NewKey
+from app.access.store import KeyStore
+from app.calls import Caller
+from app.clients import close_engine, create_engine
+from app.migration import migrate
+
+NOW_S = 1_800_000_000.0
+
+
+@dataclass
+class Clock:
+    """Seconds that pass when the test says so; as the clock and as the time of day."""
+
+    now_s: float = NOW_S
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass
+class Keyring:
+    """A store, what asks it, and every statement that reached the database."""
+
+    engine: AsyncEngine
+    store: KeyStore
+    access: Authenticator
+    clock: Clock
+    wall: Clock
+    statements: list[str] = field(default_factory=list)
+
+    async def make(self, **given: Any) -> tuple[Key, bytes]:
+        key, credential = await self.store.create(NewKey(**{"tenant": "acme", "subject": "planner", **given}))
+        return key, credential.encode()
+
+    async def identify(self, credential: bytes) -> Caller:
+        headers = bearer(credential)
+        return self.access.recognised(headers) or await self.access.identify(headers)
+
+    async def run_sql(self, sql: str, **values: Any) -> None:
+        async with self.engine.begin() as connection:
+            await connection.execute(text(sql), values)
+
+
+def bearer(credential: bytes) -> list[tuple[bytes, bytes]]:
+    return [(b"host", b"localhost"), (b"authorization", b"Bearer " + credential)]
+
+
+@contextlib.asynccontextmanager
+async def opened_keyring(
+    url: str, mode: Mode = "required", stale_s: float = 600.0, tokens: JwtVerifier | None = None
+) -> AsyncIterator[Keyring]:
+    """Over the database at this URL, which gets its tables here."""
+    engine = create_engine(url, 10, 10)
+    clock, wall = Clock(), Clock()
+    try:
+        await migrate(engine)
+        store = KeyStore(engine)
+        access = Authenticator(store, mode, stale_s, tokens, clock, wall)
+        ring = Keyring(engine, store, access, clock, wall)
+
+        @event.listens_for(engine.sync_engine, "before_cursor_execute")
+        def note(*arguments: Any) -> None:
+            ring.statements.append(arguments[2])
+
+        yield ring
+        await access.close()
+    finally:
+        await close_engine(engine)
