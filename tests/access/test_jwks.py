@@ -7,14 +7,21 @@ import gzip
 import json
 import logging
 import os
+import ssl
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from app.access.jwks import (
     DOCUMENT_BYTES_MAX,
@@ -457,6 +464,30 @@ async def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.Monk
         async with issuer() as (_, keys, _):
             assert await knows(keys, "one")
         assert proxy.accepted == 0
+
+
+async def test_issuer_without_a_trusted_certificate_is_not_believed(tmp_path: Path) -> None:
+    async with origin({PATH: ONE}, tls=self_signed(tmp_path)) as server:
+        keys = KeySet(UrlSource(server.url(PATH)))
+        with pytest.raises(DependencyUnavailable):
+            await keys.find("one")
+        assert server.received == []
+
+
+def self_signed(folder: Path) -> ssl.SSLContext:
+    """A server's context with a certificate for 127.0.0.1 that nobody has signed but itself."""
+    key, now = ec_key(), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "issuer.test")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    built = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    built = built.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
+    certificate = built.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    pem = folder / "server.pem"
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    pem.write_bytes(secret + certificate.public_bytes(Encoding.PEM))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    return context
 
 
 async def test_failures_are_logged_at_most_once_a_minute_without_the_address(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from tests.access.tokens import (
     rsa_key,
     signed,
 )
+from tests.conftest import Serve
 from tests.origin import origin, response
 
 pytestmark = pytest.mark.anyio
@@ -236,6 +238,16 @@ async def test_kid_is_looked_up_and_nothing_else(kid: Any, with_keys: Callable[.
     await refused(with_keys(), signed(header={"kid": kid}))
 
 
+async def test_kid_longer_than_any_does_not_ask_the_issuer() -> None:
+    async with origin({"/jwks": response(document(jwk(rsa_key())))}) as server:
+        verifier = JwtVerifier(rules(jwks=server.url("/jwks")), clock=lambda: NOW)
+        await refused(verifier, signed(header={"kid": "k" * 257}))
+        assert server.accepted == 0
+        await refused(verifier, signed(header={"kid": "k" * 256}))
+        assert server.accepted == 1
+        assert await caller_of(verifier, signed())
+
+
 @pytest.mark.parametrize("kid", [1, None, ["k1"], {"kid": "k1"}, True], ids=repr)
 async def test_kid_that_is_no_text_is_refused(kid: Any, with_keys: Callable[..., JwtVerifier]) -> None:
     await refused(with_keys(), assembled({"alg": "RS256", "kid": kid}))
@@ -327,12 +339,14 @@ async def test_token_in_a_token_is_refused() -> None:
         signed("HS256") + ".",
         "." + signed("HS256"),
         signed("HS256") + "\n",
+        signed("HS256") + "=",
         " " + signed("HS256"),
         signed("HS256").replace(".", ".é", 1),
         signed("HS256").replace(".", "=.", 1),
         signed("HS256").replace(".", "\x00.", 1),
         assembled(b"[" * 4_000, hmac_key=SECRET.encode()),
         assembled(b'{"alg":"HS256","a":' + b"[" * 4_000, hmac_key=SECRET.encode()),
+        assembled(b'{"alg":"HS256","a":' + b"9" * 5_000 + b"}", hmac_key=SECRET.encode()),
         assembled({"alg": "HS256"}, b"[" * 5_000, hmac_key=SECRET.encode()),
         assembled({"alg": "HS256"}, b'{"exp":' + b"9" * 5_000 + b"}", hmac_key=SECRET.encode()),
         assembled({"alg": "HS256"}, b"\xff\xfe{}", hmac_key=SECRET.encode()),
@@ -520,6 +534,33 @@ async def test_any_claims_are_refused_or_taken_and_raise_nothing_else(changes: d
         return
     assert all(isinstance(text, str) and 0 < len(text) <= 256 for text in (caller.tenant, caller.subject))
     assert good_until > NOW
+
+
+# --- the whole way
+
+
+def test_service_takes_the_tokens_of_its_issuer_and_no_others(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "jwks.json").write_bytes(document(jwk(rsa_key())))
+    running = serve(
+        JWT_ISSUER=ISSUER, JWT_AUDIENCE=AUDIENCE, JWT_ALGORITHMS="RS256", JWT_JWKS=str(tmp_path / "jwks.json")
+    )
+    now = time.time()
+
+    def answer(token: str) -> Any:
+        call = {"jsonrpc": "2.0", "id": 1, "method": "tools.execute"}
+        body = {**call, "params": {"tool_id": "echo", "parameters": {"message": "hi"}}}
+        headers = {"authorization": f"Bearer {token}"}
+        response = running.http.post("/api/v1/jsonrpc", json=body, headers=headers)
+        told = response.json()
+        return response.status_code, told["error"]["code"] if "error" in told else told["result"]["status"]
+
+    times = {"iat": now, "exp": now + 60}
+    assert answer(signed(**times)) == (200, "success")
+    assert answer(signed(**times, scope="tools:read")) == (200, -32003)
+    assert answer(signed(key=rsa_key("thief"), **times)) == (401, -32002)
+    assert answer(signed("HS256", **times)) == (401, -32002)
+    assert answer(signed(iat=now - 100, exp=now - 31)) == (401, -32002)
+    assert answer(assembled({"alg": "none"}, claims(**times))) == (401, -32002)
 
 
 # --- settings
