@@ -47,7 +47,7 @@ LOOKUPS_AT_ONCE = 8
 """The pool's other connections are for confirming and for the log, whatever strangers send."""
 
 LOOKUPS_MAX = 1_000
-LOOKUP_PATIENCE_S = 2.0
+TURN_TIMEOUT_S = 2.0
 
 CLOSE_TIMEOUT_S = 1.0
 
@@ -157,7 +157,7 @@ class Authenticator:
         flight = self._flights.get(digest)
         if flight is None:
             if len(self._flights) >= LOOKUPS_MAX:
-                raise _too_many()
+                raise Overloaded("Too many new credentials at once; try again", retry_after_ms=1000)
             flight = asyncio.get_running_loop().create_task(self._resolve(credential, digest), name="identify")
             self._flights[digest] = flight
             flight.add_done_callback(lambda _: self._flights.pop(digest, None))
@@ -171,11 +171,8 @@ class Authenticator:
         except Unauthenticated:
             self._refuse_for_a_while(digest)
             return CredentialRefused
-        except Overloaded:
-            return _too_many
-        except DependencyUnavailable as error:
-            message = error.message
-            return lambda: DependencyUnavailable(message, retry_after_ms=1000)
+        except DependencyUnavailable:
+            return _away
 
     async def _by_key(self, credential: bytes, digest: bytes) -> Caller:
         parts = split(credential)
@@ -193,11 +190,13 @@ class Authenticator:
         return key.caller
 
     async def _row_in_turn(self, key_id: str) -> tuple[Row | None, float]:
+        if self._away_since is not None:  # the next round finds out when it is back; strangers need not wait for that
+            raise _away()
         try:
-            async with asyncio.timeout(LOOKUP_PATIENCE_S):
+            async with asyncio.timeout(TURN_TIMEOUT_S):
                 await self._turns.acquire()
         except TimeoutError:
-            raise _too_many() from None
+            raise _away() from None
         try:
             asked_at = self._clock()
             rows = await self._store.find([key_id])
@@ -306,5 +305,5 @@ class Authenticator:
             await asyncio.wait(flights, timeout=CLOSE_TIMEOUT_S)
 
 
-def _too_many() -> Overloaded:
-    return Overloaded("Too many new credentials at once; try again", retry_after_ms=1000)
+def _away() -> DependencyUnavailable:
+    return DependencyUnavailable("What tells new credentials is away; try again", retry_after_ms=1000)
