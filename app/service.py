@@ -19,11 +19,12 @@ from app.access.jwt import JwtVerifier, jwt_rules
 from app.access.store import KeyStore
 from app.clients import close_engine, create_engine, redis_locator
 from app.egress import EgressAllow, EgressClient, parse_egress_allow
+from app.execution_log.history import ExecutionHistory
 from app.executor.executor import Executor
 from app.executor.runner import Runner
 from app.executor.threads import ThreadPool
 from app.limits.admission import Admission
-from app.limits.concurrency import Slots
+from app.limits.concurrency import QUEUE_PATIENCE_S, Slots
 from app.limits.limit import KEY_PREFIX
 from app.limits.limits_file import read_policies
 from app.limits.memory_store import MemoryStore
@@ -89,6 +90,7 @@ class Service:
     database: Database
     keys: KeyStore
     access: Authenticator
+    history: ExecutionHistory
     registry: Registry
     executor: Executor
     metrics: Metrics
@@ -162,6 +164,7 @@ async def open_service(
             database,
             keys,
             access,
+            ExecutionHistory(database.engine, wait_s_max=QUEUE_PATIENCE_S + settings.tool_execution_timeout),
             registry,
             executor,
             metrics,

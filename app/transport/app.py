@@ -21,6 +21,7 @@ from app.service import Service
 from app.settings import http_url, is_loopback
 from app.transport import documents, ops, rest
 from app.transport.admin import KeyRoutes
+from app.transport.executions import ExecutionRoutes
 from app.transport.gate import Gate, open_paths
 from app.transport.jsonrpc import Dispatcher
 from app.transport.methods import Methods
@@ -38,7 +39,14 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
     """The whole application over an open service. `host` and `port` are what the server is bound to."""
     settings = service.settings
     answer_bytes_max = ANSWER_RESULTS_MAX * settings.max_result_bytes
-    methods = Methods(service.executor, service.registry, service.metrics, settings.max_batch_size, answer_bytes_max)
+    methods = Methods(
+        service.executor,
+        service.registry,
+        service.history,
+        service.metrics,
+        settings.max_batch_size,
+        answer_bytes_max,
+    )
     methods.discovery = orjson.dumps(openrpc_document(methods.table(), settings.public_url or http_url(host, port)))
     dispatcher = Dispatcher(
         methods.methods(), settings.max_batch_size, answer_bytes_max, run_bounded, service.metrics.count_error
@@ -85,6 +93,7 @@ def create_fastapi(service: Service, methods: Methods) -> FastAPI:
     )
     app.include_router(ops.router(service))
     rest.mount(app, service, methods)
+    app.include_router(ExecutionRoutes(methods, service.history).router())
     settings = service.settings
     bounds = settings.max_request_bytes, settings.request_read_timeout_s
     app.include_router(KeyRoutes(service.keys, service.access, *bounds).router())

@@ -18,6 +18,7 @@ from app.access.keys import NewKey
 from app.transport import shapes
 from app.transport.admin import CREATE_KEY, LIST_KEYS, REVOKE_KEY, KeyMade, KeyPage
 from app.transport.examples import EXAMPLES, EXECUTION, OPENRPC, Json
+from app.transport.executions import EXPORT_EXECUTIONS, GET_EXECUTION, LIST_EXECUTIONS
 from app.transport.gate import open_paths, open_to_all
 from app.transport.methods import MethodSpec
 from app.transport.openapi import (
@@ -37,6 +38,7 @@ TAGS = [
     {"name": "json-rpc", "description": "The main door: every method, single or in a batch."},
     {"name": "tools", "description": "Discovery and calls in REST shape, over the same registry and executor."},
     {"name": "limits", "description": "What is left of rates and quotas, for the caller."},
+    {"name": "executions", "description": "The log of your tenant."},
     {"name": "admin", "description": "Keys of all callers. Needs the scope `admin`."},
     {"name": "ops", "description": "What probes and Prometheus ask. Never needs a credential."},
     {"name": "documents", "description": "This description."},
@@ -52,7 +54,12 @@ requests wait on one connection; and 405 with `Allow` to another method. A conne
 """
 
 ANSWERS = {
-    each.id: each for each in (LIST_KEYS, CREATE_KEY, REVOKE_KEY, LIST_TOOLS, GET_TOOL, EXECUTE_TOOL, GET_LIMITS)
+    each.id: each
+    for each in (
+        *(LIST_TOOLS, GET_TOOL, EXECUTE_TOOL, GET_LIMITS),
+        *(LIST_EXECUTIONS, GET_EXECUTION, EXPORT_EXECUTIONS),
+        *(LIST_KEYS, CREATE_KEY, REVOKE_KEY),
+    )
 }
 
 REQUEST_ID = {"type": ["string", "number", "null"]}

@@ -115,6 +115,7 @@ EXAMPLES: dict[str, tuple[Json, Json]] = {
         {"result": EXECUTION, "used_fallback": True, "attempts": [FAILED, EXECUTION], "total_time_ms": 0.4},
     ),
     "tools.cancel": ({"call_id": "greeting-1"}, {"cancelled": False}),
+    "tools.get_execution_history": ({"tool_id": "echo", "status": "failed"}, {"executions": [], "next_cursor": None}),
     "tools.get_rate_limit_status": (
         {"tool_id": "echo"},
         {"tool_id": "echo", "cost": 1, "rate_limit": None, "quota": None, "policies": []},

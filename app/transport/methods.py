@@ -15,8 +15,11 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from app import __version__
+from app.access.keys import SCOPE_ADMIN
 from app.calls import Caller, Execution, ToolCall, new_execution_id
 from app.errors import RESULT_TOO_LARGE, InvalidParams, PermissionDenied, failure
+from app.execution_log.history import LIMIT_DEFAULT as HISTORY_LIMIT_DEFAULT
+from app.execution_log.history import ExecutionHistory, Filters
 from app.executor.executor import Executor
 from app.executor.plans import Execute, Plan, PlanTask, run_batch, run_fallback
 from app.telemetry.metrics import Metrics
@@ -29,6 +32,7 @@ SERVICE_NAME = "agentcore-tools"
 
 SCOPE_EXECUTE = "tools:execute"
 SCOPE_READ = "tools:read"
+SCOPE_HISTORY = "executions:read"
 
 NO_ROOM = failure(RESULT_TOO_LARGE, "The results of one request have no room for this one; ask for fewer at once")
 
@@ -53,9 +57,16 @@ class Methods:
     """The table and the work behind it."""
 
     def __init__(
-        self, executor: Executor, registry: Registry, metrics: Metrics, batch_max: int, answer_bytes_max: int
+        self,
+        executor: Executor,
+        registry: Registry,
+        history: ExecutionHistory,
+        metrics: Metrics,
+        batch_max: int,
+        answer_bytes_max: int,
     ) -> None:
         self._executor = executor
+        self._history = history
         self._registry = registry
         self._metrics = metrics
         self._batch_max = batch_max
@@ -104,6 +115,14 @@ class Methods:
                 execute,
                 "Cancel a call of yours",
                 self._cancel,
+            ),
+            MethodSpec(
+                "tools.get_execution_history",
+                shapes.HistoryPage,
+                shapes.ExecutionPage,
+                SCOPE_HISTORY,
+                "Executions of your tenant, newest first",
+                self._execution_history,
             ),
             MethodSpec(
                 "tools.get_rate_limit_status",
@@ -212,6 +231,16 @@ class Methods:
         """What is left of each limit, written. REST answers the same."""
         return orjson.dumps(await self._executor.look_at_limits(caller, tool_id, agent_id))
 
+    async def _execution_history(self, context: RequestContext, params: shapes.HistoryPage) -> bytes:
+        return await self.history_page(context.caller, params)
+
+    async def history_page(self, caller: Caller, asked: shapes.HistoryPage) -> bytes:
+        """`{executions, next_cursor}`, newest first. Raises InvalidParams, DependencyUnavailable."""
+        found = await self._history.page(
+            tenant_seen(caller), filters_of(asked), asked.limit or HISTORY_LIMIT_DEFAULT, asked.cursor
+        )
+        return b'{"executions":[%b],"next_cursor":%b}' % (b",".join(found.rows), orjson.dumps(found.next_cursor))
+
     async def _ping(self, context: RequestContext, params: shapes.NoParams) -> bytes:
         return b'{"pong":true}'
 
@@ -289,6 +318,17 @@ def _trace_id(given: str | None) -> str | None:
 
 def _filter(params: shapes.ListParams | shapes.SearchParams) -> ToolFilter:
     return ToolFilter(params.category, tuple(params.tags or ()), tuple(params.capabilities or ()))
+
+
+def tenant_seen(caller: Caller) -> str | None:
+    """Whose executions a caller may read: its tenant's; None, everyone's, for an admin."""
+    return None if SCOPE_ADMIN in caller.scopes else caller.tenant
+
+
+def filters_of(asked: shapes.HistoryFilters) -> Filters:
+    return Filters.of(
+        tool_id=asked.tool_id, status=asked.status, subject=asked.subject, since=asked.since, until=asked.until
+    )
 
 
 def _counts(executions: Sequence[Execution]) -> dict[str, int]:

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from app.errors import DRAINING, InternalError, InvalidParams, InvalidRequest, MethodNotFound, ToolServiceError
 from app.service import Service
@@ -159,9 +161,18 @@ async def _unroutable(request: Request, error: Exception) -> Response:
     refusal = InvalidRequest(f"{error.detail}; /openapi.json lists what there is")
     refusal.http_status = error.status_code
     response = error_response(refusal)
-    for name, value in (error.headers or {}).items():
-        response.headers[name] = f"{value}, HEAD" if name.lower() == "allow" and "GET" in value else value
+    if error.status_code == 405:
+        response.headers["Allow"] = ", ".join(sorted(_methods_of(request)))
     return response
+
+
+def _methods_of(request: Request) -> set[str]:
+    """Of every route of this path: the router names only those of the first."""
+    methods: set[str] = set()
+    for context in iter_route_contexts(request.app.routes):
+        if context.path is not None and compile_path(context.path)[0].match(request.scope["path"]):
+            methods |= context.methods or set()
+    return methods | {"HEAD"} if "GET" in methods else methods
 
 
 def error_response(error: ToolServiceError) -> Response:

@@ -11,6 +11,8 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.calls import Status
 from app.errors import REFUSALS
+from app.execution_log.history import LIMIT_DEFAULT as HISTORY_LIMIT_DEFAULT
+from app.execution_log.history import LIMIT_MAX as HISTORY_LIMIT_MAX
 from app.tools.registry import LIST_LIMIT_DEFAULT, LIST_LIMIT_MAX, SEARCH_LIMIT_DEFAULT, SEARCH_LIMIT_MAX
 from app.tools.tool import CATEGORIES
 
@@ -285,6 +287,89 @@ class LimitStatusParams(Params):
         validation_alias=AliasChoices("agent_id", "identifier"),
         description="Whose limits, where authentication is off; elsewhere they follow the credential",
     )
+
+
+Moment = Annotated[str, Field(max_length=64, json_schema_extra={"format": "date-time"})]
+"""RFC 3339."""
+
+
+class HistoryFilters(Params):
+    tool_id: Label | None = Field(None, description="Only calls of this tool")
+    status: Status | None = Field(None, description="Only calls that came to this")
+    subject: Label | None = Field(None, description="Only calls of this subject")
+    since: Moment | None = Field(None, description="Only calls that started at this time or later")
+    until: Moment | None = Field(None, description="Only calls that started before this time")
+
+
+class HistoryPage(HistoryFilters):
+    """Params of tools.get_execution_history, and the query of GET /api/v1/executions."""
+
+    limit: Annotated[int, Field(ge=1, le=HISTORY_LIMIT_MAX)] | None = Field(
+        None, description=f"Rows a page; {HISTORY_LIMIT_DEFAULT} when not given"
+    )
+    cursor: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{22}$")] | None = Field(
+        None, description="next_cursor of the page before"
+    )
+
+
+class LoggedPayload(BaseModel):
+    content: Any = Field(description="Redacted and capped; null unless payloads are logged in full")
+    size_bytes: int | None
+    sha256: str | None
+
+
+class LoggedExecution(BaseModel):
+    """A row of the log."""
+
+    execution_id: str
+    tool_id: str
+    tool_version: str | None
+    tenant: str
+    subject: str
+    agent_id: str | None
+    status: Status
+    error_type: str | None
+    error_code: str | None
+    started_at: str
+    finished_at: str
+    execution_ms: float
+    overhead_ms: float
+    attempts: int
+    cached: bool
+    client_gone: bool
+    trace_id: str | None
+    cost: int
+    parameters: LoggedPayload
+    result: LoggedPayload
+
+
+class ExecutionPage(BaseModel):
+    executions: list[LoggedExecution] = Field(description="Newest first")
+    next_cursor: str | None
+
+
+LOGGED_EXAMPLE = {
+    "execution_id": "01981c5e-7c1a-7000-8000-0123456789ab",
+    "tool_id": "echo",
+    "tool_version": "1.0.0",
+    "tenant": "acme",
+    "subject": "planner",
+    "agent_id": None,
+    "status": "success",
+    "error_type": None,
+    "error_code": None,
+    "started_at": "2026-11-20T15:00:00.000Z",
+    "finished_at": "2026-11-20T15:00:00.000Z",
+    "execution_ms": 0.05,
+    "overhead_ms": 0.12,
+    "attempts": 1,
+    "cached": False,
+    "client_gone": False,
+    "trace_id": "01981c5e7c1a700080000123456789ab",
+    "cost": 1,
+    "parameters": {"content": None, "size_bytes": 19, "sha256": "9" * 64},
+    "result": {"content": None, "size_bytes": 19, "sha256": "9" * 64},
+}
 
 
 class RateLeft(BaseModel):

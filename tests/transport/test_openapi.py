@@ -57,7 +57,7 @@ def test_it_is_valid(document: Json) -> None:
 def test_every_route_is_documented_and_nothing_else(tmp_path: Path) -> None:
     async def compared() -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
         async with open_service(read_settings(places_in(tmp_path))) as service:
-            methods = Methods(service.executor, service.registry, service.metrics, 100, 1_000_000)
+            methods = Methods(service.executor, service.registry, service.history, service.metrics, 100, 1_000_000)
             app = create_fastapi(service, methods)
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
                 document = (await client.get("/openapi.json")).json()
@@ -83,6 +83,12 @@ def test_every_operation_says_what_it_is(document: Json) -> None:
         "getTool",
         "executeTool",
         "getLimits",
+        "listExecutions",
+        "exportExecutions",
+        "getExecution",
+        "listKeys",
+        "createKey",
+        "revokeKey",
         "getOpenApi",
         "getDocs",
     ]
@@ -124,9 +130,15 @@ def test_every_method_of_the_door_is_documented_with_an_example(document: Json, 
     assert set(methods) <= set(examples)
 
 
+PASTED_ELSEWHERE = {"getExecution", "listKeys", "createKey", "revokeKey"}
+"""They need a row of the log, or a credential: tests/service/test_log.py, tests/access/."""
+
+
 def test_every_request_example_works_when_it_is_pasted(document: Json, service: Running) -> None:
     pasted = 0
     for method, path, operation in operations(document):
+        if operation["operationId"] in PASTED_ELSEWHERE:
+            continue
         examples = media(operation.get("requestBody", {})).get("examples") or {"none": {}}
         for name, example in examples.items():
             response = service.http.request(method, **request_of(path, operation), json=example.get("value"))
@@ -146,6 +158,8 @@ def request_of(path: str, operation: Json) -> Json:
 def check_answer(document: Json, operation: Json, response: httpx.Response) -> None:
     """The answer is what the document says, and no error unless that is what the example is for."""
     documented = operation["responses"][str(response.status_code)]
+    if "application/x-ndjson" in documented.get("content", {}):
+        return  # lines, each of them held to its schema where rows are read
     if schema := media(documented).get("schema"):
         assert list(validator(document, schema).iter_errors(response.json())) == []
         answers = response.json() if isinstance(response.json(), list) else [response.json()]

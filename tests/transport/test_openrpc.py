@@ -24,6 +24,7 @@ METHODS = (
     "tools.execute_parallel",
     "tools.execute_with_fallback",
     "tools.cancel",
+    "tools.get_execution_history",
     "tools.get_rate_limit_status",
     "rpc.ping",
     "rpc.version",
