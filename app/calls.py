@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, Protocol
@@ -48,6 +48,10 @@ class Client(Protocol):
         """Returns when the client has closed the connection."""
 
 
+Progress = Callable[[float, float | None, str | None], Awaitable[None]]
+"""How far a run is: done, of what total, in words."""
+
+
 class ToolCall(NamedTuple):
     """One request to run one tool. Times are `time.perf_counter()` seconds.
 
@@ -72,6 +76,8 @@ class ToolCall(NamedTuple):
     """None where a disconnect cannot be seen."""
     admitted: bool = False
     """It belongs to a request that was let in before: a drain that has begun since does not refuse it."""
+    on_progress: Progress | None = None
+    """None where nobody listens."""
 
 
 class Execution(NamedTuple):

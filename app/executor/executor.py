@@ -342,7 +342,7 @@ class Executor:
             raise asyncio.CancelledError
 
     def _context(self, call: ToolCall, deadline: float) -> ToolContext:
-        return ToolContext(
+        context = ToolContext(
             call.execution_id,
             call.caller,
             deadline,
@@ -352,6 +352,7 @@ class Executor:
             call.session_id,
             call.metadata,
         )
+        return context if call.on_progress is None else context._replace(on_progress=call.on_progress)
 
     def cancel(self, caller: Caller, execution_id: str | None, call_id: str | None) -> bool:
         """Cancel a running call of the caller's own, or anyone's for an admin. False: there is none, or it has

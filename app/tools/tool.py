@@ -11,7 +11,7 @@ import math
 import re
 import time
 import typing
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from dataclasses import Field as DataclassField
 from typing import Any, Literal, NamedTuple, Protocol, overload
@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol, overload
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from app.calls import Caller
+from app.calls import Caller, Progress
 from app.egress import EgressClient
 from app.errors import ToolError
 from app.tools.schema import ParameterSchema, ResultSchema
@@ -54,9 +54,6 @@ _ID = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 class ToolDeclarationError(TypeError):
     """The declaration is wrong; says which tool and what to change."""
-
-
-Progress = Callable[[float, float | None, str | None], Awaitable[None]]
 
 
 async def _unheard(done: float, total: float | None, message: str | None) -> None:
