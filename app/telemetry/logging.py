@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import re
 import select
 import threading
 import time
@@ -18,68 +17,18 @@ from typing import Any
 import orjson
 
 from app.calls import rfc3339
+from app.telemetry.redaction import redact, redact_text
 
 QUEUE_LINES_MAX = 10_000
 """About a second of the worst flood; past it a line is dropped and counted."""
 
-CHARACTERS_MAX = 8_000
-"""Of one text in a line."""
-
 LINE_BYTES_MAX = 65_536
 """Past it a line keeps its first facts alone; collectors split or refuse long lines."""
-
-SECRET_CHARACTERS_MAX = 8_000
-"""Looked at beyond what is kept, so that no cut through the middle of a secret hides it: longer than a PEM key."""
 
 REPEATS_PER_SECOND_MAX = 10
 """Of one message of one logger: enough to see it, too few to fill a disk when every call fails."""
 
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
-
-_SECRET_NAME = re.compile(
-    r"(?i)passw|pwd|secret|token|api[-_ ]?key|access[-_ ]?key|private[-_ ]?key|authorization|cookie|credential"
-)
-_SECRET_TEXT = re.compile(
-    r"act_[A-Za-z0-9]+_[A-Za-z0-9_-]{8,}"  # our keys
-    r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.[A-Za-z0-9_-]*"  # JWT
-    r"|(?:AKIA|ASIA)[A-Z0-9]{16}"  # cloud access keys
-    r"|(?:gh[pousr]|sk|xox[abprs])[-_][A-Za-z0-9_-]{16,}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|$)"
-    r"|(?i:bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}"
-    r"|(?<=://)[^/\s\"'<>]+(?=@)"  # user and password of a URL, each without the other too
-    # name=value and "name": "value", as query strings, DSNs and printed dicts have them
-    r"|(?i:passw(?:or)?d|passphrase|pwd|secret|token|api[-_]?key|access[-_]?key)"
-    r"(?:=[\"']?|[\"']:\s*[\"'])[^\s\"'&;,)]+"
-)
-REDACTED = "[redacted]"
-
-
-def redact(value: Any) -> Any:
-    """The value as JSON can hold it, bounded, without what looks like a secret by its name or by its own form."""
-    if isinstance(value, str):
-        return redact_text(value)
-    if value is None or isinstance(value, bool | float):
-        return value
-    if isinstance(value, int) and -(2**63) <= value < 2**64:
-        return value
-    if isinstance(value, dict):
-        return {
-            redact_text(str(key)): REDACTED if _SECRET_NAME.search(str(key)) else redact(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [redact(item) for item in value]
-    return redact_text(repr(value))
-
-
-def redact_text(text: str, *, keep_end: bool = False) -> str:
-    """At most CHARACTERS_MAX of the text, from its begin or its end; lone surrogates become question marks."""
-    looked_at = CHARACTERS_MAX + SECRET_CHARACTERS_MAX
-    seen = text[-looked_at:] if keep_end else text[:looked_at]
-    if not seen.isascii():
-        seen = seen.encode("utf-8", "replace").decode("utf-8")
-    clean = _SECRET_TEXT.sub(REDACTED, seen)
-    return clean[-CHARACTERS_MAX:] if keep_end else clean[:CHARACTERS_MAX]
 
 
 def line(record: logging.LogRecord) -> bytes:

@@ -20,16 +20,14 @@ from typing import Any
 import pytest
 
 from app.telemetry.logging import (
-    CHARACTERS_MAX,
     LINE_BYTES_MAX,
     QUEUE_LINES_MAX,
-    REDACTED,
     REPEATS_PER_SECOND_MAX,
     LineWriter,
     RepeatBound,
     line,
-    redact,
 )
+from app.telemetry.redaction import CHARACTERS_MAX, REDACTED, redact
 from tests.conftest import ROOT, service_environ
 
 CANARY = "canary7f3acanary7f3a"
