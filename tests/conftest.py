@@ -153,8 +153,7 @@ def end(running: Running) -> None:
     client = running.__dict__.get("_client")
     if client is not None:
         client.close()
-    if running.folder.exists():
-        remove_folder(running.folder)
+    remove_folder(running.folder)
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ already: tests that leave nothing behind use these. Knows nothing of the service
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import importlib.util
 import os
 import pwd
-import random
 import secrets
 import shutil
 import signal
@@ -76,8 +76,9 @@ def wait_until(holds: Callable[[], bool], what: str) -> None:
 
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on right now."""
-    while True:
-        port = random.choice(PORTS)
+    for _ in PORTS:
+        # Not by `random`, which tests seed: processes side by side would try the same ports.
+        port = secrets.choice(PORTS)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -85,6 +86,7 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+    raise ServerFailed("no port is free")
 
 
 class Server:
@@ -217,7 +219,8 @@ def make_folder(prefix: str, user: str | None = None) -> Path:
 
 
 def remove_folder(folder: Path) -> None:
-    shutil.rmtree(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
     reaper.settle("folder", folder)
 
 
@@ -266,6 +269,8 @@ def _enterable(wheel: Path) -> Path:
 
 
 POSTGRES_USER = "nobody" if os.geteuid() == 0 else None
+
+IPC_RMID = 0
 
 POSTGRES_PASSWORD = secrets.token_hex(16)
 
@@ -375,11 +380,22 @@ class PostgresServer(Server, PostgresAt):
 
     def is_ready(self) -> bool:
         """As pg_ctl finds out: the eighth line of the pid file says so, if the file is of this process."""
-        try:
-            lines = (self.data / "postmaster.pid").read_text().splitlines()
-        except FileNotFoundError:
-            return False
+        lines = self._pid_file()
         return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
+
+    def _pid_file(self) -> list[str]:
+        try:
+            return (self.data / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+
+    def close(self) -> None:
+        self.kill()
+        if len(lines := self._pid_file()) >= 7:
+            # Killed, it leaves a segment of shared memory, of which the kernel has 4,096: the next start would remove
+            # it, and there is none. The seventh line is its key and its id.
+            ctypes.CDLL(None).shmctl(int(lines[6].split()[1]), IPC_RMID, None)
+        super().close()
 
 
 @cache
