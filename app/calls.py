@@ -41,8 +41,26 @@ LOCAL_CALLER = Caller(tenant="local", subject="local", anonymous=True)
 """Everyone, where authentication is off."""
 
 
+class Aside:
+    """What a door needs of a call besides its outcome. Filled by the executor; its own part of a call derives from it.
+
+    `grant` is what the call's limits had left when it was let in, `commit` the promise that its row is kept, which the
+    answer waits for; None where no limit binds it, or where it has no row.
+    """
+
+    __slots__ = ("commit", "grant")
+
+    def __init__(self) -> None:
+        self.grant: Any = None
+        self.commit: Any = None
+
+
 class Client(Protocol):
     """The other end of the connection that a call came by."""
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the client is known to have closed the connection."""
 
     async def gone(self) -> None:
         """Returns when the client has closed the connection."""
@@ -99,8 +117,7 @@ class Execution(NamedTuple):
     attempts: int
     trace_id: str
     cached: bool = False
-    grant: Any = None
-    """What its limits had left when it was let in; None where none binds it."""
+    aside: Aside | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The wire shape, for `orjson.dumps`."""

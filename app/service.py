@@ -20,6 +20,12 @@ from app.access.store import KeyStore
 from app.clients import close_engine, create_engine, redis_locator
 from app.egress import EgressAllow, EgressClient, parse_egress_allow
 from app.execution_log.history import ExecutionHistory
+from app.execution_log.journal import BufferedLog, Journal, JournalError
+from app.execution_log.log import ExecutionLog
+from app.execution_log.partitions import Upkeep
+from app.execution_log.record import Recorder
+from app.execution_log.store import ExecutionStore
+from app.execution_log.writer import LogWriter
 from app.executor.executor import Executor
 from app.executor.runner import Runner
 from app.executor.threads import ThreadPool
@@ -43,8 +49,12 @@ from app.tools.tool import Tool
 logger = logging.getLogger("app.service")
 
 
-NOT_ENFORCED_YET = frozenset({"retries", "cache_ttl", "cache_shared", "log_mode", "log_payloads"})
+NOT_ENFORCED_YET = frozenset({"retries", "cache_ttl", "cache_shared"})
 """Declarations that are kept and have no effect yet: said once at start, so that nobody relies on them."""
+
+
+LOG_DRAIN_S = 5.0
+"""At the end, for rows that the database does not have yet; what is left then stays in the journal."""
 
 
 class Phase(Enum):
@@ -90,6 +100,7 @@ class Service:
     database: Database
     keys: KeyStore
     access: Authenticator
+    log: ExecutionLog | None
     history: ExecutionHistory
     registry: Registry
     executor: Executor
@@ -105,8 +116,10 @@ async def open_service(
     *,
     listen: tuple[str, int] | None = None,
     extra_tools: Iterable[Tool] = (),
+    keep_log: bool = True,
 ) -> AsyncIterator[Service]:
-    """Build, yield, unwind. `listen` is where this process answers, which egress must not reach."""
+    """Build, yield, unwind. `listen` is where this process answers, which egress must not reach; `keep_log` False is
+    for commands that run no tool."""
     async with contextlib.AsyncExitStack() as stack:
         metrics = Metrics()
         lifecycle = Lifecycle()
@@ -132,11 +145,13 @@ async def open_service(
         keys = KeyStore(database.engine)
         access = await _open_access(settings, listen, keys, supervisor, stack)
         admission = await _open_admission(settings, declared, supervisor, stack)
+        log = _open_log(settings, registry, database.engine, supervisor, stack) if keep_log else None
         executor = Executor(
             registry,
             Runner(threads, settings.max_result_bytes, metrics.count_abandoned),
             slots,
             admission,
+            log,
             http,
             metrics,
             timeout_ceiling_s=settings.tool_execution_timeout,
@@ -147,6 +162,9 @@ async def open_service(
             _warn_of_unenforced(tool)
         watch = LoopWatch()
         stack.push_async_callback(supervisor.close)
+        if log is not None:
+            stack.push_async_callback(log.drain, LOG_DRAIN_S)
+            _show_log(log, metrics)
         # Not before: start-up itself holds the loop for longer than a tool may.
         lifecycle.on_serving = lambda: supervisor.start("loop-watch", watch.measure())
         metrics.limit_decisions = admission.decisions
@@ -164,6 +182,7 @@ async def open_service(
             database,
             keys,
             access,
+            log,
             ExecutionHistory(database.engine, wait_s_max=QUEUE_PATIENCE_S + settings.tool_execution_timeout),
             registry,
             executor,
@@ -242,6 +261,46 @@ def _declared_limits(loaded: LoadedTools) -> list[Policy]:
             del loaded.tools[spec.id]
             loaded.report(spec.id, str(error))
     return policies
+
+
+def _open_log(
+    settings: Settings,
+    registry: Registry,
+    engine: AsyncEngine,
+    supervisor: Supervisor,
+    stack: contextlib.AsyncExitStack,
+) -> ExecutionLog | None:
+    """The journal, and memory for what is buffered, as far as some tool needs them, with a writer each."""
+    if not settings.enable_database_logging:
+        return None
+    modes = {tool.spec.log_mode or settings.journal_mode for tool in registry.snapshot.tools.values()}
+    journal = memory = None
+    if modes - {"buffered"}:
+        try:
+            journal = Journal.open(settings.journal_dir, bytes_max=settings.journal_max_bytes)
+        except JournalError as error:
+            raise SettingsError(f"JOURNAL_DIR: {error}") from None
+        stack.push_async_callback(journal.close)
+    if "buffered" in modes:
+        memory = BufferedLog(settings.journal_max_bytes)
+        stack.push_async_callback(memory.close)
+    store = ExecutionStore(engine)
+    writers = tuple(LogWriter(source, store) for source in (journal, memory) if source is not None)
+    recorder = Recorder(settings.log_payload_bytes)
+    log = ExecutionLog(recorder, settings.journal_mode, settings.log_payloads, journal, memory, writers)
+    for number, writer in enumerate(writers):
+        supervisor.start(f"log-writer-{number}", writer.run())
+    supervisor.start("journal-adoption", log.adopt())
+    supervisor.start("log-upkeep", Upkeep(engine, settings.log_retention_days).run())
+    return log
+
+
+def _show_log(log: ExecutionLog, metrics: Metrics) -> None:
+    metrics.log_rows = lambda: log.rows
+    metrics.gauges.update(
+        execution_log_lag_seconds=lambda: log.lag_s,
+        execution_log_journal_bytes=lambda: log.journal_bytes,
+    )
 
 
 async def _open_admission(

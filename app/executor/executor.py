@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from time import perf_counter, time
 from typing import Any
 
-from app.calls import Caller, Client, Execution, Status, ToolCall
+from app.calls import Aside, Caller, Client, Execution, Status, ToolCall
 from app.egress import EgressClient
 from app.errors import (
     TOOL_CANCELLED,
@@ -25,6 +25,8 @@ from app.errors import (
     RunFailed,
     ToolServiceError,
 )
+from app.execution_log.commit import Commit
+from app.execution_log.log import NO_LOG, ExecutionLog, ToolLog
 from app.executor.runner import CANCELLED, Abandoned, Interrupt, Runner, cancelled_from_outside
 from app.limits.admission import Admission, Grant, status
 from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, SlotTable, release_all, take_all_now
@@ -43,26 +45,28 @@ _STATUS: dict[str, Status] = {TOOL_TIMEOUT.category: "timeout", TOOL_CANCELLED.c
 class ToolState:
     """What the executor keeps for one tool between calls."""
 
-    __slots__ = ("abandoned", "cost", "series", "slots", "tool")
+    __slots__ = ("abandoned", "cost", "log", "series", "slots", "tool")
 
-    def __init__(self, tool: Tool, series: ToolSeries) -> None:
+    def __init__(self, tool: Tool, series: ToolSeries, log: ToolLog) -> None:
         self.tool = tool
         self.series = series
+        self.log = log
         self.cost = tool.spec.cost
         self.abandoned = Abandoned()
         self.slots = None if tool.spec.max_concurrent is None else Slots(tool.spec.max_concurrent)
 
 
-class Run:
+class Run(Aside):
     """One call while it is on its way: what the epilogue needs, and the way to cancel it."""
 
-    __slots__ = ("attempts", "call", "grant", "interrupt", "run_s", "state")
+    __slots__ = ("attempts", "call", "interrupt", "run_s", "state")
 
     def __init__(self, call: ToolCall) -> None:
+        self.commit: Commit | None = None
+        self.grant: Grant | None = None
         self.call = call
         self.interrupt = Interrupt()
         self.state: ToolState | None = None
-        self.grant: Grant | None = None
         self.attempts = 0
         self.run_s = 0.0
 
@@ -90,7 +94,7 @@ class Run:
             self.attempts,
             call.trace_id or call.execution_id.replace("-", ""),
             False,
-            self.grant,
+            self,
         )
 
 
@@ -103,6 +107,7 @@ class Executor:
         runner: Runner,
         slots: Slots,
         admission: Admission,
+        log: ExecutionLog | None,
         http: EgressClient,
         metrics: Metrics,
         *,
@@ -114,6 +119,7 @@ class Executor:
         self._runner = runner
         self._slots = slots
         self._admission = admission
+        self._log = log
         self._policy_slots = SlotTable()
         self._http = http
         self._metrics = metrics
@@ -194,11 +200,16 @@ class Executor:
         else:
             release = await self._take_slots(state, bound, run, min(QUEUE_PATIENCE_S, timeout_s))
         try:
-            if bound.limits:
-                run.grant = await self._admit(bound.limits, state.cost, run)
-            started = perf_counter()
-            self._limits_stage.observe(started - validated)
-            value = await self._run(call, run, state, arguments, started, timeout_s)
+            state.log.reserve()
+            try:
+                if bound.limits:
+                    run.grant = await self._admit(bound.limits, state.cost, run)
+                started = perf_counter()
+                self._limits_stage.observe(started - validated)
+                value = await self._run(call, run, state, arguments, started, timeout_s)
+            finally:
+                if not run.attempts:
+                    state.log.unreserve()
         finally:
             ended = perf_counter()
             release()
@@ -290,7 +301,11 @@ class Executor:
             raise InternalError from error
 
     def _state_of(self, tool: Tool) -> ToolState:
-        state = ToolState(tool, self._metrics.for_tool(tool.spec.id))
+        spec = tool.spec
+        log: ToolLog = NO_LOG
+        if self._log is not None:
+            log = self._log.for_tool(spec.version, spec.cost, spec.log_mode, spec.log_payloads)
+        state = ToolState(tool, self._metrics.for_tool(spec.id), log)
         before = self._states.get(tool.spec.id)
         if before is not None:  # the registry has another tool of this id now; what hangs of the old one still does
             state.abandoned = before.abandoned
@@ -375,6 +390,7 @@ class Executor:
             series.duration.observe(run.run_s)
             metrics.busy_s += run.run_s
             self._execution_stage.observe(run.run_s)
+            run.commit = run.state.log.append(run.call, execution)
         metrics.count_outcome(execution)
         self._metrics_stage.observe(perf_counter() - begin)
 

@@ -41,8 +41,10 @@ Category = Literal[
 ]
 CATEGORIES: tuple[str, ...] = typing.get_args(Category)
 
-LOG_MODES: tuple[str | None, ...] = ("durable", "strict", "buffered", None)
-LOG_PAYLOADS: tuple[str | None, ...] = ("off", "metadata", "full", None)
+LogMode = Literal["durable", "strict", "buffered"]
+LogPayloads = Literal["off", "metadata", "full"]
+LOG_MODES: tuple[str | None, ...] = (*typing.get_args(LogMode), None)
+LOG_PAYLOADS: tuple[str | None, ...] = (*typing.get_args(LogPayloads), None)
 """None is the service's own."""
 
 COST_MAX = 10_000
@@ -108,10 +110,12 @@ class ToolSpec:
     cache_ttl: float | None = None
     cache_shared: bool = False
     cancel_on_disconnect: bool = False
-    log_mode: str | None = None
-    log_payloads: str | None = None
+    log_mode: LogMode | None = None
+    log_payloads: LogPayloads | None = None
     required_scopes: frozenset[str] = frozenset()
     cost: int = 1
+    client_capabilities: tuple[str, ...] = ()
+    """What an MCP client must have declared. Other doors have no such thing and do not ask."""
 
     def __post_init__(self) -> None:
         try:
@@ -272,10 +276,11 @@ def tool(
     cache_ttl: float | None = None,
     cache_shared: bool = False,
     cancel_on_disconnect: bool = False,
-    log_mode: str | None = None,
-    log_payloads: str | None = None,
+    log_mode: LogMode | None = None,
+    log_payloads: LogPayloads | None = None,
     required_scopes: Sequence[str] = (),
     cost: int = 1,
+    client_capabilities: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], FunctionTool]: ...
 def tool(function: Callable[..., Any] | None = None, /, **declared: Any) -> Any:
     """Declare a function as a tool: type hints and pydantic `Field` constraints are its schema.
@@ -290,7 +295,7 @@ def tool(function: Callable[..., Any] | None = None, /, **declared: Any) -> Any:
     return declare if function is None else declare(function)
 
 
-_NAME_LISTS = ("tags", "capabilities", "rate_limits", "required_scopes")
+_NAME_LISTS = ("tags", "capabilities", "rate_limits", "required_scopes", "client_capabilities")
 
 
 def _spec(function: Callable[..., Any], declared: dict[str, Any]) -> ToolSpec:

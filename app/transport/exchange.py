@@ -81,6 +81,11 @@ class Exchange:
 
     # For a door
 
+    @property
+    def client_gone(self) -> bool:
+        """Whether the client has closed the connection."""
+        return self._cycle.disconnected
+
     def body(self) -> bytes | None:
         """The request's body when all of it is there; None: read it by `receive`."""
         cycle = self._cycle

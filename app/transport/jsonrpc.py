@@ -24,6 +24,7 @@ from app.errors import (
     ParseError,
     ToolServiceError,
 )
+from app.execution_log.commit import Commit
 
 logger = logging.getLogger("app.jsonrpc")
 
@@ -119,6 +120,22 @@ class RequestContext:
     """What the tightest limit of a single call has left: the door tells it in headers."""
     retry_after_ms: int | None = None
     """Of a single call that was refused."""
+    commits: list[Commit] | None = None
+    """Promises that rows of this request's calls are kept, which the answer waits for."""
+
+    def hold_for(self, commit: Commit | None) -> None:
+        """Do not answer before this is done."""
+        if commit is None or commit.done:
+            return
+        if self.commits is None:
+            self.commits = [commit]
+        elif self.commits[-1] is not commit:  # the calls of a tick share one
+            self.commits.append(commit)
+
+    async def committed(self) -> None:
+        """Returns when the answer may leave."""
+        for commit in self.commits or ():
+            await commit.wait()
 
 
 Handler = Callable[[RequestContext, Any], Awaitable[bytes]]
@@ -174,6 +191,8 @@ class Dispatcher:
             own = RequestContext(context.caller, context.received_at, context.client, budget=budget)
             answers[position] = await self._dispatch_one(requests[position], own)
             served.append(not own.draining)
+            for commit in own.commits or ():
+                context.hold_for(commit)
 
         work = [lambda position=position: answer(position) for position in range(len(requests))]
         await self._run_bounded(work, min(BATCH_AT_ONCE, len(requests)))

@@ -166,8 +166,11 @@ class Methods:
                 context.allowance = execution.refusal.allowance
                 context.retry_after_ms = execution.refusal.retry_after_ms
             raise execution.refusal
-        if execution.grant is not None and context.budget is None:
-            context.allowance = execution.grant.tightest()
+        aside = execution.aside
+        if aside is not None:
+            context.hold_for(aside.commit)
+            if aside.grant is not None and context.budget is None:
+                context.allowance = aside.grant.tightest()
         if context.budget is not None:
             execution = self._within_budget(context.budget, execution)
         written = execution.as_json()
@@ -258,7 +261,10 @@ class Methods:
         budget = context.budget or AnswerBudget(self._answer_bytes_max)
 
         async def execute(call: ToolCall) -> Execution:
-            return self._within_budget(budget, await self._executor.execute(call))
+            execution = await self._executor.execute(call)
+            if execution.aside is not None:
+                context.hold_for(execution.aside.commit)
+            return self._within_budget(budget, execution)
 
         return execute
 

@@ -23,6 +23,7 @@ from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import violations
 from app.transport import openapi
 from app.transport.allowance import limit_headers
+from app.transport.exchange import EXTENSION
 from app.transport.gate import caller_with
 from app.transport.jsonrpc import RequestContext, decode
 from app.transport.methods import SCOPE_EXECUTE, SCOPE_READ, Methods
@@ -102,9 +103,11 @@ class ToolRoutes:
             body = await read_body(request.receive, self._body_bytes_max, self._read_timeout_s)
         except ClientGone:
             return Response(status_code=400)  # nobody is there to read it
-        context = RequestContext(caller, time.perf_counter(), AsgiClient(request.receive))
+        exchange = request.scope.get("extensions", {}).get(EXTENSION)
+        context = RequestContext(caller, time.perf_counter(), AsgiClient(request.receive, exchange))
         asked = validated(RestExecuteBody, decode(body) if body else {}, strict=True)
         written = await self._methods.execute(context, request.path_params["tool_id"], asked)
+        await context.committed()
         return _json(written, limit_headers(context.allowance))
 
 

@@ -39,10 +39,15 @@ class ClientGone(Exception):
 class AsgiClient:
     """Sees a disconnect by way of ASGI. Only asked while a call runs, so nothing else reads `receive` then."""
 
-    __slots__ = ("_receive",)
+    __slots__ = ("_exchange", "_receive")
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, exchange: Exchange | None) -> None:
         self._receive = receive
+        self._exchange = exchange
+
+    @property
+    def is_gone(self) -> bool:
+        return self._exchange is not None and self._exchange.client_gone
 
     async def gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -145,8 +150,10 @@ class JsonRpcDoor:
             except ToolServiceError as error:
                 await self._refuse(send, error)
                 return
-        context = RequestContext(caller, time.perf_counter(), AsgiClient(receive))
+        context = RequestContext(caller, time.perf_counter(), AsgiClient(receive, exchange))
         answer = await self._dispatcher.dispatch(body, context)
+        if context.commits is not None:
+            await context.committed()
         if exchange is not None and answer is not None and not context.draining:
             headers = JSON_HEADERS % len(answer)
             if context.allowance is not None:

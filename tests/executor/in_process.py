@@ -82,6 +82,7 @@ async def opened(
         Runner(threads, result_bytes_max, metrics.count_abandoned),
         slots,
         Admission(Policies(policies), store or MemoryStore()),
+        None,
         http,
         metrics,
         timeout_ceiling_s=ceiling_s,

@@ -1,0 +1,148 @@
+"""The log as the executor sees it: room before a call runs, a record after it, and a commit that the door waits for.
+
+`ExecutionLog` holds the journal, the memory of mode buffered and their writers; `ToolLog` is one tool's view of it,
+with the tool's own mode and payloads. Never awaits on a call's way. Opened, watched and drained by the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+from app.calls import Execution, ToolCall
+from app.errors import DependencyUnavailable
+from app.execution_log.commit import COMMITTED, Commit
+from app.execution_log.journal import BufferedLog, Journal
+from app.execution_log.record import Payloads, Recorder
+from app.execution_log.writer import OUTCOMES, LogWriter
+
+Mode = Literal["durable", "strict", "buffered"]
+
+ADOPTED_EVERY_S = 30.0
+"""Between two looks for journals whose processes have ended."""
+
+
+class Sink(Protocol):
+    """Where records go first: the journal or memory."""
+
+    def reserve(self, size_bytes: int) -> bool: ...
+    def unreserve(self, size_bytes: int) -> None: ...
+    def append(self, record: bytes, *, strict: bool) -> Commit: ...
+
+
+class ToolLog:
+    """What one tool's rows hold and where they go."""
+
+    __slots__ = ("_cost", "_payloads", "_recorder", "_reserved_bytes", "_sink", "_strict", "_version")
+
+    def __init__(self, sink: Sink, recorder: Recorder, mode: Mode, payloads: Payloads, version: str, cost: int) -> None:
+        self._sink = sink
+        self._recorder = recorder
+        self._strict = mode == "strict"
+        self._payloads = payloads
+        self._version = version
+        self._cost = cost
+        self._reserved_bytes = recorder.bytes_max(payloads)
+
+    def reserve(self) -> None:
+        """Before a call runs. Raises DependencyUnavailable when its row would find no room."""
+        if not self._sink.reserve(self._reserved_bytes):
+            raise DependencyUnavailable("The log has no room until its database is back", retry_after_ms=1000)
+
+    def unreserve(self) -> None:
+        """The call did not run after all."""
+        self._sink.unreserve(self._reserved_bytes)
+
+    def append(self, call: ToolCall, execution: Execution) -> Commit:
+        """After a call has run, or was cut off while it did. Never raises; gives the room back."""
+        gone = call.client is not None and call.client.is_gone
+        record = self._recorder.record(call, execution, self._version, self._cost, self._payloads, gone)
+        self._sink.unreserve(self._reserved_bytes)
+        return self._sink.append(record, strict=self._strict)
+
+
+class NoLog(ToolLog):
+    """ENABLE_DATABASE_LOGGING=false."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        pass
+
+    def reserve(self) -> None:
+        pass
+
+    def unreserve(self) -> None:
+        pass
+
+    def append(self, call: ToolCall, execution: Execution) -> Commit:
+        return COMMITTED
+
+
+NO_LOG = NoLog()
+
+
+class ExecutionLog:
+    """All that is logged of one process. Without a sink of a mode, no tool may have that mode."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        mode: Mode,
+        payloads: Payloads,
+        journal: Journal | None,
+        memory: BufferedLog | None,
+        writers: tuple[LogWriter, ...],
+    ) -> None:
+        self._recorder = recorder
+        self._mode = mode
+        self._payloads = payloads
+        self._journal = journal
+        self._memory = memory
+        self._writers = writers
+
+    def for_tool(self, version: str, cost: int, mode: Mode | None, payloads: Payloads | None) -> ToolLog:
+        """A tool's log; None is the service's own mode, or payloads."""
+        mode = mode or self._mode
+        sink = self._memory if mode == "buffered" else self._journal
+        if sink is None:
+            return NO_LOG
+        return ToolLog(sink, self._recorder, mode, payloads or self._payloads, version, cost)
+
+    # What is seen of it
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """For `execution_log_rows_total{outcome}`."""
+        return {outcome: sum(writer.counts[outcome] for writer in self._writers) for outcome in OUTCOMES}
+
+    @property
+    def lag_s(self) -> float:
+        """Age of the oldest record that the database does not have."""
+        return max((writer.lag_s() for writer in self._writers), default=0.0)
+
+    @property
+    def journal_bytes(self) -> int:
+        return sum(sink.size_bytes for sink in (self._journal, self._memory) if sink is not None)
+
+    @property
+    def problems(self) -> list[str]:
+        """What `/readyz` says: none of it keeps calls from being served."""
+        problems = [f"database away, rows wait: {writer.reason}" for writer in self._writers[:1] if writer.away]
+        if self._journal is not None and self._journal.failing:
+            problems.append(f"journal cannot be written, {self._journal.unwritten} rows are in memory alone")
+        return problems
+
+    # Its life
+
+    async def adopt(self) -> None:
+        """For ever: take over journals whose processes have ended."""
+        while True:
+            await asyncio.sleep(ADOPTED_EVERY_S)
+            if self._journal is not None:
+                self._journal.adopt_orphans()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Write what is there to the database, bounded; what was not stays in the journal."""
+        await asyncio.gather(*(writer.drain(timeout_s) for writer in self._writers))
