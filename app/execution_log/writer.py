@@ -58,7 +58,7 @@ class Source(Protocol):
         """Returns when there is a record to read."""
 
     def read_batch(self, rows_max: int, bytes_max: int) -> Batch | None:
-        """The oldest records that were not read yet, at least one; None when there is none."""
+        """The oldest records that were not read yet, at least one; None when there is none now."""
 
     def release(self, batch: Batch) -> None:
         """They are in the database: forget them. Batches come back in the order in which they were read."""
@@ -120,7 +120,7 @@ class LogWriter:
             batch = self._source.read_batch(ROWS_MAX, BYTES_MAX)
             if batch is None:
                 full = False
-                if self._hurry.is_set():
+                if self._hurry.is_set() and not await self._has_more():
                     self._hurry.clear()
                     self._drained.set()
                 continue
@@ -138,6 +138,13 @@ class LogWriter:
             async with asyncio.timeout(timeout_s):
                 await self._drained.wait()
         return self._drained.is_set()
+
+    async def _has_more(self) -> bool:
+        """Whether the source only paused: a journal does, in a long scan of damage."""
+        waiting = asyncio.ensure_future(self._source.wait())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        return waiting.done() and waiting.exception() is None
 
     async def _gather(self) -> None:
         """Wait for a record, then for more to go with it; a drain ends both."""

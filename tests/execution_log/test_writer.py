@@ -196,6 +196,23 @@ async def test_a_drain_writes_all_that_is_there_and_the_writer_goes_on_after_it(
         await until(lambda: len(source.released) == 3_335)
 
 
+async def test_a_drain_is_not_over_when_the_source_only_pauses() -> None:
+    class Pausing(Memory):
+        """Says every other time that there is nothing, and that there is more."""
+
+        paused = False
+
+        def read_batch(self, rows_max: int, bytes_max: int) -> Taken | None:
+            self.paused = not self.paused
+            return None if self.paused and self.unread else super().read_batch(rows_max, bytes_max)
+
+    source = Pausing(*(record() for _ in range(5_000)))
+    writer = LogWriter(source, Scripted())
+    async with running(writer):
+        assert await writer.drain(SOON_S)
+    assert len(source.released) == 5_000
+
+
 async def test_a_drain_ends_in_time_with_the_database_away_and_leaves_the_rest_unreleased() -> None:
     source, store = Memory(record(), record()), Scripted(away=1e9)
     writer = LogWriter(source, store)
