@@ -9,48 +9,91 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from time import time
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from app.calls import STATUSES, Execution, Status
 from app.errors import ERROR_TYPES
 
-STAGES = ("registry", "validation", "limits", "execution", "serialisation", "metrics")
-"""Parts of a call that `framework_stage_seconds` tells apart, in their order."""
+STAGES = (
+    "authentication",
+    "registry",
+    "validation",
+    "limits",
+    "execution",
+    "serialisation",
+    "log",
+    "tracing",
+    "metrics",
+)
+"""Parts of a call that `framework_stage_seconds` tells apart, in their order. Authentication is one look-up for a
+request, however many calls are in it, and done before `framework_overhead_seconds` begins."""
 
 RUN_STATUSES: tuple[Status, ...] = tuple(status for status in STATUSES if status != "skipped")
+
+LOG_OUTCOMES = ("written", "duplicate", "dead", "dropped")
+"""What became of rows of the log."""
+
+POOL_STATES = ("in_use", "idle", "unopened")
+"""Of a connection that the pool may have; they add up to its bound."""
 
 OVERHEAD_BUCKETS_S = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 80e-3, 0.1, 0.25, 1.0)
 """From what a call costs here to past the alert at 100 ms."""
 
-STAGE_BUCKETS_S = (1e-6, 2.5e-6, 5e-6, 10e-6, 25e-6, 50e-6, 100e-6, 250e-6, 1e-3, 5e-3, 25e-3, 0.1)
+STAGE_BUCKETS_S = (0.5e-6, 1e-6, 2.5e-6, 5e-6, 10e-6, 25e-6, 50e-6, 100e-6, 250e-6, 1e-3, 5e-3, 25e-3, 0.1, 1.0)
+"""From a look-up in memory, past a round trip to Redis, to the patience of the queue."""
+
 LOOKUP_BUCKETS_S = (0.5e-6, 1e-6, 2.5e-6, 5e-6, 10e-6, 50e-6, 250e-6, 1e-3, 5e-3, 10e-3)
 DURATION_BUCKETS_S = (250e-6, 1e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Seen(NamedTuple):
+    """The last sampled observation of a bucket: an exemplar of OpenMetrics."""
+
+    value: float
+    trace_id: str
+    at_s: float
+
+
+Bucket = tuple[str, float] | tuple[str, float, Exemplar]
+"""Upper bound, cumulated count and, where a sampled call fell into it, that call."""
 
 
 class Histogram:
     """Counts per bucket and a sum; cumulated only when read."""
 
-    __slots__ = ("bounds", "counts", "total")
+    __slots__ = ("bounds", "counts", "seen", "total")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
+        self.seen: dict[int, Seen] = {}
         self.total = 0.0
 
     def observe(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
-    def buckets(self) -> list[tuple[str, float]]:
-        """`(upper bound, cumulated count)` as the exposition format wants them."""
+    def observe_traced(self, value: float, trace_id: str) -> None:
+        """`observe` for a call whose trace is kept: the bucket shows the id, which needs no escapes."""
+        bucket = bisect_left(self.bounds, value)
+        self.counts[bucket] += 1
+        self.total += value
+        self.seen[bucket] = Seen(value, trace_id, time())
+
+    def buckets(self) -> list[Bucket]:
+        """Cumulated, as the exposition format wants them."""
         cumulated = 0
-        rows: list[tuple[str, float]] = []
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+        rows: list[Bucket] = []
+        for bucket, (bound, count) in enumerate(zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True)):
             cumulated += count
             rows.append((bound, cumulated))
+            if (seen := self.seen.get(bucket)) is not None:
+                rows[-1] = (bound, cumulated, Exemplar({"trace_id": seen.trace_id}, seen.value, seen.at_s))
         return rows
 
 
@@ -73,8 +116,23 @@ def _zero() -> float:
     return 0.0
 
 
+def _no_rows() -> Mapping[str, int]:
+    return dict.fromkeys(LOG_OUTCOMES, 0)
+
+
+def _no_pool() -> Mapping[str, int]:
+    return dict.fromkeys(POOL_STATES, 0)
+
+
 class Metrics(Collector):
-    """All series of one service. Gauges are functions that the composition root hangs in."""
+    """All series of one service.
+
+    What others count is read when Prometheus asks, through functions that the composition root hangs in:
+    `gauges[name]` and `counters[name]` for the names in GAUGES and COUNTERS, `log_rows` (LogWriter.counts, by
+    LOG_OUTCOMES), `database_pool` (by POOL_STATES), `limit_decisions`, `wire_refusals`. What is not hung in shows 0.
+
+    `registry` is for what the client library keeps itself: process, Python, and `http_*` of the REST routes.
+    """
 
     def __init__(self) -> None:
         self.tools: dict[str, ToolSeries] = {}
@@ -85,11 +143,12 @@ class Metrics(Collector):
         self.busy_s = 0.0
         self.abandoned = 0
         self.limit_decisions: Mapping[str, Mapping[str, int]] = {}
+        self.log_rows: Callable[[], Mapping[str, int]] = _no_rows
+        self.database_pool: Callable[[], Mapping[str, int]] = _no_pool
         self.wire_refusals: Callable[[], Mapping[str, int]] = dict
         self.gauges: dict[str, Callable[[], float]] = {}
         self.counters: dict[str, Callable[[], float]] = {}
         self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(self)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -111,7 +170,7 @@ class Metrics(Collector):
         return self.tools.setdefault(tool_id, ToolSeries())
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]:
-        """All but the series of the tools, which app/telemetry/scraping.py writes."""
+        """All but the series of the tools, which app/telemetry/scraping.py writes, and those of `registry`."""
         yield _histogram("framework_overhead_seconds", OVERHEAD_HELP, [((), self.overhead)])
         stages = [((stage,), histogram) for stage, histogram in self.stages.items()]
         yield _histogram("framework_stage_seconds", "Time in one stage of a call", stages, ("stage",))
@@ -130,6 +189,12 @@ class Metrics(Collector):
         )
         refused = [((reason,), count) for reason, count in self.wire_refusals().items()]
         yield _counter("http_wire_refusals_total", "Peers refused or cut by a bound of HTTP", refused, ("reason",))
+        rows = [((outcome,), count) for outcome, count in self.log_rows().items()]
+        yield _counter("execution_log_rows_total", "Rows of the log, by what became of them", rows, ("outcome",))
+        pool = GaugeMetricFamily("database_connection_pool_size", "Connections by state", labels=("state",))
+        for state, connections in self.database_pool().items():
+            pool.add_metric((state,), connections)
+        yield pool
         for name, text in COUNTERS.items():
             yield _counter(name, text, [((), self.counters.get(name, _zero)())])
         for name, text in GAUGES.items():
@@ -143,6 +208,11 @@ GAUGES = {
     "tool_execution_limit": "Calls that may run at once",
     "tool_execution_queue_depth": "Calls waiting for a slot",
     "limit_store_up": "1 while the store of limits answers",
+    "execution_log_lag_seconds": "Age of the oldest record that is no row yet",
+    "execution_log_journal_bytes": "Bytes in the journal that are no rows yet",
+    "execution_log_journal_limit_bytes": "Bytes that the journal may hold",
+    "system_cpu_percent": "CPU in use, of what the container may use",
+    "system_memory_percent": "Memory in use, of what the container may use",
     "tool_abandoned_runs_active": "Given-up runs that still hold a task or a thread",
     "event_loop_lag_seconds": "Worst delay of the event loop in the last 15 s",
     "registered_tools": "Tools in the registry",

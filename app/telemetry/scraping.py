@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterable
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from app.telemetry.metrics import DURATION_BUCKETS_S, RUN_STATUSES, Metrics, ToolSeries
+from app.telemetry.metrics import DURATION_BUCKETS_S, RUN_STATUSES, Histogram, Metrics, Seen, ToolSeries
 
 TOOLS_A_STEP = 100
 """Written between two turns of the loop: about half a millisecond. A thread would hold it for 5 ms at a time, which is
 how long Python lets a thread keep the interpreter from another."""
+
+END = b"# EOF\n"
+"""The last line of OpenMetrics, and of no part before."""
 
 _STATUS = [f'tool_executions_total{{status="{status}",tool_id="' for status in RUN_STATUSES]
 _BUCKET = [f'tool_execution_duration_seconds_bucket{{le="{bound}",tool_id="' for bound in (*DURATION_BUCKETS_S, "+Inf")]
@@ -40,25 +43,27 @@ class Scraper:
         task = self._written.get(content_type)
         if task is None:
             is_openmetrics = content_type.startswith("application/openmetrics-text")
-            text = self._text(encode, "" if is_openmetrics else "_total")
-            task = asyncio.get_running_loop().create_task(text, name="scrape")
+            task = asyncio.get_running_loop().create_task(self._text(encode, is_openmetrics), name="scrape")
             self._written[content_type] = task
             task.add_done_callback(lambda _: self._written.pop(content_type))
         return await asyncio.shield(task), content_type
 
-    async def _text(self, encode: Callable[[Collector], bytes], counter_suffix: str) -> bytes:
-        runs, durations = await self._of_tools()
+    async def _text(self, encode: Callable[[Collector], bytes], is_openmetrics: bool) -> bytes:
+        runs, durations = await self._of_tools(with_exemplars=is_openmetrics)
+        own = encode(self._metrics)
+        await asyncio.sleep(0)
         return b"".join(
             (
-                _head(f"tool_executions{counter_suffix}", "counter", "Runs by tool and outcome"),
+                _head(f"tool_executions{'' if is_openmetrics else '_total'}", "counter", "Runs by tool and outcome"),
                 *runs,
                 _head("tool_execution_duration_seconds", "histogram", "The tool's own run"),
                 *durations,
-                encode(self._metrics.registry),  # last, for OpenMetrics ends with a line that says so
+                own.removesuffix(END),
+                encode(self._metrics.registry),
             )
         )
 
-    async def _of_tools(self) -> tuple[list[bytes], list[bytes]]:
+    async def _of_tools(self, *, with_exemplars: bool) -> tuple[list[bytes], list[bytes]]:
         """Lines of the tools, step by step: every count from 0 on, so that `increase` sees the first run; a histogram,
         most of the text, from the first run on."""
         series = list(self._metrics.tools.items())
@@ -66,7 +71,9 @@ class Scraper:
         for start in range(0, len(series), TOOLS_A_STEP):
             step = series[start : start + TOOLS_A_STEP]
             runs.append("".join(line for tool_id, one in step for line in _runs(tool_id, one)).encode())
-            ran = (line for tool_id, one in step if one.ran for line in _durations(tool_id, one))
+            ran = (
+                line for tool_id, one in step if one.ran for line in _durations(tool_id, one.duration, with_exemplars)
+            )
             durations.append("".join(ran).encode())
             await asyncio.sleep(0)
         return runs, durations
@@ -82,10 +89,15 @@ def _runs(tool_id: str, series: ToolSeries) -> Iterable[str]:
         yield f'{prefix}{tool_id}"}} {count}\n'
 
 
-def _durations(tool_id: str, series: ToolSeries) -> Iterable[str]:
+def _durations(tool_id: str, duration: Histogram, with_exemplars: bool) -> Iterable[str]:
     cumulated = 0
-    for prefix, count in zip(_BUCKET, series.duration.counts, strict=True):
+    for number, (prefix, count) in enumerate(zip(_BUCKET, duration.counts, strict=True)):
         cumulated += count
-        yield f'{prefix}{tool_id}"}} {cumulated}\n'
+        exemplar = _exemplar(duration.seen[number]) if with_exemplars and number in duration.seen else ""
+        yield f'{prefix}{tool_id}"}} {cumulated}{exemplar}\n'
     yield f'{_COUNT}{tool_id}"}} {cumulated}\n'
-    yield f'{_SUM}{tool_id}"}} {series.duration.total!r}\n'
+    yield f'{_SUM}{tool_id}"}} {duration.total!r}\n'
+
+
+def _exemplar(seen: Seen) -> str:
+    return f' # {{trace_id="{seen.trace_id}"}} {seen.value!r} {seen.at_s:.3f}'
