@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app import migration
 from app.clients import create_engine
 from app.execution_log.columns import COLUMNS
-from app.execution_log.connections import StoreAway
+from app.execution_log.connections import StoreAway, opened
 from app.execution_log.partitions import Month, Upkeep, drop_partitions, ensure_partitions
 from app.execution_log.store import ExecutionStore, Stored
 from tests.execution_log.database import SOON_S, database, id_at, ids, logged, record, rows, run
@@ -383,3 +383,13 @@ async def test_a_sqlite_file_that_another_holds_is_away(tmp_path: Any) -> None:
                 await store.insert([record()])
             await other.rollback()
         assert await store.insert([record()]) == Stored(1, 0, 0)
+
+
+async def test_a_sqlite_statement_that_takes_too_long_is_interrupted_and_the_next_one_works(tmp_path: Any) -> None:
+    async with database(f"sqlite+aiosqlite:///{tmp_path / 'log.db'}") as engine:
+        endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+        async with asyncio.timeout(SOON_S):
+            with pytest.raises(StoreAway, match="interrupted"):
+                async with opened(engine, 0.1) as connection:
+                    await connection.exec_driver_sql(endless)
+        assert await ExecutionStore(engine).insert([record()]) == Stored(1, 0, 0)
