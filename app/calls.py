@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, Protocol
@@ -96,6 +97,23 @@ class ToolCall(NamedTuple):
     """It belongs to a request that was let in before: a drain that has begun since does not refuse it."""
     on_progress: Progress | None = None
     """None where nobody listens."""
+    trace: Any = None
+    """The RequestTrace that it belongs to; None where tracing is off."""
+    trace_label: str | None = None
+    """The trace id that the agent gave, in whatever form."""
+
+
+class CurrentCall(NamedTuple):
+    """What lines written and requests sent while a call runs may know of it."""
+
+    execution_id: str
+    trace_id: str | None
+    trace: Any
+
+
+current_call: ContextVar[CurrentCall | None] = ContextVar("current_call", default=None)
+"""The call that this context works for; the executor sets it, and tasks and threads of the tool inherit it. Holds no
+parameters: what keeps a context for long, as a connection's task does, keeps this."""
 
 
 class Execution(NamedTuple):
