@@ -37,6 +37,9 @@ BODY = orjson.dumps(
         "params": {"tool_id": "echo", "parameters": {"message": "hello world"}},
     }
 )
+HEADERS: dict[str, str] = {}
+"""Sent with every request; a credential, where one is needed."""
+
 SERVER_CORE, CLIENT_CORE = "0", "1"
 """Two cores are what the figures in docs/performance.md were measured on."""
 
@@ -116,6 +119,7 @@ def visit(server: Server, seconds: int, connections: int, wrk: str | None) -> Ro
 def wrk_load(port: int, seconds: int, connections: int) -> tuple[int, float, float, float]:
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(f"wrk.method = 'POST'\nwrk.body = [==[{BODY.decode()}]==]\n")
+        script.writelines(f"wrk.headers['{name}'] = '{value}'\n" for name, value in HEADERS.items())
         script.flush()
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", script.name]
         text = subprocess.run(
@@ -147,16 +151,18 @@ def own_load(port: int, seconds: int, connections: int) -> tuple[int, float, flo
 
 async def _drive(port: int, seconds: int, connections: int) -> list[float]:
     ends = time.perf_counter() + seconds
-    request = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (PATH.encode(), len(BODY), BODY)
+    headers = "".join(f"{name}: {value}\r\n" for name, value in HEADERS.items())
+    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: {len(BODY)}\r\n\r\n"
+    request = head.encode() + BODY
     times: list[float] = []
 
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         while (began := time.perf_counter()) < ends:
             writer.write(request)
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = re.search(rb"content-length: (\d+)", head)
-            assert head.startswith(b"HTTP/1.1 200 ") and length, head
+            answered = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", answered)
+            assert answered.startswith(b"HTTP/1.1 200 ") and length, answered
             await reader.readexactly(int(length[1]))
             times.append(time.perf_counter() - began)
         writer.close()

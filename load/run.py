@@ -177,8 +177,8 @@ class OwnService(NamedTuple):
 
 
 @contextmanager
-def own_service(pages_url: str) -> Iterator[OwnService]:
-    """`agentcore-tools serve` on a free port, with the settings of the environment.
+def own_service(pages_url: str, **settings: str) -> Iterator[OwnService]:
+    """`agentcore-tools serve` on a free port, with the settings of the environment and those given.
 
     It lives in a scratch folder, so that its log of calls does not end up among an operator's.
     """
@@ -188,7 +188,7 @@ def own_service(pages_url: str) -> Iterator[OwnService]:
         process = subprocess.Popen(
             [sys.executable, "-m", "app", "serve", "--port", "0"],
             cwd=folder,
-            env=os.environ | environ,
+            env=os.environ | environ | settings,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
         )
