@@ -84,12 +84,12 @@ async def migrate(engine: AsyncEngine, revision: str = NEWEST) -> None:
 
 
 def _upgrade(connection: Connection, revision: str) -> None:
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # a dozen lines of what it is made of
     from alembic import command  # takes 0.1 s to import, and nearly every start has nothing to do with it
     from alembic.config import Config
 
     if revision != NEWEST and (_version(connection) or "") >= revision:
         return  # another process went further while this one waited
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # a dozen lines of what it is made of
     config = Config()
     config.set_main_option("script_location", str(folder()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")

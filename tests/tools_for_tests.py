@@ -129,6 +129,7 @@ async def who_calls(context: ToolContext) -> dict[str, Any]:
     return {
         "execution_id": context.execution_id,
         "tenant": context.caller.tenant,
+        "subject": context.caller.subject,
         "agent_id": context.agent_id,
         "session_id": context.session_id,
         "trace_id": context.trace_id,

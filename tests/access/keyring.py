@@ -17,6 +17,7 @@ from app.access.store import KeyStore
 from app.calls import Caller
 from app.clients import close_engine, create_engine
 from app.migration import migrate
+from tests.servers import in_thread
 
 NOW_S = 1_800_000_000.0
 
@@ -53,6 +54,27 @@ class Keyring:
     async def run_sql(self, sql: str, **values: Any) -> None:
         async with self.engine.begin() as connection:
             await connection.execute(text(sql), values)
+
+
+def make_key(url: str, **given: Any) -> tuple[Key, str]:
+    """A key in a database that others may be using."""
+
+    async def made() -> tuple[Key, str]:
+        async with opened_keyring(url) as ring:
+            key, credential = await ring.make(**given)
+            return key, credential.decode()
+
+    return in_thread(made())
+
+
+def change_keys(url: str, sql: str, **values: Any) -> None:
+    """What an operator, or time, does to the table."""
+
+    async def changed() -> None:
+        async with opened_keyring(url) as ring:
+            await ring.run_sql(sql, **values)
+
+    in_thread(changed())
 
 
 def bearer(credential: bytes) -> list[tuple[bytes, bytes]]:
