@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from time import perf_counter, time
 from typing import Any
 
-from app.calls import Aside, Caller, Client, Execution, Status, ToolCall
+from app.calls import Aside, Caller, Client, CurrentCall, Execution, Status, ToolCall, current_call
 from app.egress import EgressClient
 from app.errors import (
     TOOL_CANCELLED,
@@ -33,6 +33,7 @@ from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, SlotTable, release_a
 from app.limits.limit import Limit
 from app.limits.policy import Bound
 from app.telemetry.metrics import Metrics, ToolSeries
+from app.telemetry.tracing import OFF, Tracing
 from app.tools.registry import Registry
 from app.tools.tool import Tool, ToolContext
 
@@ -59,7 +60,7 @@ class ToolState:
 class Run(Aside):
     """One call while it is on its way: what the epilogue needs, and the way to cancel it."""
 
-    __slots__ = ("attempts", "call", "interrupt", "run_s", "state")
+    __slots__ = ("attempts", "call", "found", "interrupt", "run_s", "started", "state", "validated")
 
     def __init__(self, call: ToolCall) -> None:
         self.commit: Commit | None = None
@@ -68,6 +69,7 @@ class Run(Aside):
         self.interrupt = Interrupt()
         self.state: ToolState | None = None
         self.attempts = 0
+        self.found = self.validated = self.started = 0.0
         self.run_s = 0.0
 
     def ended(
@@ -113,6 +115,7 @@ class Executor:
         *,
         timeout_ceiling_s: float,
         rebuild_validators: bool = False,
+        tracing: Tracing = OFF,
     ) -> None:
         self.registry = registry
         self.timeout_ceiling_s = timeout_ceiling_s
@@ -128,6 +131,8 @@ class Executor:
         self._limits_stage = metrics.stages["limits"]
         self._execution_stage = metrics.stages["execution"]
         self._serialisation_stage = metrics.stages["serialisation"]
+        self._tracing = tracing
+        self._tracing_stage = metrics.stages["tracing"]
         self._metrics_stage = metrics.stages["metrics"]
         self._rebuild_validators = rebuild_validators
         self._states: dict[str, ToolState] = {}
@@ -158,6 +163,7 @@ class Executor:
     async def execute(self, call: ToolCall) -> Execution:
         """Run one call to its end. Raises nothing but CancelledError, when the whole request is cancelled."""
         run = Run(call)
+        current_call.set(CurrentCall(call.execution_id, call.trace_id, call.trace))
         try:
             self._enter(run)
             try:
@@ -186,12 +192,12 @@ class Executor:
         if state is None or state.tool is not tool:
             state = self._state_of(tool)
         run.state = state
-        found = perf_counter()
+        run.found = found = perf_counter()
         self._metrics.lookup.observe(found - begin)
         self._registry_stage.observe(found - call.received_at)
         arguments = self._arguments(call, tool)
         _check_idempotency(call, tool)
-        validated = perf_counter()
+        run.validated = validated = perf_counter()
         self._validation_stage.observe(validated - found)
         timeout_s = self._timeout_s(call, tool)
         bound = self._bound(call)
@@ -204,7 +210,7 @@ class Executor:
             try:
                 if bound.limits:
                     run.grant = await self._admit(bound.limits, state.cost, run)
-                started = perf_counter()
+                run.started = started = perf_counter()
                 self._limits_stage.observe(started - validated)
                 value = await self._run(call, run, state, arguments, started, timeout_s)
             finally:
@@ -384,10 +390,20 @@ class Executor:
         """The epilogue of every call. Never awaits: a slow sink must not slow a call."""
         metrics = self._metrics
         begin = perf_counter()
+        kept = None
+        if self._tracing.recording:
+            marks = (run.found, run.validated, run.started)
+            kept = self._tracing.call_ended(run.call, execution, marks, known=run.state is not None)
+            traced = perf_counter()
+            self._tracing_stage.observe(traced - begin)
+            begin = traced
         if run.attempts and run.state is not None:
             series = run.state.series
             series.executions[execution.status] += 1
-            series.duration.observe(run.run_s)
+            if kept is None:
+                series.duration.observe(run.run_s)
+            else:
+                series.duration.observe_traced(run.run_s, kept)
             metrics.busy_s += run.run_s
             self._execution_stage.observe(run.run_s)
             run.commit = run.state.log.append(run.call, execution)

@@ -122,6 +122,14 @@ class RequestContext:
     """Of a single call that was refused."""
     commits: list[Commit] | None = None
     """Promises that rows of this request's calls are kept, which the answer waits for."""
+    trace: Any = None
+    """The RequestTrace of the HTTP request; None where tracing is off."""
+    method: str | None = None
+    """What was asked for, once it is known to be one of ours; None for a batch."""
+    error: ToolServiceError | None = None
+    """What the answer says went wrong, of a request alone."""
+    batch: int | None = None
+    """Requests in the batch; None for one alone."""
 
     def hold_for(self, commit: Commit | None) -> None:
         """Do not answer before this is done."""
@@ -183,12 +191,15 @@ class Dispatcher:
             raise InvalidRequest("Invalid request: the batch is empty")
         if len(requests) > self._batch_max:
             raise InvalidRequest(f"Invalid request: a batch holds at most {self._batch_max} requests")
+        context.batch = len(requests)
         answers: list[bytes | None] = [None] * len(requests)
         budget = AnswerBudget(self._answer_bytes_max)
         served: list[bool] = []
 
         async def answer(position: int) -> None:
-            own = RequestContext(context.caller, context.received_at, context.client, budget=budget)
+            own = RequestContext(
+                context.caller, context.received_at, context.client, budget=budget, trace=context.trace
+            )
             answers[position] = await self._dispatch_one(requests[position], own)
             served.append(not own.draining)
             for commit in own.commits or ():
@@ -229,6 +240,8 @@ class Dispatcher:
 
     def _call(self, name: str, params: Any, context: RequestContext) -> Awaitable[bytes]:
         method = self._methods.get(name)
+        if method is not None:
+            context.method = name
         if type(params) is list:
             named = None
         elif type(params) is dict:
@@ -243,6 +256,7 @@ class Dispatcher:
 
     def _refused(self, error: ToolServiceError, request_id: bytes, context: RequestContext) -> bytes:
         error.forget_origin()
+        context.error = error
         if error.kind is DRAINING:
             context.draining = True
         execution_id = error.execution_id

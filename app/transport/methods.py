@@ -286,26 +286,31 @@ class Methods:
 
 def tool_call(context: RequestContext, tool_id: str, params: shapes.RestExecuteBody) -> ToolCall:
     """The call that the params ask for; what the request's a2a_context says fills the gaps."""
+    execution_id, trace, label = new_execution_id(), context.trace, None
+    if params.execution_context is not None or context.a2a is not None:
+        given = params.execution_context or _NO_CONTEXT
+        label = _trace_id(given.trace_id or _text(context.a2a, "trace_id"))
     call = ToolCall(
-        new_execution_id(),
+        execution_id,
         tool_id,
         params.parameters,
         context.caller,
         context.received_at,
         agent_id=params.agent_id,
+        trace_id=label if trace is None else trace.id_of_call(execution_id, label),
         timeout_override_s=params.timeout_override,
         call_id=params.call_id,
         idempotency_key=params.idempotency_key,
         client=context.client,
+        trace=trace,
     )
     if params.execution_context is None and context.a2a is None:
         return call
-    given = params.execution_context or _NO_CONTEXT
     return call._replace(
         agent_id=call.agent_id or _text(context.a2a, "source_agent"),
-        trace_id=_trace_id(given.trace_id or _text(context.a2a, "trace_id")),
         session_id=given.session_id or _text(context.a2a, "session_id"),
         metadata=given.metadata,
+        trace_label=label if trace is not None and label != trace.trace_id else None,
     )
 
 

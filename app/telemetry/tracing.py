@@ -1,0 +1,522 @@
+"""Which requests and calls are traced, by which ids, and what their spans say.
+
+Decides first: what is not sampled pays for the decision alone, and a span is made at the end, from times that are known
+anyway. Knows W3C Trace Context and the semantic conventions; `span_export` knows OpenTelemetry's SDK, and is imported
+only where spans go somewhere. Called by the doors, the executor's epilogue and egress; docs/tracing.md shows the spans.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+from app.calls import Execution, ToolCall, current_call, new_execution_id
+from app.errors import DEPENDENCY_UNAVAILABLE, INTERNAL, ToolServiceError
+from app.telemetry.redaction import redact_text
+
+Headers = Iterable[tuple[bytes, bytes]]
+Attributes = dict[str, str | int | float | bool]
+Kind = Literal["server", "internal", "client"]
+
+RANDOM_BITS = 56
+"""The low bits of a trace id that decide: all that W3C Trace Context level 2 promises to be random. Older samplers look
+at 64, and in a UUIDv7 the first two of those are always 10: at any ratio below a half they would sample none."""
+
+SLOW_S = 1.0
+"""Of a request or a call: the tail rule takes it for slow."""
+
+TAIL_PER_SECOND = 10
+"""Spans that the tail rule keeps, of errors and of slow ones each: enough to see, too few to cost."""
+
+TRACESTATE_CHARACTERS_MAX = 512
+"""What must be propagated at least (W3C Trace Context, section 3.3.1.5); longer ones are dropped whole."""
+
+_TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_TRACESTATE = re.compile(rb"[\t -~]+")
+_TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
+
+KEPT_REFUSALS = frozenset({INTERNAL, DEPENDENCY_UNAVAILABLE})
+"""Refusals that are our doing. The rest are the caller's, or come in floods that counters tell better."""
+
+
+class RequestTrace:
+    """The trace that one request's calls belong to. Empty until something asks for more: class attributes are the
+    defaults, because most requests set two of them."""
+
+    trace_id: str | None = None
+    remote = False
+    """Whether the caller gave it, by `traceparent`."""
+    parent_id: str = ""
+    """The caller's span, or nothing."""
+    state: str = ""
+    sampled: bool | None = None
+    """None: not decided yet."""
+    kept = False
+    """Not sampled, but the tail rule kept one of its calls."""
+    _span_id: str | None = None
+
+    @property
+    def span_id(self) -> str:
+        """The SERVER span's."""
+        if self._span_id is None:
+            self._span_id = new_span_id()
+        return self._span_id
+
+    def id_of_call(self, execution_id: str, given: str | None) -> str:
+        """The call's trace id as answers, rows and logs have it. What the agent gave holds where no `traceparent` came;
+        the first call names the trace for those beside it."""
+        if self.trace_id is None:
+            self.trace_id = given if given is not None and is_trace_id(given) else execution_id.replace("-", "")
+        if given is None or self.remote:
+            return self.trace_id
+        return given
+
+
+def is_trace_id(text: str) -> bool:
+    return _TRACE_ID.fullmatch(text) is not None
+
+
+def new_span_id() -> str:
+    return f"{random.getrandbits(64) or 1:016x}"  # an id, no secret
+
+
+def span_id_of(execution_id: str) -> str:
+    """Of the call's span: the random half of the execution's id, so that nobody needs to remember it."""
+    return execution_id[19:23] + execution_id[24:]
+
+
+class HeadSampler:
+    """Decides from the trace id alone, so that replicas agree (OpenTelemetry's consistent probability sampling)."""
+
+    def __init__(self, ratio: float, *, follows_parent: bool = True) -> None:
+        rejected = round((1 - ratio) * 2**RANDOM_BITS)
+        # Compared as hex digits, for slicing a text is cheaper than making a number of it. "g" is past every digit.
+        self._threshold = "g" if rejected >= 2**RANDOM_BITS else f"{rejected:014x}"
+        self._follows_parent = follows_parent
+
+    def samples(self, trace_id: str, parent_sampled: bool | None) -> bool:
+        if parent_sampled is not None and self._follows_parent:
+            return parent_sampled
+        return trace_id[-14:] >= self._threshold
+
+
+class Tokens:
+    """A bucket of TAIL_PER_SECOND tokens that fills in a second."""
+
+    def __init__(self) -> None:
+        self._left = float(TAIL_PER_SECOND)
+        self._filled_at = 0.0
+
+    def take(self, now: float) -> bool:
+        self._left = min(TAIL_PER_SECOND, self._left + (now - self._filled_at) * TAIL_PER_SECOND)
+        self._filled_at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class SpanNote(NamedTuple):
+    """One span in plain Python. Ids are hex digits; times are Unix nanoseconds."""
+
+    name: str
+    kind: Kind
+    trace_id: str
+    span_id: str
+    parent_id: str
+    parent_is_remote: bool
+    start_ns: int
+    end_ns: int
+    attributes: Attributes
+    failed: bool = False
+    state: str = ""
+    link: tuple[str, str] | None = None
+    """Trace id and span id of a span in another trace that this one came from."""
+
+
+class SpanSink(Protocol):
+    """Where spans go."""
+
+    outcomes: Mapping[str, int]
+
+    def keep(self, note: SpanNote) -> None:
+        """Never waits, never raises."""
+
+    def instrument(self, app: Any, own_paths: str) -> None:
+        """Let FastAPI's instrumentation make the spans of an application's routes."""
+
+    def current(self) -> tuple[str, str, bool] | None:
+        """Of the span around us, where FastAPI's instrumentation made one: trace id, span id, whether it is sampled."""
+
+    async def close(self) -> None: ...
+
+
+class Outgoing:
+    """One request of a tool: the headers that carry the trace on, and the CLIENT span when it is sampled."""
+
+    __slots__ = (
+        "_began",
+        "_method",
+        "_origin",
+        "_parent_id",
+        "_sink",
+        "_span_id",
+        "_trace",
+        "_trace_id",
+        "headers",
+    )
+
+    def __init__(
+        self,
+        sink: SpanSink | None,
+        trace: RequestTrace,
+        trace_id: str,
+        sampled: bool,
+        parent_id: str,
+        method: str,
+        origin: tuple[str, str, int],
+    ) -> None:
+        self._sink = sink if sampled else None
+        self._trace = trace
+        self._trace_id = trace_id
+        self._parent_id = parent_id
+        self._method = method
+        self._origin = origin
+        self._began = time.perf_counter()
+        self._span_id = parent_id if self._sink is None else new_span_id()
+        self.headers = {"traceparent": f"00-{trace_id}-{self._span_id}-{'01' if sampled else '00'}"}
+        if trace.state:
+            self.headers["tracestate"] = trace.state
+
+    def ended(self, status_code: int | None = None, error: str | None = None) -> None:
+        """Once. Neither path nor query is told: they are a tool's parameters."""
+        if self._sink is None:
+            return
+        scheme, host, port = self._origin
+        attributes: Attributes = {
+            "http.request.method": self._method,
+            "url.scheme": scheme,
+            "server.address": redact_text(host),
+            "server.port": port,
+        }
+        if status_code is not None:
+            attributes["http.response.status_code"] = status_code
+            if status_code >= 400:
+                error = str(status_code)
+        if error is not None:
+            attributes["error.type"] = error
+        end_ns = time.time_ns()
+        self._sink.keep(
+            SpanNote(
+                self._method,
+                "client",
+                self._trace_id,
+                self._span_id,
+                self._parent_id,
+                False,
+                end_ns - _ns_since(self._began),
+                end_ns,
+                attributes,
+                error is not None,
+                self._trace.state,
+            )
+        )
+
+
+class Tracing:
+    """Traces of one service. One per process; on the event loop's thread alone."""
+
+    def __init__(self, sampler: HeadSampler, sink: SpanSink | None = None, *, enabled: bool = True, tail: bool = True):
+        self.enabled = enabled
+        self.recording = sink is not None
+        """Spans go somewhere. Without, ids are made and propagated all the same."""
+        self.server: Attributes = {}
+        """What every SERVER span says: where this process listens."""
+        self._sampler = sampler
+        self._sink = sink
+        self._keeps_tail = tail
+        self._errors = Tokens()
+        self._slow = Tokens()
+
+    @property
+    def outcomes(self) -> Mapping[str, int]:
+        """Spans by what came of them."""
+        return NO_SPANS if self._sink is None else self._sink.outcomes
+
+    def begin(self, headers: Headers) -> RequestTrace | None:
+        """The trace of a request; None where tracing is off."""
+        if not self.enabled:
+            return None
+        for name, _ in headers:
+            if name == b"traceparent":
+                return self._continued(headers)
+        return RequestTrace()
+
+    def join(self, headers: Headers) -> RequestTrace | None:
+        """The same where FastAPI's instrumentation may have made the request's span, which it then ends itself."""
+        around = None if self._sink is None else self._sink.current()
+        if around is None:
+            return self.begin(headers)
+        trace = self.begin(headers)
+        if trace is not None:
+            trace.trace_id, trace._span_id, trace.sampled = around
+        return trace
+
+    def _continued(self, headers: Headers) -> RequestTrace:
+        trace = RequestTrace()
+        given = [value for name, value in headers if name == b"traceparent"]
+        found = _TRACEPARENT.fullmatch(given[0].strip(b" \t")) if len(given) == 1 else None
+        if found is None:
+            return trace
+        version, trace_id, parent_id, flags, more = found.groups()
+        if version == b"ff" or (version == b"00" and more) or not (trace_id.strip(b"0") and parent_id.strip(b"0")):
+            return trace
+        trace.remote = True
+        trace.trace_id = trace_id.decode()
+        trace.parent_id = parent_id.decode()
+        trace.sampled = self._sampler.samples(trace.trace_id, bool(int(flags, 16) & 1))
+        state = b",".join(value for name, value in headers if name == b"tracestate")
+        if len(state) <= TRACESTATE_CHARACTERS_MAX and _TRACESTATE.fullmatch(state):
+            trace.state = state.decode()
+        return trace
+
+    def _is_sampled(self, trace: RequestTrace) -> bool:
+        if trace.sampled is None:
+            if trace.trace_id is None:
+                trace.trace_id = new_execution_id().replace("-", "")
+            trace.sampled = self._sampler.samples(trace.trace_id, None)
+        return trace.sampled
+
+    def call_ended(
+        self, call: ToolCall, execution: Execution, marks: tuple[float, float, float], *, known: bool
+    ) -> str | None:
+        """Part of the epilogue; the trace id, when the call's span is kept. `marks`: when the tool was found, its
+        parameters were validated and its run began, `time.perf_counter()` seconds, 0 where it did not come to that;
+        `known`: there is such a tool."""
+        sink, trace = self._sink, call.trace
+        if sink is None or trace is None:
+            return None
+        trace_id = self._trace_of_span(trace, call.trace_id)
+        link = None if trace_id == trace.trace_id else (trace.trace_id or "", trace.span_id)
+        sampled = self._is_sampled(trace) if link is None else self._sampler.samples(trace_id, None)
+        tail = None if sampled else self._tail_of_call(execution)
+        if not sampled and tail is None:
+            return None
+        if tail is not None and link is None:
+            trace.kept = True
+        attributes = _call_attributes(call, execution, marks)
+        if known:
+            attributes["gen_ai.tool.name"] = call.tool_id
+        if tail is not None:
+            attributes["agentcore.tail"] = tail
+        end_ns = time.time_ns()
+        sink.keep(
+            SpanNote(
+                f"execute_tool {call.tool_id}" if known else "execute_tool",
+                "internal",
+                trace_id,
+                span_id_of(call.execution_id),
+                trace.span_id if link is None else "",
+                False,
+                end_ns - _ns_since(call.received_at),
+                end_ns,
+                attributes,
+                "error.type" in attributes,
+                trace.state if link is None else "",
+                link,
+            )
+        )
+        return trace_id
+
+    def _trace_of_span(self, trace: RequestTrace, of_call: str | None) -> str:
+        """The request's, unless the agent gave the call the id of another; then the span links to the request's."""
+        assert trace.trace_id is not None
+        if of_call is None or of_call == trace.trace_id or not is_trace_id(of_call):
+            return trace.trace_id
+        return of_call
+
+    def _tail_of_call(self, execution: Execution) -> str | None:
+        """Why a call that is not sampled is kept all the same; None: it is not."""
+        refusal = execution.refusal
+        failed = refusal.kind in KEPT_REFUSALS if refusal else execution.status in ("failed", "timeout")
+        return self._tail(failed, execution.run_s + execution.overhead_s)
+
+    def _tail(self, failed: bool, took_s: float) -> str | None:
+        if failed:
+            reason, tokens = "error", self._errors
+        elif took_s >= SLOW_S:
+            reason, tokens = "slow", self._slow
+        else:
+            return None
+        return reason if self._keeps_tail and tokens.take(time.perf_counter()) else None
+
+    def request_ended(
+        self,
+        trace: RequestTrace,
+        began: float,
+        tenant: str,
+        method: str | None,
+        error: ToolServiceError | None,
+        batch: int | None,
+    ) -> None:
+        """A JSON-RPC request was answered. `method` is one of ours, or None; `batch`: how many came together."""
+        sampled, tail = self._is_sampled(trace), None
+        if not sampled and not trace.kept:
+            tail = self._tail(error is not None and error.kind in KEPT_REFUSALS, time.perf_counter() - began)
+            if tail is None:
+                return
+        if self._sink is None:
+            return
+        attributes: Attributes = {"rpc.system.name": "jsonrpc", "jsonrpc.protocol.version": "2.0"}
+        attributes.update(self.server)
+        attributes["agentcore.tenant"] = tenant
+        if batch is not None:
+            attributes["agentcore.batch_size"] = batch
+        else:
+            attributes["rpc.method"] = method or "_OTHER"
+        if error is not None:
+            attributes["error.type"] = attributes["rpc.response.status_code"] = str(error.kind.rpc_code)
+        if tail is not None:
+            attributes["agentcore.tail"] = tail
+        assert trace.trace_id is not None
+        end_ns = time.time_ns()
+        self._sink.keep(
+            SpanNote(
+                method or "jsonrpc",
+                "server",
+                trace.trace_id,
+                trace.span_id,
+                trace.parent_id,
+                True,
+                end_ns - _ns_since(began),
+                end_ns,
+                attributes,
+                error is not None,
+                trace.state,
+            )
+        )
+
+    def outgoing(self, method: str, origin: tuple[str, str, int]) -> Outgoing | None:
+        """What carries the running call's trace to another service; None where there is no call, or tracing is off."""
+        running = current_call.get()
+        trace: RequestTrace | None = None if running is None else running.trace
+        if running is None or trace is None:
+            return None
+        trace_id = self._trace_of_span(trace, running.trace_id)
+        own = trace_id == trace.trace_id
+        sampled = self._is_sampled(trace) if own else self._sampler.samples(trace_id, None)
+        parent_id = span_id_of(running.execution_id)
+        if not self.recording and own and trace.parent_id:
+            parent_id = trace.parent_id  # no span of ours will be there to be a parent; the caller's is
+        return Outgoing(self._sink, trace, trace_id, sampled, parent_id, method, origin)
+
+    def instrument(self, app: Any, own_paths: str) -> None:
+        """Let FastAPI's instrumentation make the spans of an application's routes, but for `own_paths` (a pattern)."""
+        if self._sink is not None:
+            self._sink.instrument(app, own_paths)
+
+    async def close(self) -> None:
+        """Send what waits, for a bounded time."""
+        if self._sink is not None:
+            await self._sink.close()
+
+
+SPAN_OUTCOMES = ("exported", "failed", "dropped")
+NO_SPANS: Mapping[str, int] = dict.fromkeys(SPAN_OUTCOMES, 0)
+
+
+def _ns_since(perf_s: float) -> int:
+    return int((time.perf_counter() - perf_s) * 1e9)
+
+
+def _call_attributes(call: ToolCall, execution: Execution, marks: tuple[float, float, float]) -> Attributes:
+    """By the conventions for tool execution. No parameter, no result, no text of an error, no subject."""
+    attributes: Attributes = {
+        "gen_ai.operation.name": "execute_tool",
+        "gen_ai.tool.type": "function",
+        "agentcore.execution_id": execution.execution_id,
+        "agentcore.tenant": call.caller.tenant,
+        "agentcore.status": "refused" if execution.refusal else execution.status,
+        "agentcore.attempts": execution.attempts,
+        "agentcore.overhead_ms": round(execution.overhead_s * 1e3, 4),
+    }
+    if execution.attempts:
+        attributes["agentcore.run_ms"] = round(execution.run_s * 1e3, 4)
+    if execution.cached:
+        attributes["agentcore.cached"] = True
+    since = call.received_at
+    for stage, mark in zip(("registry", "validation", "limits"), marks, strict=True):
+        if not mark:
+            break
+        attributes[f"agentcore.{stage}_ms"] = round((mark - since) * 1e3, 4)
+        since = mark
+    if execution.error is not None:
+        attributes["error.type"] = execution.error.code
+    elif execution.refusal is not None:
+        attributes["error.type"] = execution.refusal.kind.error_type
+    given = {
+        "gen_ai.tool.call.id": call.call_id,
+        "gen_ai.agent.id": call.agent_id,
+        "gen_ai.conversation.id": call.session_id,
+        "agentcore.trace_label": call.trace_label,
+    }
+    attributes.update({name: redact_text(value) for name, value in given.items() if value})
+    return attributes
+
+
+OFF = Tracing(HeadSampler(0.0), enabled=False)
+"""No ids but those of executions, nothing propagated."""
+
+
+def open_tracing(enabled: bool, ratio: float, environ: Mapping[str, str], version: str) -> Tracing:
+    """By the settings and OpenTelemetry's own variables. Its SDK is imported only where spans go somewhere."""
+    sampler, tail = _sampler(ratio, environ)
+    if not (enabled and _is_exporting(environ)):
+        return Tracing(sampler, enabled=enabled)
+    from app.telemetry.span_export import open_span_export
+
+    return Tracing(sampler, open_span_export(sampler, environ, version), tail=tail)
+
+
+def _is_exporting(environ: Mapping[str, str]) -> bool:
+    """The default exporter waits for an endpoint to be named: a service alone on a laptop has no collector."""
+    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return False
+    named = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
+    if named:
+        return named != "none"
+    return bool(environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+
+
+def _sampler(ratio: float, environ: Mapping[str, str]) -> tuple[HeadSampler, bool]:
+    """The head sampler that OTEL_TRACES_SAMPLER names, and whether the tail rule adds to it."""
+    name = environ.get("OTEL_TRACES_SAMPLER", "").strip().lower()
+    known = _SAMPLERS.get(name)
+    if known is None:
+        return HeadSampler(ratio), True
+    fixed, follows_parent = known
+    if fixed is None:
+        fixed = _ratio_in(environ.get("OTEL_TRACES_SAMPLER_ARG", ""), ratio)
+    return HeadSampler(fixed, follows_parent=follows_parent), name != "always_off"
+
+
+_SAMPLERS: dict[str, tuple[float | None, bool]] = {
+    "always_on": (1.0, False),
+    "always_off": (0.0, False),
+    "traceidratio": (None, False),
+    "parentbased_always_on": (1.0, True),
+    "parentbased_always_off": (0.0, True),
+    "parentbased_traceidratio": (None, True),
+}
+"""Ratio, where the name says it, and whether a caller's decision holds."""
+
+
+def _ratio_in(text: str, otherwise: float) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        return otherwise
+    return ratio if 0.0 <= ratio <= 1.0 else otherwise
