@@ -19,6 +19,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import QueuePool
 
 CONNECT_TIMEOUT_S = 5.0
 COMMAND_TIMEOUT_S = 10.0
@@ -86,6 +87,15 @@ def _create_sqlite(url: str) -> AsyncEngine:
         cursor.close()
 
     return engine
+
+
+def pool_states(engine: AsyncEngine) -> dict[str, int]:
+    """Of every connection that the pool may have: in use, idle, or not opened. Nothing where there is no such pool."""
+    pool = engine.pool
+    if not isinstance(pool, QueuePool):
+        return {}
+    in_use, idle = pool.checkedout(), pool.checkedin()
+    return {"in_use": in_use, "idle": idle, "unopened": pool.size() + pool._max_overflow - in_use - idle}
 
 
 async def close_engine(engine: AsyncEngine) -> None:

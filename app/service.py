@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app.access.authenticator import Authenticator, Mode
 from app.access.jwt import JwtVerifier, jwt_rules
 from app.access.store import KeyStore
-from app.clients import close_engine, create_engine, redis_locator
+from app.clients import close_engine, create_engine, pool_states, redis_locator
 from app.egress import EgressAllow, EgressClient, parse_egress_allow
 from app.execution_log.history import ExecutionHistory
 from app.execution_log.journal import BufferedLog, Journal, JournalError
@@ -41,6 +41,7 @@ from app.settings import Settings, SettingsError, has_jwt, is_loopback
 from app.telemetry.metrics import Metrics
 from app.telemetry.scraping import Scraper
 from app.telemetry.supervision import LoopWatch, Supervisor
+from app.telemetry.system import SystemWatch
 from app.tools.builtin import builtin_tools
 from app.tools.loading import LoadedTools, LoadProblem, load_tools
 from app.tools.registry import Registry
@@ -160,7 +161,8 @@ async def open_service(
         for tool in registry.snapshot.tools.values():
             metrics.for_tool(tool.spec.id)
             _warn_of_unenforced(tool)
-        watch = LoopWatch()
+        watch, system = LoopWatch(), SystemWatch()
+        supervisor.start("system-watch", system.measure())
         stack.push_async_callback(supervisor.close)
         if log is not None:
             stack.push_async_callback(log.drain, LOG_DRAIN_S)
@@ -176,7 +178,11 @@ async def open_service(
             tool_abandoned_runs_active=lambda: executor.abandoned,
             event_loop_lag_seconds=watch.lag_s,
             registered_tools=lambda: len(registry),
+            system_cpu_percent=system.cpu_percent,
+            system_memory_percent=system.memory_percent,
+            execution_log_journal_limit_bytes=lambda: settings.journal_max_bytes,
         )
+        metrics.database_pool = lambda: pool_states(database.engine)
         yield Service(
             settings,
             database,

@@ -73,6 +73,7 @@ def test_the_metrics_page_is_what_a_scrape_shows(service: Running) -> None:
 
 def test_the_labels_on_the_metrics_page_are_those_served(service: Running) -> None:
     service.execute("echo", {"message": "x"})
+    service.http.get("/api/v1/tools")
     text = service.http.get("/metrics").text
     for row in table_rows(DOCS / "metrics.md")[1:]:
         name, _, labels = row[0].strip("`").rstrip("}").partition("{")

@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 
 import orjson
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from prometheus_fastapi_instrumentator import Instrumentator, metrics
+from prometheus_fastapi_instrumentator.metrics import Info
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
@@ -52,9 +55,11 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
         methods.methods(), settings.max_batch_size, answer_bytes_max, run_bounded, service.metrics.count_error
     )
     access, count_error = service.access, service.metrics.count_error
-    door = JsonRpcDoor(dispatcher, access, count_error, settings.max_request_bytes, settings.request_read_timeout_s)
+    authentication = service.metrics.stages["authentication"]
+    bounds = settings.max_request_bytes, settings.request_read_timeout_s
+    door = JsonRpcDoor(dispatcher, access, authentication, count_error, *bounds)
     fastapi = create_fastapi(service, methods)
-    inner: ASGIApp = Doors(door, Gate(fastapi, access, open_paths(fastapi.routes), count_error))
+    inner: ASGIApp = Doors(door, Gate(fastapi, access, authentication, open_paths(fastapi.routes), count_error))
     if settings.cors_allow_origins:
         inner = CORSMiddleware(
             inner,
@@ -98,7 +103,33 @@ def create_fastapi(service: Service, methods: Methods) -> FastAPI:
     bounds = settings.max_request_bytes, settings.request_read_timeout_s
     app.include_router(KeyRoutes(service.keys, service.access, *bounds).router())
     documents.mount(app, methods.table(), settings.public_url, always_asks=service.access.always_asks)
+    count_requests(app, service.metrics.registry)
     return app
+
+
+REQUEST_BUCKETS_S = (1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+ROUTE_BUCKETS_S = (5e-3, 25e-3, 0.1, 1.0)
+"""Few, for there is one of each for every route and method."""
+
+COUNTED_METHODS = frozenset({"GET", "POST", "DELETE"})
+"""Anything else is counted as one: who calls may name dozens."""
+
+NOT_REST = r"^/(?!api/)"
+
+
+def count_requests(app: FastAPI, registry: CollectorRegistry) -> None:
+    """`http_*` of the REST routes, by route. What no route answers is one series, whatever its path was."""
+    count = metrics.default(
+        latency_highr_buckets=REQUEST_BUCKETS_S, latency_lowr_buckets=ROUTE_BUCKETS_S, registry=registry
+    )
+
+    def bounded(info: Info) -> None:
+        if info.method not in COUNTED_METHODS:
+            info.method = "other"
+        if count is not None:
+            count(info)
+
+    Instrumentator(excluded_handlers=[NOT_REST], registry=registry).add(bounded).instrument(app)
 
 
 class Doors:

@@ -6,6 +6,7 @@ Routes need a credential unless their endpoint says that it is open; what an end
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from time import perf_counter
 from typing import Any, TypeVar
 
 import orjson
@@ -18,6 +19,7 @@ from app.access.authenticator import Authenticator
 from app.access.credential import CredentialMissing
 from app.calls import Caller
 from app.errors import ToolServiceError
+from app.telemetry.metrics import Histogram
 from app.transport.methods import require_scope
 from app.transport.rpc import refusal_headers, respond
 
@@ -49,10 +51,16 @@ class Gate:
     """Lets in who is somebody, and leaves the caller in the scope."""
 
     def __init__(
-        self, inner: ASGIApp, access: Authenticator, open_to_all: frozenset[str], count_error: Callable[[str], None]
+        self,
+        inner: ASGIApp,
+        access: Authenticator,
+        authentication: Histogram,
+        open_to_all: frozenset[str],
+        count_error: Callable[[str], None],
     ) -> None:
         self._inner = inner
         self._access = access
+        self._authentication = authentication
         self._open = open_to_all
         self._count_error = count_error
 
@@ -62,14 +70,17 @@ class Gate:
         return self._let_in(scope, receive, send)
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begin = perf_counter()
         try:
             headers = scope["headers"]
             scope[CALLER] = self._access.recognised(headers) or await self._access.identify(headers)
         except ToolServiceError as error:
+            self._authentication.observe(perf_counter() - begin)
             self._count_error(error.kind.error_type)
             body = orjson.dumps({"error": error.as_error()})
             await respond(send, error.http_status, refusal_headers(error, body), body)
         else:
+            self._authentication.observe(perf_counter() - begin)
             await self._inner(scope, receive, send)
 
 

@@ -15,6 +15,7 @@ import orjson
 from app.access.authenticator import Authenticator
 from app.access.credential import CredentialMissing
 from app.errors import UNAUTHENTICATED, BodyTooLarge, BodyTooSlow, ToolServiceError
+from app.telemetry.metrics import Histogram
 from app.transport.allowance import limit_headers, limit_lines, retry_after_s
 from app.transport.exchange import EXTENSION, Exchange
 from app.transport.jsonrpc import Dispatcher, RequestContext
@@ -119,24 +120,29 @@ class JsonRpcDoor:
         self,
         dispatcher: Dispatcher,
         access: Authenticator,
+        authentication: Histogram,
         count_error: Callable[[str], None],
         body_bytes_max: int,
         read_timeout_s: float,
     ) -> None:
         self._dispatcher = dispatcher
         self._access = access
+        self._authentication = authentication
         self._count_error = count_error
         self._body_bytes_max = body_bytes_max
         self._read_timeout_s = read_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begin = time.perf_counter()
         try:
             headers = scope["headers"]
             caller = self._access.recognised(headers) or await self._access.identify(headers)
         except ToolServiceError as error:
+            self._authentication.observe(time.perf_counter() - begin)
             self._count_error(error.kind.error_type)
             await self._refuse(send, error)
             return
+        self._authentication.observe(time.perf_counter() - begin)
         if scope["method"] != "POST":
             await respond(send, 405, [(b"allow", b"POST"), (b"content-length", b"0")])
             return
