@@ -21,6 +21,8 @@ from pydantic_core import ErrorDetails, PydanticKnownError, SchemaValidator
 from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
 
 from app.errors import RESULT_INVALID, InvalidParams, RunFailed, clean_text, failure
+from app.tools.content import are_contents
+from app.tools.mirrored import mirrored
 
 ERRORS_REPORTED_MAX = 20
 """An agent mends a call from the first few; a list of 100,000 wrong items must not cost a megabyte of answer."""
@@ -59,7 +61,7 @@ class ParameterSchema:
     JSON types are strict at every depth. Whole floats pass as integers, as JSON Schema has it (section 6.1.1).
     """
 
-    __slots__ = ("_validator", "json_schema")
+    __slots__ = ("_validator", "json_schema", "mirrored")
 
     def __init__(self, fields: Mapping[str, tuple[Any, FieldInfo | Any]]) -> None:
         with warnings.catch_warnings():
@@ -73,6 +75,7 @@ class ParameterSchema:
         self._validator = _exact_validator(model)
         self.json_schema.pop("title", None)
         self.json_schema.setdefault("properties", {})
+        self.mirrored = mirrored(self.json_schema)
 
     def validate(self, parameters: Any) -> dict[str, Any]:
         """Keyword arguments for the tool's function, defaults applied. Raises InvalidParams without values."""
@@ -186,9 +189,13 @@ def whole_floats_as_integers(value: Any) -> Any:
 class ResultSchema:
     """The result of one tool: its JSON Schema when it declares one, and the way to checked JSON bytes."""
 
-    __slots__ = ("_adapter", "_native", "json_schema")
+    __slots__ = ("_adapter", "_native", "are_contents", "is_object", "json_schema")
 
     def __init__(self, annotation: Any) -> None:
+        self.are_contents = are_contents(annotation)
+        """Blocks of `tools/content.py` rather than data."""
+        self.is_object = False
+        """It declares data whose root is an object, which is what MCP clients take as structured."""
         self._adapter: TypeAdapter[Any] | None = None
         self._native = True
         self.json_schema: dict[str, Any] | None = None
@@ -196,6 +203,7 @@ class ResultSchema:
             self._adapter = TypeAdapter(annotation)
             self._native = _is_native(self._adapter.core_schema)
             self.json_schema = self._adapter.json_schema(mode="serialization", schema_generator=_PlainJsonSchema)
+            self.is_object = self.json_schema.get("type") == "object" and not self.are_contents
 
     def encode(self, value: Any) -> bytes:
         """JSON bytes of a tool's return value.
