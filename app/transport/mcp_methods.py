@@ -1,0 +1,238 @@
+"""The method tables of /mcp, one for each era, and what they answer: discovery, the list of tools, calls.
+
+A method takes a checked request and gives the `result` as JSON. Knows the executor, the registry and the content
+blocks; no HTTP, and no headers but those that mirror parameters.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from bisect import bisect_right
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import orjson
+
+from app.calls import Caller, Execution, Progress, ToolCall, new_execution_id
+from app.errors import INVALID_PARAMS, InvalidParams, ToolServiceError
+from app.executor.executor import Executor
+from app.telemetry.metrics import Metrics
+from app.tools.registry import Registry, ToolFilter, decode_cursor, encode_cursor
+from app.tools.tool import Tool
+from app.transport.jsonrpc import RequestContext
+from app.transport.mcp_protocol import (
+    CALL,
+    LEGACY_VERSIONS,
+    LIST,
+    META_CAPABILITIES,
+    SERVED_VERSIONS,
+    ClientCapabilityMissing,
+    Malformed,
+    Request,
+    Routing,
+    check_mirrored,
+)
+from app.transport.mcp_results import SERVER_INFO, advice, definition, failed, finished, refused, rendered
+from app.transport.mcp_stream import HangUp
+from app.transport.methods import NO_ROOM, SCOPE_EXECUTE, SCOPE_READ, require_scope
+
+SCOPES = {LIST: SCOPE_READ, CALL: SCOPE_EXECUTE}
+"""What a method needs; those that are not here only describe the service."""
+
+META_IDEMPOTENCY_KEY = "io.agentcore/idempotency_key"
+
+PAGE_TOOLS = 250
+"""Tools in one answer. Many clients read one page and no more; a page of that many has some 250 KB."""
+
+TTL_MS = 60_000
+"""How long a client may keep a list. Tools change with a rollout, or with what a key allows."""
+
+IDEMPOTENCY_KEY_CHARACTERS_MAX = 256
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+"""W3C Trace Context, which SEP-414 puts into `_meta`."""
+
+_EVERY_TOOL = ToolFilter()
+
+Method = Callable[[RequestContext, Request, Routing, Progress | None], Awaitable[bytes]]
+
+
+class McpMethods:
+    """Both tables and the work behind them."""
+
+    def __init__(self, executor: Executor, registry: Registry, metrics: Metrics, *, cache_answers: bool) -> None:
+        self._executor = executor
+        self._registry = registry
+        self._metrics = metrics
+        self._cache_answers = cache_answers
+        self.modern: Mapping[str, Method] = {"server/discover": _discover, LIST: self._list, CALL: self._call}
+        self.legacy: Mapping[str, Method] = {
+            "initialize": _initialize,
+            "ping": _ping,
+            LIST: self._list,
+            CALL: self._call,
+        }
+
+    async def _list(
+        self, context: RequestContext, request: Request, routing: Routing, on_progress: Progress | None
+    ) -> bytes:
+        require_scope(context.caller, SCOPE_READ)
+        cursor = request.params.get("cursor", "")
+        if type(cursor) is not str:
+            raise Malformed("cursor must be a string")
+        return self._page(context.caller, cursor, modern=request.modern)
+
+    def _page(self, caller: Caller, cursor: str, *, modern: bool) -> bytes:
+        """Tools by id, those only that the caller may call. A cursor names the last one seen."""
+        snapshot = self._registry.snapshot
+        key = ("mcp", modern, caller.anonymous, caller.scopes, caller.tools, cursor)
+        if (known := snapshot.pages.get(key)) is not None:
+            return known
+        ids = snapshot.visible_ids(_EVERY_TOOL, caller)
+        start = bisect_right(ids, _last_seen(cursor)) if cursor else 0
+        end = start + PAGE_TOOLS
+        page: dict[str, Any] = {"tools": [definition(snapshot.tools[tool_id]) for tool_id in ids[start:end]]}
+        if end < len(ids):
+            page["nextCursor"] = encode_cursor(ids[end - 1])
+        if modern:
+            page |= {"ttlMs": TTL_MS, "cacheScope": "public" if caller.anonymous else "private"}
+        encoded = finished(orjson.dumps(page), modern=modern)
+        if self._cache_answers:
+            snapshot.keep_page(key, encoded)
+        return encoded
+
+    async def _call(
+        self, context: RequestContext, request: Request, routing: Routing, on_progress: Progress | None
+    ) -> bytes:
+        require_scope(context.caller, SCOPE_EXECUTE)
+        tool = self._tool(request.params.get("name"), context.caller)
+        arguments = request.params.get("arguments", {})
+        if request.modern and tool is not None and tool.parameters.mirrored:
+            check_mirrored(tool.parameters.mirrored, arguments, routing)
+        if tool is None:
+            raise Malformed("Unknown tool; tools/list shows what you may call")
+        if type(arguments) is not dict:
+            raise Malformed("arguments must be an object")
+        call = tool_call(context, request, tool, arguments, on_progress)
+        if request.modern and tool.spec.client_capabilities:
+            try:
+                check_capabilities(tool, arguments, request)
+            except InvalidParams as refusal:
+                self._metrics.count_error(INVALID_PARAMS.error_type)
+                return failed(advice(refusal), request.modern, call.execution_id)
+        return await self.execute(context, call, tool, modern=request.modern)
+
+    def _tool(self, name: Any, caller: Caller) -> Tool | None:
+        if type(name) is not str:
+            raise Malformed("name must be a string")
+        try:
+            return self._registry.lookup(name, caller)
+        except ToolServiceError:
+            return None
+
+    async def execute(self, context: RequestContext, call: ToolCall, tool: Tool, *, modern: bool) -> bytes:
+        """One call to its result. Raises the refusals that are none of the agent's business."""
+        execution = await self._run(context, call, tool, modern=modern)
+        if execution.refusal is not None:
+            if context.budget is None:
+                context.allowance = execution.refusal.allowance
+                context.retry_after_ms = execution.refusal.retry_after_ms
+            return refused(execution.refusal, modern=modern)
+        aside = execution.aside
+        if aside is not None:
+            context.hold_for(aside.commit)
+            if aside.grant is not None and context.budget is None:
+                context.allowance = aside.grant.tightest()
+        if (
+            context.budget is not None
+            and execution.result is not None
+            and not context.budget.take(len(execution.result))
+        ):
+            execution = execution._replace(status="failed", result=None, error=NO_ROOM)
+            self._metrics.count_outcome(execution)
+        written = rendered(execution, tool, modern=modern)
+        self._metrics.overhead.observe(time.perf_counter() - context.received_at - execution.run_s)
+        return written
+
+    async def _run(self, context: RequestContext, call: ToolCall, tool: Tool, *, modern: bool) -> Execution:
+        if not modern or context.client is None or tool.never_waits:
+            return await self._executor.execute(call)
+        hang_up = HangUp(context.client, lambda: self._executor.cancel(call.caller, call.execution_id, None))
+        try:
+            return await self._executor.execute(call)
+        finally:
+            hang_up.stop()
+
+
+def tool_call(
+    context: RequestContext, request: Request, tool: Tool, arguments: dict[str, Any], on_progress: Progress | None
+) -> ToolCall:
+    """The call that a request asks for."""
+    call = ToolCall(
+        new_execution_id(), tool.spec.id, arguments, context.caller, context.received_at, client=context.client
+    )
+    meta = request.meta
+    if not meta.keys().isdisjoint(_META_OF_CALLS):
+        call = call._replace(trace_id=_trace_id(meta), idempotency_key=_idempotency_key(meta))
+    return call if on_progress is None else call._replace(on_progress=on_progress)
+
+
+_META_OF_CALLS = frozenset({"traceparent", META_IDEMPOTENCY_KEY})
+
+
+def _trace_id(meta: Mapping[str, Any]) -> str | None:
+    given = meta.get("traceparent")
+    found = _TRACEPARENT.fullmatch(given) if isinstance(given, str) else None
+    return found[1] if found else None
+
+
+def _idempotency_key(meta: Mapping[str, Any]) -> str | None:
+    key = meta.get(META_IDEMPOTENCY_KEY)
+    if key is None or (isinstance(key, str) and 0 < len(key) <= IDEMPOTENCY_KEY_CHARACTERS_MAX):
+        return key
+    raise Malformed(f"{META_IDEMPOTENCY_KEY} must be a text of 1 to {IDEMPOTENCY_KEY_CHARACTERS_MAX} characters")
+
+
+def check_capabilities(tool: Tool, arguments: dict[str, Any], request: Request) -> None:
+    """Check 11, which comes after that of the arguments: an agent mends those itself. Raises InvalidParams too."""
+    missing = [name for name in tool.spec.client_capabilities if name not in request.meta[META_CAPABILITIES]]
+    if missing:
+        tool.parameters.validate(arguments)
+        raise ClientCapabilityMissing(missing)
+
+
+def _last_seen(cursor: str) -> str:
+    try:
+        return decode_cursor(cursor)
+    except InvalidParams:
+        raise Malformed("cursor is none that this service gave") from None
+
+
+async def _discover(context: RequestContext, request: Request, routing: Routing, on_progress: Progress | None) -> bytes:
+    return _DISCOVERED
+
+
+_DISCOVERED = finished(
+    orjson.dumps(
+        {
+            "supportedVersions": SERVED_VERSIONS,
+            "capabilities": {"tools": {}},
+            "ttlMs": TTL_MS,
+            "cacheScope": "public",
+        }
+    ),
+    modern=True,
+)
+
+
+async def _initialize(
+    context: RequestContext, request: Request, routing: Routing, on_progress: Progress | None
+) -> bytes:
+    asked = request.params.get("protocolVersion")
+    version = asked if asked in LEGACY_VERSIONS else LEGACY_VERSIONS[0]
+    return b'{"protocolVersion":"%b","capabilities":{"tools":{}},"serverInfo":%b}' % (version.encode(), SERVER_INFO)
+
+
+async def _ping(context: RequestContext, request: Request, routing: Routing, on_progress: Progress | None) -> bytes:
+    return b"{}"
