@@ -32,6 +32,10 @@ run: $(READY)  ## start the service on http://127.0.0.1:8001 (ARGS="--port 8002"
 test: $(READY)  ## run every test against real servers that it starts itself (PYTEST_ARGS="-k jsonrpc")
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+.PHONY: conformance
+conformance: $(READY)  ## the official MCP suite at both eras (needs npm; says so when it could not be had)
+	@$(BIN)/python -m tests.mcp_conformance.run
+
 .PHONY: check
 check: $(READY)  ## format, lint, types, import floors
 	@$(BIN)/ruff format --check .
@@ -67,4 +71,4 @@ clean:  ## remove the environment and every cache
 
 .PHONY: help
 help:  ## this list
-	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
