@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +25,7 @@ from app.calls import DEFAULT_SCOPES, LOCAL_CALLER, ToolCall, new_execution_id
 from app.clients import close_engine, create_engine
 from app.doctor import examine
 from app.errors import ToolServiceError
+from app.execution_log.partitions import ensure_partitions
 from app.migration import NEWEST, MigrationError, is_current, migrate, version
 from app.service import Service, open_service
 from app.settings import Settings, SettingsError, check_bind, read_settings
@@ -51,13 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = read_settings(os.environ, Path(".env"), profile=options.profile)
         sys.exit(options.run(settings, options))
     except SettingsError as error:
-        print(f"agentcore-tools: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (CannotListen, MigrationError, ToolServiceError) as error:
-        print(f"agentcore-tools: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(_said(error))
     except KeyboardInterrupt:
         sys.exit(ENDED_BY_INTERRUPT)
+
+
+def _said(error: Exception) -> int:
+    """Tell the operator what is wrong; the code to end with."""
+    print(f"agentcore-tools: {error}", file=sys.stderr)
+    return 2 if isinstance(error, SettingsError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,10 +163,15 @@ def _run(command: Coroutine[Any, Any, int]) -> NoReturn:
         try:
             code = await command
             sys.stdout.flush()
+        except (SettingsError, CannotListen, MigrationError, ToolServiceError) as error:
+            code = _said(error)
         except BrokenPipeError:  # whoever read the answer has seen enough
             code = ENDED_BY_PIPE
         except asyncio.CancelledError:
             code = ENDED_BY_INTERRUPT
+        except Exception:
+            traceback.print_exc()
+            code = 1
         with contextlib.suppress(OSError):
             sys.stderr.flush()
         os._exit(code)
@@ -173,7 +182,7 @@ def _run(command: Coroutine[Any, Any, int]) -> NoReturn:
 
 def _tools_list(settings: Settings, options: argparse.Namespace) -> int:
     async def listed() -> int:
-        async with open_service(settings) as service:
+        async with open_service(settings, keep_log=False) as service:
             snapshot = service.registry.snapshot
             tools = [summary(snapshot.tools[tool_id].spec) for tool_id in snapshot.ids]
         if options.json:
@@ -209,6 +218,8 @@ def _migrate(settings: Settings, options: argparse.Namespace) -> int:
     async def migrated() -> int:
         async with opened_database(settings, command_timeout_s=MIGRATION_TIMEOUT_S) as engine:
             await migrate(engine, options.revision)
+            if options.revision == NEWEST and engine.dialect.name == "postgresql":
+                await ensure_partitions(engine, time.time())
             print(f"tables at {await version(engine)}")
         return 0
 
@@ -300,7 +311,7 @@ async def opened_database(settings: Settings, **options: float) -> AsyncIterator
 
 def _doctor(settings: Settings, options: argparse.Namespace) -> int:
     async def examined() -> int:
-        async with open_service(settings) as service:
+        async with open_service(settings, keep_log=False) as service:
             findings = await examine(service, options.host, options.port)
         if options.json:
             _print_json([finding._asdict() for finding in findings])
