@@ -25,6 +25,7 @@ from app.settings import Settings, SettingsError, read_settings
 from app.tools.registry import Registry, ToolFilter
 from app.tools.tool import FunctionTool, tool
 from tests.conftest import ROOT, Running, Serve, end, places_in, service_environ, start_service
+from tests.otlp import OtlpReceiver
 
 TUNED = {
     "TOOL_MODULES": "tests.tools_for_tests",
@@ -60,10 +61,10 @@ def refused(*arguments: str, **environ: str) -> str:
     return done.stderr.decode()
 
 
-def test_every_setting_is_named_by_a_test_here() -> None:
-    text = Path(__file__).read_text()
-    tests = " ".join(re.findall(r"def test_(\w+)", text))
-    assert [name for name in Settings.model_fields if f"{name}_" not in tests] == []
+def test_every_setting_is_named_by_a_test() -> None:
+    files = (ROOT / "tests").rglob("test_*.py")
+    tests = " ".join(name for file in files for name in re.findall(r"def test_(\w+)", file.read_text()))
+    assert [name for name in Settings.model_fields if f"{name}_" not in f" {tests}"] == []
 
 
 def test_tool_execution_timeout_bounds_every_run(tuned: Running) -> None:
@@ -144,6 +145,40 @@ def test_tool_modules_are_loaded_and_a_broken_one_is_named(serve: Serve) -> None
     assert "tests.no_such_module" in running.http.get("/readyz").text
     event = running.read_log(lambda event: event["message"] == "tools not loaded")
     assert event["source"] == "tests.no_such_module" and "ModuleNotFoundError" in event["reason"]
+
+
+@pytest.fixture
+def receiver() -> Iterator[OtlpReceiver]:
+    one = OtlpReceiver()
+    yield one
+    one.close()
+
+
+def test_enable_tracing_false_takes_over_and_sends_nothing(serve: Serve, receiver: OtlpReceiver) -> None:
+    parent = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": {"tool_id": "echo"}}
+    body["params"]["parameters"] = {"message": "x"}
+    traced = serve(**receiver.environ)
+    assert traced.http.post("/api/v1/jsonrpc", json=body, headers=parent).json()["result"]["trace_id"] == "a" * 32
+    receiver.wait_for_trace("a" * 32, 2)
+    off = serve(ENABLE_TRACING="false", TRACE_SAMPLE_RATIO="1", **receiver.environ)
+    execution = off.http.post("/api/v1/jsonrpc", json=body, headers=parent).json()["result"]
+    assert execution["trace_id"] == execution["execution_id"].replace("-", "")
+    assert off.stop() == 0 and len(receiver.spans) == 2
+
+
+def test_trace_sample_ratio_is_the_part_that_is_traced(serve: Serve, receiver: OtlpReceiver) -> None:
+    calls = [{"tool_id": "echo", "parameters": {"message": "x"}}]
+    traced = {}
+    for ratio in ("0", "0.4", "1"):
+        running, before = serve(TRACE_SAMPLE_RATIO=ratio, **receiver.environ), len(receiver.spans)
+        for _ in range(100):
+            running.rpc("tools.execute_batch", {"requests": calls})
+        assert running.stop() == 0
+        traced[ratio] = (len(receiver.spans) - before) / 2
+    # 0.4 of 100: outside of this once in 10 million runs
+    assert traced["0"] == 0 and 14 < traced["0.4"] < 67 and traced["1"] == 100
+    assert "TRACE_SAMPLE_RATIO" in refused("--port", "0", TRACE_SAMPLE_RATIO="1.5")
 
 
 @pytest.mark.parametrize(("level", "written"), [("INFO", True), ("ERROR", False)])

@@ -186,7 +186,7 @@ def test_an_interrupt_while_loading_ends_the_loading(module: Write) -> None:
 async def test_what_is_declared_and_not_enforced_is_said_at_start(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    @tool(cost=5, retries=1, log_mode="strict", read_only=True)
+    @tool(cost=5, retries=1, cache_ttl=1, log_mode="strict", read_only=True)
     async def costly() -> None:
         """Cost."""
 
@@ -197,4 +197,21 @@ async def test_what_is_declared_and_not_enforced_is_said_at_start(
     async with open_service(read_settings(places_in(tmp_path)), extra_tools=[costly, plain]):
         pass
     events = [vars(record) for record in caplog.records if record.name == "app.service"]
-    assert [(event["tool_id"], event["declared"]) for event in events] == [("costly", ["cost", "log_mode", "retries"])]
+    assert [(event["tool_id"], event["declared"]) for event in events] == [("costly", ["cache_ttl", "retries"])]
+
+
+@pytest.mark.anyio
+async def test_a_tool_whose_limits_cannot_hold_is_reported_and_the_others_are_there(tmp_path: Path) -> None:
+    @tool(rate_limits=["10 per second"])
+    async def misspelt() -> None:
+        """Its rate is no rate."""
+
+    @tool
+    async def plain() -> None:
+        """Nothing special."""
+
+    async with open_service(read_settings(places_in(tmp_path)), extra_tools=[misspelt, plain]) as service:
+        assert "plain" in service.registry.snapshot.tools
+        assert "misspelt" not in service.registry.snapshot.tools
+        (problem,) = service.load_problems
+    assert problem.source == "misspelt" and "10 per second" not in problem.reason and "600/minute" in problem.reason
