@@ -124,6 +124,8 @@ class Admission:
     async def look(self, limits: tuple[Limit, ...]) -> Grant:
         """What is left of each limit; costs nothing. Raises DependencyUnavailable."""
         ask = Ask(limits, 0)
+        if not limits:
+            return Grant(ask, Verdict(0, ()), self.store)
         try:
             answer = self.store.ask(ask)
             verdict = answer if isinstance(answer, Verdict) else await answer
@@ -134,7 +136,7 @@ class Admission:
 
     def judged(self, ask: Ask, verdict: Verdict, store: LimitStore | None = None) -> Grant:
         """A grant, or the refusal by the limit that takes longest to let such a call in."""
-        grant = Grant(ask, verdict, store or self.store)
+        grant = Grant(ask, verdict, self.store if store is None else store)
         refusing = [limit for limit, state in zip(ask.limits, verdict.states, strict=True) if state[0] == REFUSES]
         if refusing:
             for limit in refusing:

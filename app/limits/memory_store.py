@@ -43,12 +43,23 @@ class MemoryStore:
 
     up = True
 
-    def __init__(self, clock_us: Callable[[], int] | None = None, wall_us: Callable[[], int] = wall_clock) -> None:
+    def __init__(
+        self,
+        clock_us: Callable[[], int] | None = None,
+        wall_us: Callable[[], int] = wall_clock,
+        counters_max: int = COUNTERS_MAX,
+    ) -> None:
         self._clock_us = clock_us or steady_clock()
         self._wall_us = wall_us
+        self._counters_max = counters_max
         self._counters: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
         """A rate: TAT, its parts, the amount that they are parts of. A quota: period, used, minus its kind."""
         self._today = self._month = 0
+
+    @property
+    def counters(self) -> int:
+        """How many are kept."""
+        return len(self._counters)
 
     def ask(self, ask: Ask) -> Verdict:
         now = self._clock_us()
@@ -94,12 +105,11 @@ class MemoryStore:
             if status != PASSES or limit.key not in self._counters:
                 continue
             state = self._state(limit, now)
-            if limit.kind == RATE:
-                self._counters[limit.key] = _rate_given_back(limit, state, ask.cost, now, ask.spent.now_us)
-            elif state[0] == period:
-                self._counters[limit.key] = (state[0], max(0, state[1] - ask.cost), state[2])
-            else:
+            given = _given_back(limit, state, ask.cost, now, ask.spent.now_us, period)
+            if given is None:
                 self._keep_set_back(limit, state)
+            else:
+                self._counters[limit.key] = given
 
     def _state(self, limit: Limit, now: int) -> tuple[int, int, int]:
         """The counter as it counts at this moment."""
@@ -130,7 +140,7 @@ class MemoryStore:
             state = (us, parts, limit.amount)
         else:
             state = (state[0], state[1] + cost, state[2])
-        if limit.key not in self._counters and len(self._counters) >= COUNTERS_MAX:
+        if limit.key not in self._counters and len(self._counters) >= self._counters_max:
             self._make_room()
         self._counters[limit.key] = state
         return state
@@ -174,14 +184,17 @@ def _refuses(limit: Limit, state: tuple[int, int, int], cost: int, now: int) -> 
     return us > now or (us == now and parts > 0)
 
 
-def _rate_given_back(
-    limit: Limit, state: tuple[int, int, int], cost: int, now: int, spent_us: int
-) -> tuple[int, int, int]:
-    """Time that has passed since has given a part back already: only the rest may be, or calls are let in twice."""
+def _given_back(
+    limit: Limit, state: tuple[int, int, int], cost: int, now: int, spent_us: int, period: int
+) -> tuple[int, int, int] | None:
+    """The state without what a call cost; None when there is nothing to give back any more."""
+    if limit.kind != RATE:
+        return (period, max(0, state[1] - cost), state[2]) if state[0] == period else None
+    # Time that has passed since has given a part back already: only the rest may be, or calls are let in twice.
     us, parts = limit.span(cost)
     us -= max(0, now - spent_us)
     if us < 0 or (us == 0 and parts == 0):
-        return state
+        return None
     us, parts = state[0] - us, state[1] - parts
     if parts < 0:
         us, parts = us - 1, parts + limit.amount

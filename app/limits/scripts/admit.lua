@@ -49,7 +49,7 @@ while first_day(month_now) > today do month_now = month_now - 1 end
 
 local request = cjson.decode(ARGV[1])
 local counters, asks = request[1], request[2]
-local stored = redis.call('MGET', unpack(KEYS))
+local stored = #KEYS > 0 and redis.call('MGET', unpack(KEYS)) or {}
 local a, b, changed, set_back = {}, {}, {}, {}
 
 for i, counter in ipairs(counters) do
