@@ -21,7 +21,7 @@ from struct import Struct
 from typing import NamedTuple
 from zlib import crc32
 
-from app.execution_log.segments import HEADER_BYTES, Framing, OtherVersion, Unreadable, read_header
+from app.execution_log.segments import FRAME_BYTES, HEADER_BYTES, Framing, OtherVersion, Unreadable, read_header
 
 logger = logging.getLogger("app.execution_log")
 
@@ -121,7 +121,7 @@ class Folder:
 
     @property
     def frames_bytes(self) -> int:
-        return sum(segment.frames_bytes for segment in self.segments)
+        return sum(segment.frames_bytes for segment in (*self.segments, *self.other_versions))
 
     @property
     def unreleased_bytes(self) -> int:
@@ -142,7 +142,7 @@ class Folder:
                 return None
             before = self.cursor.offset
             limit = segment.size_bytes if end is None or end.sequence != segment.sequence else end.offset
-            records = self._read_segment(segment, rows_max, min(bytes_max, READ_BYTES), limit)
+            records = self._read_segment(segment, rows_max, max(FRAME_BYTES, min(bytes_max, READ_BYTES)), limit)
             if records:
                 self.handed_out = self.cursor
                 return records
@@ -289,8 +289,19 @@ class Folder:
             raise
         if checkpoint is not None:
             self.released = checkpoint
+            self._leave_other_versions()
         self.rewind()
         return self
+
+    def _leave_other_versions(self) -> None:
+        """Whoever wrote the checkpoint passed over segments of another version: released they are not."""
+        for segment in [segment for segment in self.segments if segment.sequence < self.released.sequence]:
+            try:
+                self._read_header(segment)
+            except OtherVersion:
+                self._leave_alone(segment)
+            except (OSError, Unreadable):
+                pass  # it was set aside, or held nothing
 
     def _write_checkpoint(self) -> None:
         """Not synced: should it be lost or torn, rows are offered again, and their key keeps them single."""

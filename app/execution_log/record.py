@@ -42,7 +42,7 @@ NESTING_MAX = 64
 """Of a payload that is kept as JSON; deeper, as text. PostgreSQL's parser runs out of stack at some thousands."""
 
 LABELS_MAX = 4_096
-"""Of cleaned texts remembered; they are forgotten all at once when there are more."""
+"""Of cleaned texts remembered."""
 
 _NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
 _CUT_ESCAPE = re.compile(rb"(?<!\\)((?:\\\\)*)\\(?:u[0-9a-f]{0,3})?\Z")
@@ -141,17 +141,15 @@ class Recorder:
     def _label(self, text: str) -> str:
         known = self._labels.get(text)
         if known is None:
-            if len(self._labels) >= LABELS_MAX:
-                self._labels.clear()
-            known = self._labels[text] = clean_text(redact_text(text))[:LABEL_CHARACTERS_MAX]
+            known = clean_text(redact_text(text))[:LABEL_CHARACTERS_MAX]
+            _remember(self._labels, text, known)
         return known
 
     def _identity(self, text: str) -> str:
         known = self._identities.get(text)
         if known is None:
-            if len(self._identities) >= LABELS_MAX:
-                self._identities.clear()
-            known = self._identities[text] = identity(text)
+            known = identity(text)
+            _remember(self._identities, text, known)
         return known
 
     def _repaired(self, values: tuple[Any, ...]) -> bytes:
@@ -181,6 +179,14 @@ class Recorder:
             digest = sha256(clean if guessable else whole).hexdigest()
         kept = _kept(clean, kept_max, cut=len(whole) > WHOLE_BYTES_MAX) if full else None
         return kept, len(whole), digest
+
+
+def _remember(known: dict[str, str], text: str, clean: str) -> None:
+    """Bounded in number and in size; forgetting all at once costs a microsecond for each that comes again."""
+    if len(text) <= LABEL_CHARACTERS_MAX:
+        if len(known) >= LABELS_MAX:
+            known.clear()
+        known[text] = clean
 
 
 _LABELS = (3, 4, 5)
