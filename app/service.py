@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from app import __version__
 from app.access.authenticator import Authenticator, Mode
 from app.access.jwt import JwtVerifier, jwt_rules
 from app.access.store import KeyStore
@@ -42,6 +44,7 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.scraping import Scraper
 from app.telemetry.supervision import LoopWatch, Supervisor
 from app.telemetry.system import SystemWatch
+from app.telemetry.tracing import Tracing, open_tracing
 from app.tools.builtin import builtin_tools
 from app.tools.loading import LoadedTools, LoadProblem, load_tools
 from app.tools.registry import Registry
@@ -106,6 +109,7 @@ class Service:
     registry: Registry
     executor: Executor
     metrics: Metrics
+    tracing: Tracing
     scraper: Scraper
     lifecycle: Lifecycle
     load_problems: tuple[LoadProblem, ...]
@@ -124,10 +128,13 @@ async def open_service(
     async with contextlib.AsyncExitStack() as stack:
         metrics = Metrics()
         lifecycle = Lifecycle()
+        tracing = open_tracing(settings.enable_tracing, settings.trace_sample_ratio, os.environ, __version__)
+        stack.push_async_callback(tracing.close)
         http = EgressClient(
             _egress_allow(settings),
             settings.http_connection_pool_size,
             [listen] if listen else [],
+            trace=tracing.outgoing,
         )
         stack.push_async_callback(http.aclose)
         builtin = [*builtin_tools(settings.wikipedia_url, settings.searxng_url), *extra_tools]
@@ -157,6 +164,7 @@ async def open_service(
             metrics,
             timeout_ceiling_s=settings.tool_execution_timeout,
             rebuild_validators=not settings.enable_parameter_validation_cache,
+            tracing=tracing,
         )
         for tool in registry.snapshot.tools.values():
             metrics.for_tool(tool.spec.id)
@@ -170,6 +178,7 @@ async def open_service(
         # Not before: start-up itself holds the loop for longer than a tool may.
         lifecycle.on_serving = lambda: supervisor.start("loop-watch", watch.measure())
         metrics.limit_decisions = admission.decisions
+        metrics.trace_spans = lambda: tracing.outcomes
         metrics.gauges.update(
             limit_store_up=lambda: admission.store.up,
             tool_execution_concurrency=lambda: executor.concurrency,
@@ -193,6 +202,7 @@ async def open_service(
             registry,
             executor,
             metrics,
+            tracing,
             Scraper(metrics),
             lifecycle,
             tuple(loaded.problems),

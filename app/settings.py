@@ -191,6 +191,10 @@ class Settings(BaseModel):
     http_connection_pool_size: int = Field(
         100, ge=1, le=10_000, description="Outgoing connections that tools may hold at once"
     )
+    enable_tracing: bool = Field(True, description="false: no traces, neither taken over from requests nor passed on")
+    trace_sample_ratio: float = Field(
+        0.01, ge=0, le=1, description="Part of the calls that are traced, where the caller has not decided it"
+    )
     enable_parameter_validation_cache: bool = Field(
         True, description="false builds a tool's validator on every call: for debugging"
     )

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterable, Iterable, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import httpcore
 import httpx
@@ -26,6 +27,23 @@ RESOLVE_S_MAX = 5.0
 
 RESPONSE_BYTES_MAX = 1024 * 1024
 """As sent and as inflated. The default follows MAX_RESULT_BYTES: more could not leave the service anyway."""
+
+
+class Outgoing(Protocol):
+    """One request as the trace around it has it: what it carries on, and how it ended."""
+
+    headers: dict[str, str]
+
+    def ended(self, status_code: int | None = None, error: str | None = None) -> None:
+        """Called once."""
+
+
+Trace = Callable[[str, tuple[str, str, int]], Outgoing | None]
+"""Asked with the method and the origin of each request."""
+
+
+def untraced(method: str, origin: tuple[str, str, int]) -> None:
+    """Nothing is carried on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +68,9 @@ class EgressClient:
         resolver: Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
         user_agent: str = "agentcore-tools",
+        trace: Trace = untraced,
     ) -> None:
+        self._trace = trace
         self._rules = EgressRules(allow, tuple(own_addresses))
         self._resolve = resolver or ThreadedResolver()
         # trust_env: no SSL_CERT_FILE either; the environment of a service is not a trust store
@@ -75,9 +95,10 @@ class EgressClient:
         """
         message = checked_message(method, headers or {}, body, self._defaults)
         target = parse_target(url, params)
+        trace = untraced if "traceparent" in message.headers else self._trace  # a tool's own trace is the tool's
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._follow(message, target, response_bytes_max)
+                return await self._follow(message, target, response_bytes_max, trace)
         except (TimeoutError, httpcore.TimeoutException):
             raise _timed_out() from None
         except httpcore.LocalProtocolError:
@@ -85,15 +106,28 @@ class EgressClient:
         except (httpcore.NetworkError, httpcore.RemoteProtocolError) as error:
             raise _failed(error) from None
 
-    async def _follow(self, message: Message, target: Target, bytes_max: int) -> EgressResponse:
+    async def _follow(self, message: Message, target: Target, bytes_max: int, trace: Trace) -> EgressResponse:
         for _ in range(REDIRECTS_MAX + 1):
-            response = await self._exchange(message, target, bytes_max)
+            response = await self._traced_exchange(message, target, bytes_max, trace)
             if not _is_redirect(response):
                 return response
             following = _redirect_target(target, response.headers["location"])
             same_origin = following.origin == target.origin
             message, target = message.redirected(response.status_code, same_origin=same_origin), following
         raise ToolError(f"more than {REDIRECTS_MAX} redirects", code="EGRESS_TOO_MANY_REDIRECTS")
+
+    async def _traced_exchange(self, message: Message, target: Target, bytes_max: int, trace: Trace) -> EgressResponse:
+        outgoing = trace(message.method, target.origin)
+        if outgoing is None:
+            return await self._exchange(message, target, bytes_max)
+        message = replace(message, headers={**message.headers, **outgoing.headers})
+        try:
+            response = await self._exchange(message, target, bytes_max)
+        except BaseException as error:
+            outgoing.ended(error=error.code if isinstance(error, ToolError) else type(error).__name__)
+            raise
+        outgoing.ended(response.status_code)
+        return response
 
     async def _exchange(self, message: Message, target: Target, bytes_max: int) -> EgressResponse:
         """One hop. The body of a redirect is not read; its connection is closed then."""

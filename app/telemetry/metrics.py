@@ -47,6 +47,9 @@ RUN_STATUSES: tuple[Status, ...] = tuple(status for status in STATUSES if status
 LOG_OUTCOMES = ("written", "duplicate", "dead", "dropped")
 """What became of rows of the log."""
 
+SPAN_OUTCOMES = ("exported", "failed", "dropped")
+"""What became of spans; dropped found the queue full."""
+
 POOL_STATES = ("in_use", "idle", "unopened")
 """Of a connection that the pool may have; they add up to its bound."""
 
@@ -129,6 +132,10 @@ def _no_rows() -> Mapping[str, int]:
     return dict.fromkeys(LOG_OUTCOMES, 0)
 
 
+def _no_spans() -> Mapping[str, int]:
+    return dict.fromkeys(SPAN_OUTCOMES, 0)
+
+
 def _no_pool() -> Mapping[str, int]:
     return dict.fromkeys(POOL_STATES, 0)
 
@@ -153,6 +160,7 @@ class Metrics(Collector):
         self.abandoned = 0
         self.limit_decisions: Mapping[str, Mapping[str, int]] = {}
         self.log_rows: Callable[[], Mapping[str, int]] = _no_rows
+        self.trace_spans: Callable[[], Mapping[str, int]] = _no_spans
         self.database_pool: Callable[[], Mapping[str, int]] = _no_pool
         self.wire_refusals: Callable[[], Mapping[str, int]] = dict
         self.gauges: dict[str, Callable[[], float]] = {}
@@ -200,6 +208,8 @@ class Metrics(Collector):
         yield _counter("http_wire_refusals_total", "Peers refused or cut by a bound of HTTP", refused, ("reason",))
         rows = [((outcome,), count) for outcome, count in self.log_rows().items()]
         yield _counter("execution_log_rows_total", "Rows of the log, by what became of them", rows, ("outcome",))
+        spans = [((outcome,), count) for outcome, count in self.trace_spans().items()]
+        yield _counter("trace_spans_total", "Spans, by what became of them", spans, ("outcome",))
         pool = GaugeMetricFamily("database_connection_pool_size", "Connections by state", labels=("state",))
         for state, connections in self.database_pool().items():
             pool.add_metric((state,), connections)

@@ -27,9 +27,10 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 from opentelemetry.trace import get_current_span as current_span
 
+from app.telemetry.metrics import SPAN_OUTCOMES
 from app.telemetry.redaction import redact_text
+from app.telemetry.spans import HeadSampler, SpanNote
 from app.telemetry.supervision import ignore_result
-from app.telemetry.tracing import SPAN_OUTCOMES, HeadSampler, SpanNote
 
 logger = logging.getLogger("app.tracing")
 

@@ -11,25 +11,18 @@ import random
 import re
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any
 
 from app.calls import Execution, ToolCall, current_call, new_execution_id
 from app.errors import DEPENDENCY_UNAVAILABLE, INTERNAL, ToolServiceError
+from app.telemetry.metrics import SPAN_OUTCOMES
 from app.telemetry.redaction import redact_text
+from app.telemetry.spans import Attributes, HeadSampler, SpanNote, SpanSink, Tokens
 
 Headers = Iterable[tuple[bytes, bytes]]
-Attributes = dict[str, str | int | float | bool]
-Kind = Literal["server", "internal", "client"]
-
-RANDOM_BITS = 56
-"""The low bits of a trace id that decide: all that W3C Trace Context level 2 promises to be random. Older samplers look
-at 64, and in a UUIDv7 the first two of those are always 10: at any ratio below a half they would sample none."""
 
 SLOW_S = 1.0
 """Of a request or a call: the tail rule takes it for slow."""
-
-TAIL_PER_SECOND = 10
-"""Spans that the tail rule keeps, of errors and of slow ones each: enough to see, too few to cost."""
 
 TRACESTATE_CHARACTERS_MAX = 512
 """What must be propagated at least (W3C Trace Context, section 3.3.1.5); longer ones are dropped whole."""
@@ -86,72 +79,6 @@ def new_span_id() -> str:
 def span_id_of(execution_id: str) -> str:
     """Of the call's span: the random half of the execution's id, so that nobody needs to remember it."""
     return execution_id[19:23] + execution_id[24:]
-
-
-class HeadSampler:
-    """Decides from the trace id alone, so that replicas agree (OpenTelemetry's consistent probability sampling)."""
-
-    def __init__(self, ratio: float, *, follows_parent: bool = True) -> None:
-        rejected = round((1 - ratio) * 2**RANDOM_BITS)
-        # Compared as hex digits, for slicing a text is cheaper than making a number of it. "g" is past every digit.
-        self._threshold = "g" if rejected >= 2**RANDOM_BITS else f"{rejected:014x}"
-        self._follows_parent = follows_parent
-
-    def samples(self, trace_id: str, parent_sampled: bool | None) -> bool:
-        if parent_sampled is not None and self._follows_parent:
-            return parent_sampled
-        return trace_id[-14:] >= self._threshold
-
-
-class Tokens:
-    """A bucket of TAIL_PER_SECOND tokens that fills in a second."""
-
-    def __init__(self) -> None:
-        self._left = float(TAIL_PER_SECOND)
-        self._filled_at = 0.0
-
-    def take(self, now: float) -> bool:
-        self._left = min(TAIL_PER_SECOND, self._left + (now - self._filled_at) * TAIL_PER_SECOND)
-        self._filled_at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
-
-
-class SpanNote(NamedTuple):
-    """One span in plain Python. Ids are hex digits; times are Unix nanoseconds."""
-
-    name: str
-    kind: Kind
-    trace_id: str
-    span_id: str
-    parent_id: str
-    parent_is_remote: bool
-    start_ns: int
-    end_ns: int
-    attributes: Attributes
-    failed: bool = False
-    state: str = ""
-    link: tuple[str, str] | None = None
-    """Trace id and span id of a span in another trace that this one came from."""
-
-
-class SpanSink(Protocol):
-    """Where spans go."""
-
-    outcomes: Mapping[str, int]
-
-    def keep(self, note: SpanNote) -> None:
-        """Never waits, never raises."""
-
-    def instrument(self, app: Any, own_paths: str) -> None:
-        """Let FastAPI's instrumentation make the spans of an application's routes."""
-
-    def current(self) -> tuple[str, str, bool] | None:
-        """Of the span around us, where FastAPI's instrumentation made one: trace id, span id, whether it is sampled."""
-
-    async def close(self) -> None: ...
 
 
 class Outgoing:
@@ -355,7 +282,7 @@ class Tracing:
 
     def request_ended(
         self,
-        trace: RequestTrace,
+        trace: RequestTrace | None,
         began: float,
         tenant: str,
         method: str | None,
@@ -363,13 +290,13 @@ class Tracing:
         batch: int | None,
     ) -> None:
         """A JSON-RPC request was answered. `method` is one of ours, or None; `batch`: how many came together."""
+        if self._sink is None or trace is None:
+            return
         sampled, tail = self._is_sampled(trace), None
         if not sampled and not trace.kept:
             tail = self._tail(error is not None and error.kind in KEPT_REFUSALS, time.perf_counter() - began)
             if tail is None:
                 return
-        if self._sink is None:
-            return
         attributes: Attributes = {"rpc.system.name": "jsonrpc", "jsonrpc.protocol.version": "2.0"}
         attributes.update(self.server)
         attributes["agentcore.tenant"] = tenant
@@ -424,7 +351,6 @@ class Tracing:
             await self._sink.close()
 
 
-SPAN_OUTCOMES = ("exported", "failed", "dropped")
 NO_SPANS: Mapping[str, int] = dict.fromkeys(SPAN_OUTCOMES, 0)
 
 

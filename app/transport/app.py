@@ -57,7 +57,8 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
     access, count_error = service.access, service.metrics.count_error
     authentication = service.metrics.stages["authentication"]
     bounds = settings.max_request_bytes, settings.request_read_timeout_s
-    door = JsonRpcDoor(dispatcher, access, authentication, count_error, *bounds)
+    service.tracing.server = {"server.address": host, **({"server.port": port} if port else {})}
+    door = JsonRpcDoor(dispatcher, access, authentication, count_error, *bounds, service.tracing)
     fastapi = create_fastapi(service, methods)
     inner: ASGIApp = Doors(door, Gate(fastapi, access, authentication, open_paths(fastapi.routes), count_error))
     if settings.cors_allow_origins:
@@ -104,6 +105,7 @@ def create_fastapi(service: Service, methods: Methods) -> FastAPI:
     app.include_router(KeyRoutes(service.keys, service.access, *bounds).router())
     documents.mount(app, methods.table(), settings.public_url, always_asks=service.access.always_asks)
     count_requests(app, service.metrics.registry)
+    service.tracing.instrument(app, OWN_PATHS)
     return app
 
 
@@ -115,6 +117,8 @@ COUNTED_METHODS = frozenset({"GET", "POST", "DELETE"})
 """Anything else is counted as one: who calls may name dozens."""
 
 NOT_REST = r"^/(?!api/)"
+OWN_PATHS = "/livez,/readyz,/metrics,/docs,/openapi.json,/.well-known/"
+"""Patterns of paths without a span: nobody traces a probe."""
 
 
 def count_requests(app: FastAPI, registry: CollectorRegistry) -> None:

@@ -19,6 +19,7 @@ from starlette.routing import compile_path
 
 from app.errors import DRAINING, InternalError, InvalidParams, InvalidRequest, MethodNotFound, ToolServiceError
 from app.service import Service
+from app.telemetry.tracing import Tracing
 from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import violations
 from app.transport import openapi
@@ -44,7 +45,8 @@ def mount(app: FastAPI, service: Service, methods: Methods) -> None:
     """Add the routes, and the one shape of every error of this application."""
     answer_errors(app, service.metrics.count_error)
     settings = service.settings
-    tools = ToolRoutes(service.registry, methods, settings.max_request_bytes, settings.request_read_timeout_s)
+    bounds = settings.max_request_bytes, settings.request_read_timeout_s
+    tools = ToolRoutes(service.registry, methods, service.tracing, *bounds)
     app.include_router(tools.router())
     limits = APIRouter(prefix="/api/v1/limits", tags=["limits"], default_response_class=Response)
     described = openapi.GET_LIMITS.described((*READ_REFUSALS, 404, 503))
@@ -55,7 +57,10 @@ def mount(app: FastAPI, service: Service, methods: Methods) -> None:
 class ToolRoutes:
     """The endpoints under /api/v1/tools, and what is left of a tool's limits."""
 
-    def __init__(self, registry: Registry, methods: Methods, body_bytes_max: int, read_timeout_s: float) -> None:
+    def __init__(
+        self, registry: Registry, methods: Methods, tracing: Tracing, body_bytes_max: int, read_timeout_s: float
+    ) -> None:
+        self._tracing = tracing
         self._registry = registry
         self._methods = methods
         self._body_bytes_max = body_bytes_max
@@ -104,7 +109,8 @@ class ToolRoutes:
         except ClientGone:
             return Response(status_code=400)  # nobody is there to read it
         exchange = request.scope.get("extensions", {}).get(EXTENSION)
-        context = RequestContext(caller, time.perf_counter(), AsgiClient(request.receive, exchange))
+        trace = self._tracing.join(request.scope["headers"])
+        context = RequestContext(caller, time.perf_counter(), AsgiClient(request.receive, exchange), trace=trace)
         asked = validated(RestExecuteBody, decode(body) if body else {}, strict=True)
         written = await self._methods.execute(context, request.path_params["tool_id"], asked)
         await context.committed()

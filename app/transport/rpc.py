@@ -16,6 +16,7 @@ from app.access.authenticator import Authenticator
 from app.access.credential import CredentialMissing
 from app.errors import UNAUTHENTICATED, BodyTooLarge, BodyTooSlow, ToolServiceError
 from app.telemetry.metrics import Histogram
+from app.telemetry.tracing import OFF, Tracing
 from app.transport.allowance import limit_headers, limit_lines, retry_after_s
 from app.transport.exchange import EXTENSION, Exchange
 from app.transport.jsonrpc import Dispatcher, RequestContext
@@ -124,7 +125,9 @@ class JsonRpcDoor:
         count_error: Callable[[str], None],
         body_bytes_max: int,
         read_timeout_s: float,
+        tracing: Tracing = OFF,
     ) -> None:
+        self._tracing = tracing
         self._dispatcher = dispatcher
         self._access = access
         self._authentication = authentication
@@ -156,7 +159,9 @@ class JsonRpcDoor:
             except ToolServiceError as error:
                 await self._refuse(send, error)
                 return
-        context = RequestContext(caller, time.perf_counter(), AsgiClient(receive, exchange))
+        context = RequestContext(
+            caller, time.perf_counter(), AsgiClient(receive, exchange), trace=self._tracing.begin(scope["headers"])
+        )
         answer = await self._dispatcher.dispatch(body, context)
         if context.commits is not None:
             await context.committed()
@@ -169,6 +174,7 @@ class JsonRpcDoor:
             answered = False
         if not answered:
             await self._respond(send, context, answer)
+        self._tracing.request_ended(context.trace, begin, caller.tenant, context.method, context.error, context.batch)
 
     async def _respond(self, send: Send, context: RequestContext, answer: bytes | None) -> None:
         if context.draining:
