@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from app.calls import rfc3339
+from app.calls import current_call, rfc3339
 from app.telemetry.redaction import redact, redact_text
 
 QUEUE_LINES_MAX = 10_000
@@ -93,6 +93,7 @@ class LineWriter(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if not self._repeats.lets_through(record, int(time.monotonic())):
             return
+        _name_call(record)
         if self._records.qsize() >= QUEUE_LINES_MAX:
             self.dropped += 1
         else:
@@ -117,6 +118,14 @@ class LineWriter(logging.Handler):
         self._records.put(None)
         self._thread.join(timeout=1.0)
         super().close()
+
+
+def _name_call(record: logging.LogRecord) -> None:
+    """Which call the line was written for, unless it is about another one."""
+    call = current_call.get()
+    if call is not None and getattr(record, "execution_id", call.execution_id) == call.execution_id:
+        record.execution_id = call.execution_id
+        record.trace_id = call.trace_id or call.execution_id.replace("-", "")
 
 
 def _line_anyhow(record: logging.LogRecord) -> bytes:
