@@ -151,6 +151,7 @@ ALERTS = [
           {STARTED: always(100)}, lead_minutes=3, after_resets={STARTED: RESTARTS},
           at_after_resets={STARTED: "100 stale 200 stale 300+0x60"}),
     events("LogLinesDropped", "warning", f"log_lines_dropped_total{{{LABELS}}}"),
+    events("SpansLost", "warning", f'trace_spans_total{{{LABELS},outcome="dropped"}}'),
     gauge("LimitStoreAway", "critical", 2, "limit_store_up", 0, 1, 1),
     gauge("ExecutionLogLag", "warning", 5, "execution_log_lag_seconds", 60.1, 60, 0),
     gauge("JournalFilling", "critical", 1, "execution_log_journal_bytes", 801, 800, 0, JOURNAL_LIMIT),
