@@ -207,6 +207,9 @@ class Settings(BaseModel):
     forwarded_allow_ips: Proxies = Field(
         (), description="Proxies whose X-Forwarded-Proto is believed: addresses, networks or *, comma separated"
     )
+    mcp_tolerate_header_mismatch: bool = Field(
+        False, description="true: MCP messages of 2026-07-28 may come under the header of an older version"
+    )
     egress_allow: CommaList = Field(
         (), description="Hosts or networks that tools may reach though egress refuses them, each with optional :port"
     )

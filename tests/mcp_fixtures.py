@@ -126,6 +126,50 @@ async def mirrored_parameters(
     return {"region": region, "count": count, "dry": dry}
 
 
+@tool
+async def tell_and_wait(context: ToolContext, seconds: float = 60) -> str:
+    """Tell of some progress, then wait."""
+    await context.progress(1)
+    await asyncio.sleep(seconds)
+    return "done"
+
+
+@tool
+async def tell_everything(context: ToolContext) -> None:
+    """Tell of progress that goes on, back, nowhere and past all bounds."""
+    await context.progress(-1)
+    await context.progress(0, 2, "with \x00\u202e control and bidi")
+    for done in (0, -1, float("nan"), 0.5, float("inf"), 0.5, 1):
+        await context.progress(done, float("inf"))
+
+
+@tool
+async def tell_often(context: ToolContext, times: int) -> int:
+    """Tell of progress as often as that."""
+    for done in range(times):
+        await context.progress(done)
+    return times
+
+
+@tool
+async def tell_and_fail(context: ToolContext) -> None:
+    """Tell of some progress, then fail."""
+    await context.progress(1)
+    raise ToolError("It went wrong")
+
+
+@tool(timeout=0.1)
+async def tell_after_the_deadline(context: ToolContext) -> None:
+    """Tell of progress, outlive the deadline, and tell of more."""
+    await context.progress(1)
+    for _ in range(20):
+        try:
+            await asyncio.sleep(0.02)
+        except asyncio.CancelledError:
+            pass
+    await context.progress(2)
+
+
 SCHEMA_2020_12: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "type": "object",

@@ -1,12 +1,12 @@
 """The ASGI application: who answers which path, top to bottom.
 
-First the guard against browsers and DNS rebinding, then the RPC door, which asks for a credential itself, then the gate
-that does, then FastAPI for REST, documents and ops.
+First the guard against browsers and DNS rebinding, then the RPC doors, which ask for a credential themselves, then the
+gate that does, then FastAPI for REST, documents and ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from urllib.parse import urlsplit
 
 import orjson
@@ -27,6 +27,10 @@ from app.transport.admin import KeyRoutes
 from app.transport.executions import ExecutionRoutes
 from app.transport.gate import Gate, open_paths
 from app.transport.jsonrpc import Dispatcher
+from app.transport.mcp import MCP_PATH, McpDoor, ResourceDoor
+from app.transport.mcp_dispatcher import McpDispatcher
+from app.transport.mcp_methods import McpMethods
+from app.transport.mcp_resource import METADATA_PATHS, ProtectedResource
 from app.transport.methods import Methods
 from app.transport.openrpc import openrpc_document
 from app.transport.rpc import CLOSE, RPC_PATH, JsonRpcDoor, Receive, Scope, Send, json_headers, respond
@@ -57,10 +61,15 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
     access, count_error = service.access, service.metrics.count_error
     authentication = service.metrics.stages["authentication"]
     bounds = settings.max_request_bytes, settings.request_read_timeout_s
-    service.tracing.server = {"server.address": host, **({"server.port": port} if port else {})}
+    service.tracing.listens_at({"server.address": host, **({"server.port": port} if port else {})})
     door = JsonRpcDoor(dispatcher, access, authentication, count_error, *bounds, service.tracing)
+    resource = ProtectedResource(settings.jwt_issuer, settings.public_url)
+    mcp = create_mcp_door(service, resource)
     fastapi = create_fastapi(service, methods)
-    inner: ASGIApp = Doors(door, Gate(fastapi, access, authentication, open_paths(fastapi.routes), count_error))
+    inner: ASGIApp = Doors(
+        {RPC_PATH: door, MCP_PATH: mcp, **dict.fromkeys(METADATA_PATHS, ResourceDoor(resource))},
+        Gate(fastapi, access, authentication, open_paths(fastapi.routes), count_error),
+    )
     if settings.cors_allow_origins:
         inner = CORSMiddleware(
             inner,
@@ -77,6 +86,29 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
         )
     own = (origin_of(settings.public_url),) if settings.public_url else ()
     return Guard(inner, (*settings.cors_allow_origins, *own), loopback_only=is_loopback(host))
+
+
+def create_mcp_door(service: Service, resource: ProtectedResource) -> McpDoor:
+    """POST /mcp over the same executor, registry and access."""
+    settings, count_error = service.settings, service.metrics.count_error
+    methods = McpMethods(
+        service.executor,
+        service.registry,
+        service.metrics,
+        cache_answers=settings.enable_registry_cache,
+        tracing=service.tracing,
+    )
+    dispatcher = McpDispatcher(
+        methods,
+        settings.max_batch_size,
+        ANSWER_RESULTS_MAX * settings.max_result_bytes,
+        run_bounded,
+        count_error,
+        tolerate_mismatch=settings.mcp_tolerate_header_mismatch,
+    )
+    authentication = service.metrics.stages["authentication"]
+    bounds = settings.max_request_bytes, settings.request_read_timeout_s
+    return McpDoor(dispatcher, service.access, authentication, resource, count_error, *bounds, service.tracing)
 
 
 def origin_of(url: str) -> str:
@@ -137,17 +169,19 @@ def count_requests(app: FastAPI, registry: CollectorRegistry) -> None:
 
 
 class Doors:
-    """The RPC path goes to its door, everything else through the gate to FastAPI."""
+    """Paths with a door of their own go to it, everything else through the gate to FastAPI."""
 
-    def __init__(self, jsonrpc: JsonRpcDoor, rest: Gate) -> None:
-        self._jsonrpc = jsonrpc
+    def __init__(self, doors: Mapping[str, ASGIApp], rest: Gate) -> None:
+        self._doors = doors
         self._rest = rest
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        if scope["type"] == "http" and scope["path"] == RPC_PATH:
-            return self._jsonrpc(scope, receive, send)
-        if scope["type"] == "http" and scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}  # the server itself leaves out the body of an answer to HEAD
+        if scope["type"] == "http":
+            door = self._doors.get(scope["path"])
+            if door is not None:
+                return door(scope, receive, send)
+            if scope["method"] == "HEAD":
+                scope = {**scope, "method": "GET"}  # the server itself leaves out the body of an answer to HEAD
         return self._rest(scope, receive, send)
 
 

@@ -13,8 +13,10 @@ import orjson
 
 from app.access.authenticator import Authenticator
 from app.access.credential import CredentialMissing
-from app.calls import Caller, Progress
+from app.calls import Progress
 from app.errors import UNAUTHENTICATED, ToolServiceError
+from app.telemetry.metrics import Histogram
+from app.telemetry.tracing import OFF, Tracing
 from app.transport.allowance import limit_headers, limit_lines
 from app.transport.exchange import EXTENSION, Exchange
 from app.transport.jsonrpc import RequestContext
@@ -50,25 +52,32 @@ class McpDoor:
         self,
         dispatcher: McpDispatcher,
         access: Authenticator,
+        authentication: Histogram,
         resource: ProtectedResource,
         count_error: Callable[[str], None],
         body_bytes_max: int,
         read_timeout_s: float,
+        tracing: Tracing = OFF,
     ) -> None:
         self._dispatcher = dispatcher
         self._access = access
+        self._authentication = authentication
+        self._tracing = tracing
         self._resource = resource
         self._count_error = count_error
         self._body_bytes_max = body_bytes_max
         self._read_timeout_s = read_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = scope["headers"]
+        begin = time.perf_counter()
         try:
+            headers = scope["headers"]
             caller = self._access.recognised(headers) or await self._access.identify(headers)
         except ToolServiceError as error:
+            self._authentication.observe(time.perf_counter() - begin)
             await self._turn_away(scope, send, error)
             return
+        self._authentication.observe(time.perf_counter() - begin)
         if scope["method"] != "POST":
             await respond(send, 405, [(b"allow", b"POST"), NO_BODY])
             return
@@ -82,12 +91,15 @@ class McpDoor:
             except ToolServiceError as error:
                 await self._refuse(send, error)
                 return
-        await self._answer(scope, caller, AsgiClient(receive, exchange), body, send, exchange)
+        context = RequestContext(
+            caller, time.perf_counter(), AsgiClient(receive, exchange), trace=self._tracing.begin(headers)
+        )
+        await self._answer(scope, send, context, body, exchange)
+        self._tracing.request_ended(context.trace, begin, caller.tenant, context.method, context.error, context.batch)
 
     async def _answer(
-        self, scope: Scope, caller: Caller, client: AsgiClient, body: bytes, send: Send, exchange: Exchange | None
+        self, scope: Scope, send: Send, context: RequestContext, body: bytes, exchange: Exchange | None
     ) -> None:
-        context = RequestContext(caller, time.perf_counter(), client)
         stream: ProgressStream | None = None
 
         def progress_to(token: str | int) -> Progress | None:

@@ -120,6 +120,7 @@ class McpDispatcher:
         method = table.get(request.method)
         if method is None:
             raise MethodNotFound(f"Method not found; there is {', '.join(table)}")
+        context.method = request.method
         token = request.meta.get("progressToken") if request.method == CALL else None
         on_progress = progress_to(token) if isinstance(token, str | int) and not isinstance(token, bool) else None
         return method(context, request, routing, on_progress)
@@ -133,12 +134,15 @@ class McpDispatcher:
             raise InvalidRequest("Invalid request: the batch is empty")
         if len(messages) > self._batch_max:
             raise InvalidRequest(f"Invalid request: a batch holds at most {self._batch_max} requests")
+        context.batch = len(messages)
         answers = [ACCEPTED] * len(messages)
         budget = AnswerBudget(self._answer_bytes_max)
         served: list[bool] = []
 
         async def answer(position: int) -> None:
-            own = RequestContext(context.caller, context.received_at, context.client, budget=budget)
+            own = RequestContext(
+                context.caller, context.received_at, context.client, budget=budget, trace=context.trace
+            )
             answers[position] = await self._dispatch_one_of_batch(messages[position], routing, version, own)
             for commit in own.commits or ():
                 context.hold_for(commit)
@@ -172,6 +176,7 @@ class McpDispatcher:
         if error.kind is TOOL_NOT_FOUND:  # it was there a moment ago
             error = Malformed(error.message)
         error.forget_origin()
+        context.error = error
         if error.kind is DRAINING:
             context.draining = True
         if error.execution_id is None:

@@ -6,7 +6,6 @@ blocks; no HTTP, and no headers but those that mirror parameters.
 
 from __future__ import annotations
 
-import re
 import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,6 +17,7 @@ from app.calls import Caller, Execution, Progress, ToolCall, new_execution_id
 from app.errors import INVALID_PARAMS, InvalidParams, ToolServiceError
 from app.executor.executor import Executor
 from app.telemetry.metrics import Metrics
+from app.telemetry.tracing import OFF, Tracing
 from app.tools.registry import Registry, ToolFilter, decode_cursor, encode_cursor
 from app.tools.tool import Tool
 from app.transport.jsonrpc import RequestContext
@@ -50,9 +50,6 @@ TTL_MS = 60_000
 
 IDEMPOTENCY_KEY_CHARACTERS_MAX = 256
 
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
-"""W3C Trace Context, which SEP-414 puts into `_meta`."""
-
 _EVERY_TOOL = ToolFilter()
 
 Method = Callable[[RequestContext, Request, Routing, Progress | None], Awaitable[bytes]]
@@ -61,11 +58,20 @@ Method = Callable[[RequestContext, Request, Routing, Progress | None], Awaitable
 class McpMethods:
     """Both tables and the work behind them."""
 
-    def __init__(self, executor: Executor, registry: Registry, metrics: Metrics, *, cache_answers: bool) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        registry: Registry,
+        metrics: Metrics,
+        *,
+        cache_answers: bool = True,
+        tracing: Tracing = OFF,
+    ) -> None:
         self._executor = executor
         self._registry = registry
         self._metrics = metrics
         self._cache_answers = cache_answers
+        self._tracing = tracing
         self.modern: Mapping[str, Method] = {"server/discover": _discover, LIST: self._list, CALL: self._call}
         self.legacy: Mapping[str, Method] = {
             "initialize": _initialize,
@@ -92,7 +98,8 @@ class McpMethods:
         ids = snapshot.visible_ids(_EVERY_TOOL, caller)
         start = bisect_right(ids, _last_seen(cursor)) if cursor else 0
         end = start + PAGE_TOOLS
-        page: dict[str, Any] = {"tools": [definition(snapshot.tools[tool_id]) for tool_id in ids[start:end]]}
+        listed = [definition(snapshot.tools[tool_id], modern=modern) for tool_id in ids[start:end]]
+        page: dict[str, Any] = {"tools": listed}
         if end < len(ids):
             page["nextCursor"] = encode_cursor(ids[end - 1])
         if modern:
@@ -114,6 +121,8 @@ class McpMethods:
             raise Malformed("Unknown tool; tools/list shows what you may call")
         if type(arguments) is not dict:
             raise Malformed("arguments must be an object")
+        if "traceparent" in request.meta and context.trace is not None and not context.trace.remote:
+            context.trace = self._tracing.begin(_carried(request.meta))
         call = tool_call(context, request, tool, arguments, on_progress)
         if request.modern and tool.spec.client_capabilities:
             try:
@@ -169,22 +178,28 @@ def tool_call(
     context: RequestContext, request: Request, tool: Tool, arguments: dict[str, Any], on_progress: Progress | None
 ) -> ToolCall:
     """The call that a request asks for."""
-    call = ToolCall(
-        new_execution_id(), tool.spec.id, arguments, context.caller, context.received_at, client=context.client
+    execution_id, trace, meta = new_execution_id(), context.trace, request.meta
+    return ToolCall(
+        execution_id,
+        tool.spec.id,
+        arguments,
+        context.caller,
+        context.received_at,
+        trace_id=None if trace is None else trace.id_of_call(execution_id, None),
+        idempotency_key=_idempotency_key(meta) if META_IDEMPOTENCY_KEY in meta else None,
+        client=context.client,
+        on_progress=on_progress,
+        trace=trace,
     )
-    meta = request.meta
-    if not meta.keys().isdisjoint(_META_OF_CALLS):
-        call = call._replace(trace_id=_trace_id(meta), idempotency_key=_idempotency_key(meta))
-    return call if on_progress is None else call._replace(on_progress=on_progress)
 
 
-_META_OF_CALLS = frozenset({"traceparent", META_IDEMPOTENCY_KEY})
-
-
-def _trace_id(meta: Mapping[str, Any]) -> str | None:
-    given = meta.get("traceparent")
-    found = _TRACEPARENT.fullmatch(given) if isinstance(given, str) else None
-    return found[1] if found else None
+def _carried(meta: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
+    """The trace context in `_meta` (SEP-414), as the headers that it would be."""
+    return [
+        (name.encode(), meta[name].encode("ascii", "replace"))
+        for name in ("traceparent", "tracestate")
+        if isinstance(meta.get(name), str)
+    ]
 
 
 def _idempotency_key(meta: Mapping[str, Any]) -> str | None:

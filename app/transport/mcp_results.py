@@ -33,7 +33,7 @@ SERVER_INFO = orjson.dumps({"name": SERVICE_NAME, "version": __version__})
 _META = b'"_meta":{"io.modelcontextprotocol/serverInfo":%b' % SERVER_INFO
 
 
-def definition(tool: Tool) -> dict[str, Any]:
+def definition(tool: Tool, *, modern: bool) -> dict[str, Any]:
     """A tool as MCP has it. The hints are always there, for their defaults say that a tool destroys."""
     spec = tool.spec
     title = spec.title or spec.name
@@ -43,8 +43,9 @@ def definition(tool: Tool) -> dict[str, Any]:
         "description": spec.description,
         "inputSchema": tool.parameters.json_schema,
     }
-    if tool.result.is_object:  # some clients drop the whole list over a schema with another root
-        described["outputSchema"] = tool.result.json_schema
+    schema = tool.result.json_schema
+    if schema is not None and tool.result.is_object:  # some clients drop the whole list over a schema of another root
+        described["outputSchema"] = schema if modern else _or_refused(schema)
     described["annotations"] = {
         "title": title,
         "readOnlyHint": spec.read_only,
@@ -52,6 +53,21 @@ def definition(tool: Tool) -> dict[str, Any]:
         "idempotentHint": spec.idempotent or spec.read_only,
     }
     return described
+
+
+def _or_refused(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same schema, which a refusal passes too. The TypeScript SDK up to 1.x, which speaks the legacy era, checks
+    the structured content of errors against it and throws: its agent would never read when to come back."""
+    properties = schema.get("properties", {})
+    if "error" in properties or "anyOf" in schema:
+        return schema
+    needed = schema.get("required", [])
+    either = {"anyOf": [{"required": needed}, {"required": ["error"]}]} if needed else {}
+    kept = {name: value for name, value in schema.items() if name != "required"}
+    return {**kept, "properties": {**properties, "error": _REFUSAL_SCHEMA}, **either}
+
+
+_REFUSAL_SCHEMA = {"type": "object", "description": "Instead of a result, where the call was refused"}
 
 
 def finished(result: bytes, *, modern: bool) -> bytes:
