@@ -14,8 +14,6 @@ from app.execution_log.folders import Folder, Segment
 from app.execution_log.segments import HEADER_BYTES, new_header
 from app.execution_log.syncing import Syncing
 
-_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
 
 class SegmentWriter:
     """The only one that writes to a folder's segments. Their files are closed in the disk's thread."""
@@ -36,8 +34,8 @@ class SegmentWriter:
         frames = segment.framing.encode(block.unreleased())
         try:
             _write_whole(self._fd, frames, segment.size_bytes)
-        except OSError as error:
-            self._take_back(segment, error)
+        except OSError:
+            self._take_back(segment)
             raise
         block.place(segment.sequence, segment.size_bytes, len(frames))
         segment.size_bytes += len(frames)
@@ -69,11 +67,11 @@ class SegmentWriter:
         self._syncing.note_new_file(fd)
         return segment
 
-    def _take_back(self, segment: Segment, error: OSError) -> None:
-        """No half a frame stays behind. Where it was not space that failed, perhaps the file is bad."""
+    def _take_back(self, segment: Segment) -> None:
+        """No half a frame stays behind. The next attempt is made with another file, should this one be bad."""
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, segment.size_bytes)
-        if error.errno not in _SPACE and segment.size_bytes > HEADER_BYTES:
+        if segment.size_bytes > HEADER_BYTES:  # an empty one is kept: attempts go on for as long as the disk is full
             self.retire()
 
 

@@ -211,9 +211,7 @@ class Journal:
         self._records, self._size_bytes, self._commit, self._strict = [], 0, Commit(), None
         try:
             self._keep(block)
-            if strict is not None and self._write_failing:
-                strict.complete()
-            elif strict is not None:
+            if strict is not None:
                 self._syncing.hold(strict)
         finally:
             commit.complete()

@@ -160,8 +160,12 @@ async def test_strict_commits_that_come_during_a_sync_share_the_next_one(tmp_pat
             await asyncio.sleep(0)
         assert len(set(commits)) == 20 and not any(commit.done for commit in commits)
         assert journal._disk._queue.qsize() == 1
+        others: list[bool] = []
+        loop = asyncio.get_running_loop()
+        commits[0].add_done_callback(lambda _: loop.call_soon(lambda: others.append(commits[1].done)))
         ends.set()
         await asyncio.wait_for(asyncio.gather(*(commit.wait() for commit in commits)), SOON_S)
+        assert others == [False]
 
 
 async def test_a_disk_that_hangs_holds_no_answer_back_for_ever(tmp_path: Path) -> None:
@@ -639,7 +643,9 @@ await journal.append(b"before", strict=False).wait()
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, hard))
 for number in range(100):
-    await journal.append(b"%d" % number, strict=number % 2 == 0).wait()
+    commit = journal.append(b"%d" % number, strict=number % 2 == 0)
+    if number % 10 == 9:
+        await commit.wait()
 say(f"{journal.failing} {journal.unwritten} {journal.write_failures > 0}")
 """
 
@@ -649,6 +655,9 @@ async def test_while_nothing_can_be_written_answers_go_out_and_records_wait_in_m
         FULL.replace("{limit}", "70")
         + """
 say(f"{journal.reserve(100)} {journal.reserve(17 << 20)}")
+while journal.write_failures < 4:
+    await asyncio.sleep(0.01)
+say(f"{len(list(root.glob('*/*.segment')))}")
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 while journal.failing:
     await asyncio.sleep(0.01)
@@ -657,33 +666,39 @@ await asyncio.sleep(600)
 """
     )
     with child(tmp_path, body) as process:
-        assert lines(process, 3) == [b"True 100 True", b"True False", b"0 0"]
+        assert lines(process, 4) == [b"True 100 True", b"True False", b"2", b"0 0"]
     async with opened(tmp_path) as journal:
         assert read(journal) == [b"before", *(b"%d" % number for number in range(100))]
         assert journal.damage.bytes == 0
 
 
-async def test_what_the_database_took_from_memory_is_not_written_later(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rewound", ["never", "while it fails", "once it is written"])
+async def test_what_the_database_took_from_memory_is_not_written_later(tmp_path: Path, rewound: str) -> None:
+    again = "journal.rewind(); batch = journal.read_batch(3, 1 << 20)"
     body = (
         FULL.replace("{limit}", "70")
         + """
-batch = journal.read_batch(61, 1 << 20)
+batch = journal.read_batch(66, 1 << 20)
 say(f"{batch.records[0].decode()} {batch.records[-1].decode()}")
 journal.release(batch)
 say(f"{journal.unwritten}")
+batch = journal.read_batch(3, 1 << 20)
+{while it fails}
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 while journal.failing:
     await asyncio.sleep(0.01)
-batch = journal.read_batch(10, 1 << 20)
+{once it is written}
 journal.release(batch)
-say(f"{batch.records[0].decode()}")
+say(f"{batch.records[0].decode()} {batch.records[-1].decode()}")
 await asyncio.sleep(600)
 """
     )
+    for when in ("while it fails", "once it is written"):
+        body = body.replace("{%s}" % when, again if rewound == when else "")
     with child(tmp_path, body) as process:
-        assert lines(process, 4) == [b"True 100 True", b"before 59", b"40", b"60"]
+        assert lines(process, 4) == [b"True 100 True", b"before 64", b"35", b"65 67"]
     async with opened(tmp_path) as journal:
-        assert read(journal) == [b"%d" % number for number in range(70, 100)]
+        assert read(journal) == [b"%d" % number for number in range(68, 100)]
 
 
 async def test_half_a_frame_that_a_full_disk_took_is_taken_back(tmp_path: Path) -> None:
@@ -823,8 +838,8 @@ async def test_a_segment_without_any_readable_header_is_set_aside_whole(tmp_path
     async with opened(tmp_path) as journal:
         assert read(journal) == []
         assert journal.damage.bytes == len(data) and journal.damage.segments == 1
+        await until(lambda: journal.size_bytes == 0)
         await until(lambda: folders(tmp_path) == [journal._own.path])
-        assert journal.size_bytes == 0
     (aside,) = tmp_path.glob("*.damaged")
     assert aside.read_bytes()[HEADER_BYTES:] == data[HEADER_BYTES:]
 
