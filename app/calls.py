@@ -46,14 +46,16 @@ class Aside:
     """What a door needs of a call besides its outcome. Filled by the executor; its own part of a call derives from it.
 
     `grant` is what the call's limits had left when it was let in, `commit` the promise that its row is kept, which the
-    answer waits for; None where no limit binds it, or where it has no row.
+    answer waits for; None where no limit binds it, or where it has no row. `kept_trace` is the id of its trace, when
+    its span is kept.
     """
 
-    __slots__ = ("commit", "grant")
+    __slots__ = ("commit", "grant", "kept_trace")
 
     def __init__(self) -> None:
         self.grant: Any = None
         self.commit: Any = None
+        self.kept_trace: str | None = None
 
 
 class Client(Protocol):

@@ -64,6 +64,7 @@ class Run(Aside):
 
     def __init__(self, call: ToolCall) -> None:
         self.commit: Commit | None = None
+        self.kept_trace: str | None = None
         self.grant: Grant | None = None
         self.call = call
         self.interrupt = Interrupt()
@@ -132,6 +133,7 @@ class Executor:
         self._execution_stage = metrics.stages["execution"]
         self._serialisation_stage = metrics.stages["serialisation"]
         self._tracing = tracing
+        self._log_stage = metrics.stages["log"]
         self._tracing_stage = metrics.stages["tracing"]
         self._metrics_stage = metrics.stages["metrics"]
         self._rebuild_validators = rebuild_validators
@@ -393,7 +395,7 @@ class Executor:
         kept = None
         if self._tracing.recording:
             marks = (run.found, run.validated, run.started)
-            kept = self._tracing.call_ended(run.call, execution, marks, known=run.state is not None)
+            kept = run.kept_trace = self._tracing.call_ended(run.call, execution, marks, known=run.state is not None)
             traced = perf_counter()
             self._tracing_stage.observe(traced - begin)
             begin = traced
@@ -406,7 +408,11 @@ class Executor:
                 series.duration.observe_traced(run.run_s, kept)
             metrics.busy_s += run.run_s
             self._execution_stage.observe(run.run_s)
+            counted = perf_counter()
             run.commit = run.state.log.append(run.call, execution)
+            logged_s = perf_counter() - counted
+            self._log_stage.observe(logged_s)
+            begin += logged_s
         metrics.count_outcome(execution)
         self._metrics_stage.observe(perf_counter() - begin)
 

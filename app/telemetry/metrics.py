@@ -170,6 +170,13 @@ class Metrics(Collector):
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
+    def observe_overhead(self, seconds: float, kept_trace: str | None) -> None:
+        """Of one call; with the id of its trace when its span is kept."""
+        if kept_trace is None:
+            self.overhead.observe(seconds)
+        else:
+            self.overhead.observe_traced(seconds, kept_trace)
+
     def count_error(self, error_type: str) -> None:
         self.errors[error_type] += 1
 

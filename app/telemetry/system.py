@@ -109,9 +109,9 @@ class SystemWatch:
         that is not there is one outside of the container, whose own group is then what is mounted."""
         mount = self._root / "sys/fs/cgroup" / mounted
         for line in _text(self._root / "proc/self/cgroup").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controller in controllers.split(","):
-                inner = mount / path.strip("/")
+            parts = line.split(":", 2)
+            if len(parts) == 3 and controller in parts[1].split(","):
+                inner = mount / parts[2].strip("/")
                 yield from [inner, *inner.parents[: len(inner.parts) - len(mount.parts)]]
 
 

@@ -174,7 +174,8 @@ class Methods:
         if context.budget is not None:
             execution = self._within_budget(context.budget, execution)
         written = execution.as_json()
-        self._metrics.overhead.observe(time.perf_counter() - context.received_at - execution.run_s)
+        overhead_s = time.perf_counter() - context.received_at - execution.run_s
+        self._metrics.observe_overhead(overhead_s, None if aside is None else aside.kept_trace)
         return written
 
     async def _execute_batch(self, context: RequestContext, params: shapes.BatchParams) -> bytes:
@@ -280,7 +281,8 @@ class Methods:
         if execution.refusal is not None:
             return {"error": execution.refusal.as_error()}
         if execution.attempts:
-            self._metrics.overhead.observe(execution.overhead_s)
+            aside = execution.aside
+            self._metrics.observe_overhead(execution.overhead_s, None if aside is None else aside.kept_trace)
         return execution.as_dict()
 
 
