@@ -1,0 +1,17 @@
+"""Tools that only loads call: the built-in ones do not wait."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from pydantic import Field
+
+from app.tools.tool import tool
+
+
+@tool(read_only=True)
+async def pause(seconds: Annotated[float, Field(ge=0, le=60)]) -> float:
+    """Wait for so many seconds, and return them."""
+    await asyncio.sleep(seconds)
+    return seconds
