@@ -94,6 +94,7 @@ class ExecutionLog:
         journal: Journal | None,
         memory: BufferedLog | None,
         writers: tuple[LogWriter, ...],
+        adopted_every_s: float = ADOPTED_EVERY_S,
     ) -> None:
         self._recorder = recorder
         self._mode = mode
@@ -101,6 +102,7 @@ class ExecutionLog:
         self._journal = journal
         self._memory = memory
         self._writers = writers
+        self._adopted_every_s = adopted_every_s
 
     def for_tool(self, version: str, cost: int, mode: Mode | None, payloads: Payloads | None) -> ToolLog:
         """A tool's log; None is the service's own mode, or payloads."""
@@ -124,22 +126,36 @@ class ExecutionLog:
 
     @property
     def journal_bytes(self) -> int:
-        return sum(sink.size_bytes for sink in (self._journal, self._memory) if sink is not None)
+        """Of records that are no rows yet, on disk and in memory."""
+        return sum(sink.backlog_bytes for sink in (self._journal, self._memory) if sink is not None)
 
     @property
     def problems(self) -> list[str]:
-        """What `/readyz` says: none of it keeps calls from being served."""
-        problems = [f"database away, rows wait: {writer.reason}" for writer in self._writers[:1] if writer.away]
+        """What `/readyz` says, to anyone who asks: why is in the service's own log."""
+        problems = []
+        if any(writer.away for writer in self._writers):
+            problems.append(f"database away for {self.lag_s:.0f} s, rows wait")
         if self._journal is not None and self._journal.failing:
             problems.append(f"journal cannot be written, {self._journal.unwritten} rows are in memory alone")
+        if self._is_full():
+            problems.append("journal full, calls are refused")
         return problems
+
+    def _is_full(self) -> bool:
+        if self._journal is None:
+            return False
+        size_bytes = self._recorder.bytes_max(self._payloads)
+        if not self._journal.reserve(size_bytes):
+            return True
+        self._journal.unreserve(size_bytes)
+        return False
 
     # Its life
 
     async def adopt(self) -> None:
         """For ever: take over journals whose processes have ended."""
         while True:
-            await asyncio.sleep(ADOPTED_EVERY_S)
+            await asyncio.sleep(self._adopted_every_s)
             if self._journal is not None:
                 self._journal.adopt_orphans()
 

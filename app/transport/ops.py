@@ -60,6 +60,10 @@ def readiness(service: Service) -> Iterator[str]:
     yield f"service: {service.lifecycle.phase.value}"
     yield f"authentication: {'off' if service.access.is_off else 'on'}"
     yield f"database: {database_state(service)}"
+    if service.log is None:
+        yield "log: off"
+    else:
+        yield f"log: {'; '.join(service.log.problems) or 'up'}"
     yield f"tools: {len(service.registry)} registered"
     for source in dict.fromkeys(problem.source for problem in service.load_problems):
         yield f"problem with tools from {source}: the log says why"
