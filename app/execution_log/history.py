@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.calls import STATUSES, rfc3339
+from app.clients import pool_states
 from app.errors import DependencyUnavailable, InvalidParams
 from app.execution_log.columns import COLUMNS
 from app.execution_log.connections import StoreAway, away, borrowed, opened
@@ -36,8 +37,11 @@ STATEMENT_TIMEOUT_S = 5.0
 CUT_AFTER_S = 1.0
 """The connection is cut that much later, when not even that was heard of."""
 
-READERS_MAX = 4
-"""Pages that are read at once: most of the pool stays for keys and the writer, and a page takes milliseconds."""
+READERS_MAX = 8
+"""Pages that are read at once: a page takes milliseconds, and each holds its rows."""
+
+KEPT_FOR_OTHERS = 2
+"""Connections of the pool that no page takes: one for keys, one for the writer."""
 
 PATIENCE_S = 5.0
 """For one of these places."""
@@ -146,7 +150,7 @@ class ExecutionHistory:
         kind = SqliteReader if engine.dialect.name == "sqlite" else PostgresReader
         self._reader: PostgresReader | SqliteReader = kind(engine, timeout_s)
         self._wait_us_max = int(wait_s_max * 1e6)
-        self._places = asyncio.Semaphore(READERS_MAX)
+        self._places = asyncio.Semaphore(_readers_max(engine))
 
     async def page(
         self, tenant: str | None, filters: Filters, limit: int = LIMIT_DEFAULT, cursor: str | None = None
@@ -216,6 +220,11 @@ class ExecutionHistory:
             raise DependencyUnavailable("The log cannot be read now", retry_after_ms=1000) from None
         finally:
             self._places.release()
+
+
+def _readers_max(engine: AsyncEngine) -> int:
+    connections_max = sum(pool_states(engine).values())
+    return max(1, min(READERS_MAX, connections_max - KEPT_FOR_OTHERS)) if connections_max else READERS_MAX
 
 
 RENDERED_AT_ONCE = 50
