@@ -18,7 +18,7 @@ from typing import Any
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.common.v1.common_pb2 import InstrumentationScope as EncodedScope
+from opentelemetry.proto.trace.v1.trace_pb2 import Span as EncodedSpan
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter, SpanExportResult
@@ -29,7 +29,7 @@ from opentelemetry.trace import get_current_span as current_span
 
 from app.telemetry.metrics import SPAN_OUTCOMES
 from app.telemetry.redaction import redact_text
-from app.telemetry.spans import HeadSampler, SpanNote
+from app.telemetry.spans import Attributes, HeadSampler, SpanNote
 from app.telemetry.supervision import ignore_result
 
 logger = logging.getLogger("app.tracing")
@@ -45,9 +45,12 @@ QUEUE_SPANS = 2048
 BATCH_SPANS = 512
 """Both as OpenTelemetry has them (OTEL_BSP_MAX_QUEUE_SIZE, OTEL_BSP_MAX_EXPORT_BATCH_SIZE)."""
 
+SCOPE = InstrumentationScope("app")
+
 _KINDS = {"server": SpanKind.SERVER, "internal": SpanKind.INTERNAL, "client": SpanKind.CLIENT}
-_ENCODED_KINDS = {SpanKind.INTERNAL: 1, SpanKind.SERVER: 2, SpanKind.CLIENT: 3}
+_ENCODED_KINDS = {"internal": 1, "server": 2, "client": 3}
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+_ANY_SAMPLED = SpanContext(1, 1, False, _SAMPLED)
 _UNSET, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
 
 _IS_REMOTE_KNOWN, _IS_REMOTE = 0x100, 0x200
@@ -62,7 +65,6 @@ class SpanExport:
     ) -> None:
         self.outcomes = dict.fromkeys(SPAN_OUTCOMES, 0)
         self._resource = resource
-        self._scope = InstrumentationScope("app")
         self._sampler = sampler
         self._queue_max = _count_in(environ, "OTEL_BSP_MAX_QUEUE_SIZE", QUEUE_SPANS)
         self._given = 0
@@ -76,31 +78,7 @@ class SpanExport:
 
     def keep(self, note: SpanNote) -> None:
         """Queue a span of ours."""
-        trace_id = int(note.trace_id, 16)
-        state = TraceState.from_header([note.state]) if note.state else None
-        parent = None
-        if note.parent_id:
-            parent = SpanContext(trace_id, int(note.parent_id, 16), note.parent_is_remote, _SAMPLED)
-        links = ()
-        if note.link is not None:
-            links = (Link(SpanContext(int(note.link[0], 16), int(note.link[1], 16), False)),)  # type: ignore[assignment]
-        self.keep_span(
-            ReadableSpan(
-                note.name,
-                SpanContext(trace_id, int(note.span_id, 16), False, _SAMPLED, state),
-                parent,
-                self._resource,
-                note.attributes,
-                (),
-                links,
-                _KINDS[note.kind],
-                None,
-                _ERROR if note.failed else _UNSET,
-                note.start_ns,
-                note.end_ns,
-                self._scope,
-            )
-        )
+        self.keep_span(NotedSpan(note, self._resource))
 
     def keep_span(self, span: ReadableSpan) -> None:
         """Queue a span; without room it is counted and gone. The processor would drop silently."""
@@ -161,6 +139,43 @@ def _settle(ended: asyncio.Future[None]) -> None:
         ended.set_result(None)
 
 
+class NotedSpan(ReadableSpan):
+    """A span of ours in the queue. Most are encoded from the note; who wants the span itself has it made."""
+
+    def __init__(self, note: SpanNote, resource: Resource) -> None:
+        self.note = note
+        self._resource = resource
+
+    @property
+    def context(self) -> SpanContext:
+        """All that the processor asks for: that it is sampled."""
+        return _ANY_SAMPLED
+
+    def whole(self) -> ReadableSpan:
+        note = self.note
+        trace_id = int(note.trace_id, 16)
+        state = TraceState.from_header([note.state]) if note.state else None
+        parent = None
+        if note.parent_id:
+            parent = SpanContext(trace_id, int(note.parent_id, 16), note.parent_is_remote, _SAMPLED)
+        link = note.link and Link(SpanContext(int(note.link[0], 16), int(note.link[1], 16), False))
+        return ReadableSpan(
+            note.name,
+            SpanContext(trace_id, int(note.span_id, 16), False, _SAMPLED, state),
+            parent,
+            self._resource,
+            {**note.common, **note.attributes},
+            (),
+            (link,) if link else (),
+            _KINDS[note.kind],
+            None,
+            _ERROR if note.failed else _UNSET,
+            note.start_ns,
+            note.end_ns,
+            SCOPE,
+        )
+
+
 class _Counted(SpanExporter):
     """Hands batches to the exporters and counts what came of them. In the processor's thread."""
 
@@ -191,6 +206,19 @@ class _Counted(SpanExporter):
     def shutdown(self) -> None:
         for exporter in self._exporters:
             exporter.shutdown()
+
+
+class _Whole(SpanExporter):
+    """For exporters that read spans."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        return self._exporter.export(whole(spans))
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
 
 
 class LastWords(logging.Handler):
@@ -268,45 +296,59 @@ def _without_secrets(span: Any, scope: Mapping[str, Any]) -> None:
 # Encoding. The library's encoder takes 20 µs for a span of ours; this one, into the same messages, takes 5.
 
 
-def encoded(spans: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
-    """The OTLP request for these spans, which share a resource."""
-    ours = [span for span in spans if _is_plain(span)]
-    others = [span for span in spans if not _is_plain(span)]
-    request = encode_spans(others) if others else ExportTraceServiceRequest()
-    if ours:
-        head = encode_spans(ours[:1]).resource_spans[0]
-        added = request.resource_spans.add()
-        added.resource.CopyFrom(head.resource)
-        group = added.scope_spans.add(scope=EncodedScope(name=head.scope_spans[0].scope.name))
-        for span in ours:
-            _encode(span, group.spans.add())
-    return request
+class Encoder:
+    """Makes OTLP requests of batches. In the processor's thread alone."""
+
+    def __init__(self) -> None:
+        self._common: dict[int, tuple[Attributes, bytes]] = {}
+        """Attributes that spans share, encoded, by the identity of their dictionary, which is kept with them."""
+
+    def encode(self, spans: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
+        """The request for these spans, which share a resource."""
+        ours = [span for span in spans if isinstance(span, NotedSpan) and span.note.link is None]
+        others = whole([span for span in spans if not (isinstance(span, NotedSpan) and span.note.link is None)])
+        request = encode_spans(others) if others else ExportTraceServiceRequest()
+        if ours:
+            head = encode_spans(whole(ours[:1])).resource_spans[0]
+            added = request.resource_spans.add()
+            added.resource.CopyFrom(head.resource)
+            group = added.scope_spans.add()
+            group.scope.CopyFrom(head.scope_spans[0].scope)
+            for span in ours:
+                self._encode(span.note, group.spans.add())
+        return request
+
+    def _encode(self, note: SpanNote, into: EncodedSpan) -> None:
+        if note.common:
+            into.MergeFromString(self._encoded_common(note.common))
+        into.trace_id = bytes.fromhex(note.trace_id)
+        into.span_id = bytes.fromhex(note.span_id)
+        into.flags = _IS_REMOTE_KNOWN
+        if note.parent_id:
+            into.parent_span_id = bytes.fromhex(note.parent_id)
+            if note.parent_is_remote:
+                into.flags = _IS_REMOTE_KNOWN | _IS_REMOTE
+        if note.state:
+            into.trace_state = TraceState.from_header([note.state]).to_header()
+        into.name = note.name
+        into.kind = _ENCODED_KINDS[note.kind]  # type: ignore[assignment]
+        into.start_time_unix_nano = note.start_ns
+        into.end_time_unix_nano = note.end_ns
+        into.status.code = 2 if note.failed else 0  # type: ignore[assignment]
+        _encode_attributes(note.attributes, into)
+
+    def _encoded_common(self, common: Attributes) -> bytes:
+        known = self._common.get(id(common))
+        if known is None:
+            into = EncodedSpan()
+            _encode_attributes(common, into)
+            known = self._common[id(common)] = common, into.SerializeToString()
+        return known[1]
 
 
-def _is_plain(span: ReadableSpan) -> bool:
-    """Made by `keep`, without what only few have."""
-    return span.instrumentation_scope is not None and span.instrumentation_scope.name == "app" and not span.links
-
-
-def _encode(span: ReadableSpan, into: Any) -> None:
-    context, parent = span.context, span.parent
-    assert context is not None
-    into.trace_id = context.trace_id.to_bytes(16, "big")
-    into.span_id = context.span_id.to_bytes(8, "big")
-    into.flags = _IS_REMOTE_KNOWN
-    if parent is not None:
-        into.parent_span_id = parent.span_id.to_bytes(8, "big")
-        if parent.is_remote:
-            into.flags = _IS_REMOTE_KNOWN | _IS_REMOTE
-    if context.trace_state:
-        into.trace_state = context.trace_state.to_header()
-    into.name = span.name
-    into.kind = _ENCODED_KINDS[span.kind]
-    into.start_time_unix_nano = span.start_time
-    into.end_time_unix_nano = span.end_time
-    into.status.code = span.status.status_code.value
+def _encode_attributes(attributes: Attributes, into: EncodedSpan) -> None:
     add = into.attributes.add
-    for name, value in (span.attributes or {}).items():
+    for name, value in attributes.items():
         attribute = add()
         attribute.key = name
         kind = type(value)
@@ -318,6 +360,11 @@ def _encode(span: ReadableSpan, into: Any) -> None:
             attribute.value.bool_value = value
         else:
             attribute.value.int_value = value
+
+
+def whole(spans: Sequence[ReadableSpan]) -> list[ReadableSpan]:
+    """As any exporter takes them."""
+    return [span.whole() if isinstance(span, NotedSpan) else span for span in spans]
 
 
 def open_span_export(sampler: HeadSampler, environ: Mapping[str, str], version: str) -> SpanExport | None:
@@ -339,7 +386,7 @@ def _names_in(text: str) -> Iterable[str]:
 
 def _exporter(name: str, environ: Mapping[str, str]) -> SpanExporter:
     if name == "console":
-        return ConsoleSpanExporter(formatter=lambda span: span.to_json(indent=None) + "\n")
+        return _Whole(ConsoleSpanExporter(formatter=lambda span: span.to_json(indent=None) + "\n"))
     if name != "otlp":
         raise ValueError("OTEL_TRACES_EXPORTER takes otlp, console and none")
     protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -353,14 +400,16 @@ def _exporter(name: str, environ: Mapping[str, str]) -> SpanExporter:
 def _http_exporter() -> SpanExporter:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
+    encoder = Encoder()
+
     class HttpExporter(OTLPSpanExporter):
         """The library's but for its encoder, which has no place to hang another one in."""
 
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
             client = getattr(self, "_client", None)
             if client is None:  # another version keeps it elsewhere
-                return super().export(spans)
-            sent = client.export(encoded(spans).SerializeToString())
+                return super().export(whole(spans))
+            sent = client.export(encoder.encode(spans).SerializeToString())
             return SpanExportResult.SUCCESS if sent.success else SpanExportResult.FAILURE
 
     return HttpExporter()
@@ -369,11 +418,13 @@ def _http_exporter() -> SpanExporter:
 def _grpc_exporter() -> SpanExporter:
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
+    encoder = Encoder()
+
     class GrpcExporter(OTLPSpanExporter):
         """The library's but for its encoder."""
 
         def _translate_data(self, data: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
-            return encoded(data)
+            return encoder.encode(data)
 
     return GrpcExporter()
 

@@ -60,6 +60,8 @@ class SpanNote(NamedTuple):
     parent_is_remote: bool
     start_ns: int
     end_ns: int
+    common: Attributes
+    """Attributes that many spans share: the same object, never changed, so that they are encoded once."""
     attributes: Attributes
     failed: bool = False
     state: str = ""

@@ -146,6 +146,7 @@ class Outgoing:
                 False,
                 end_ns - _ns_since(self._began),
                 end_ns,
+                NOTHING,
                 attributes,
                 error is not None,
                 self._trace.state,
@@ -160,13 +161,17 @@ class Tracing:
         self.enabled = enabled
         self.recording = sink is not None
         """Spans go somewhere. Without, ids are made and propagated all the same."""
-        self.server: Attributes = {}
-        """What every SERVER span says: where this process listens."""
+        self._common_to_requests: Attributes = {}
+        self.listens_at({})
         self._sampler = sampler
         self._sink = sink
         self._keeps_tail = tail
         self._errors = Tokens()
         self._slow = Tokens()
+
+    def listens_at(self, server: Attributes) -> None:
+        """What every SERVER span says of where this process listens."""
+        self._common_to_requests = {"rpc.system.name": "jsonrpc", "jsonrpc.protocol.version": "2.0", **server}
 
     @property
     def outcomes(self) -> Mapping[str, int]:
@@ -226,6 +231,10 @@ class Tracing:
         sink, trace = self._sink, call.trace
         if sink is None or trace is None:
             return None
+        if call.trace_id is trace.trace_id and not self._is_sampled(trace):
+            ran_well = execution.error is None and execution.refusal is None
+            if ran_well and execution.run_s + execution.overhead_s < SLOW_S:
+                return None  # nearly every call ends here
         trace_id = self._trace_of_span(trace, call.trace_id)
         link = None if trace_id == trace.trace_id else (trace.trace_id or "", trace.span_id)
         sampled = self._is_sampled(trace) if link is None else self._sampler.samples(trace_id, None)
@@ -250,6 +259,7 @@ class Tracing:
                 False,
                 end_ns - _ns_since(call.received_at),
                 end_ns,
+                COMMON_TO_CALLS,
                 attributes,
                 "error.type" in attributes,
                 trace.state if link is None else "",
@@ -292,14 +302,12 @@ class Tracing:
         """A JSON-RPC request was answered. `method` is one of ours, or None; `batch`: how many came together."""
         if self._sink is None or trace is None:
             return
-        sampled, tail = self._is_sampled(trace), None
-        if not sampled and not trace.kept:
+        tail = None
+        if not self._is_sampled(trace) and not trace.kept:
             tail = self._tail(error is not None and error.kind in KEPT_REFUSALS, time.perf_counter() - began)
             if tail is None:
                 return
-        attributes: Attributes = {"rpc.system.name": "jsonrpc", "jsonrpc.protocol.version": "2.0"}
-        attributes.update(self.server)
-        attributes["agentcore.tenant"] = tenant
+        attributes: Attributes = {"agentcore.tenant": tenant}
         if batch is not None:
             attributes["agentcore.batch_size"] = batch
         else:
@@ -320,6 +328,7 @@ class Tracing:
                 True,
                 end_ns - _ns_since(began),
                 end_ns,
+                self._common_to_requests,
                 attributes,
                 error is not None,
                 trace.state,
@@ -351,6 +360,9 @@ class Tracing:
             await self._sink.close()
 
 
+COMMON_TO_CALLS: Attributes = {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.type": "function"}
+NOTHING: Attributes = {}
+
 NO_SPANS: Mapping[str, int] = dict.fromkeys(SPAN_OUTCOMES, 0)
 
 
@@ -361,36 +373,38 @@ def _ns_since(perf_s: float) -> int:
 def _call_attributes(call: ToolCall, execution: Execution, marks: tuple[float, float, float]) -> Attributes:
     """By the conventions for tool execution. No parameter, no result, no text of an error, no subject."""
     attributes: Attributes = {
-        "gen_ai.operation.name": "execute_tool",
-        "gen_ai.tool.type": "function",
         "agentcore.execution_id": execution.execution_id,
         "agentcore.tenant": call.caller.tenant,
         "agentcore.status": "refused" if execution.refusal else execution.status,
         "agentcore.attempts": execution.attempts,
-        "agentcore.overhead_ms": round(execution.overhead_s * 1e3, 4),
+        "agentcore.overhead_ms": execution.overhead_s * 1e3,
     }
+    found, validated, started = marks
+    if found:
+        attributes["agentcore.registry_ms"] = (found - call.received_at) * 1e3
+    if validated:
+        attributes["agentcore.validation_ms"] = (validated - found) * 1e3
+    if started:
+        attributes["agentcore.limits_ms"] = (started - validated) * 1e3
     if execution.attempts:
-        attributes["agentcore.run_ms"] = round(execution.run_s * 1e3, 4)
+        attributes["agentcore.run_ms"] = execution.run_s * 1e3
     if execution.cached:
         attributes["agentcore.cached"] = True
-    since = call.received_at
-    for stage, mark in zip(("registry", "validation", "limits"), marks, strict=True):
-        if not mark:
-            break
-        attributes[f"agentcore.{stage}_ms"] = round((mark - since) * 1e3, 4)
-        since = mark
     if execution.error is not None:
         attributes["error.type"] = execution.error.code
     elif execution.refusal is not None:
         attributes["error.type"] = execution.refusal.kind.error_type
-    given = {
-        "gen_ai.tool.call.id": call.call_id,
-        "gen_ai.agent.id": call.agent_id,
-        "gen_ai.conversation.id": call.session_id,
-        "agentcore.trace_label": call.trace_label,
-    }
-    attributes.update({name: redact_text(value) for name, value in given.items() if value})
+    if call.call_id or call.agent_id or call.session_id or call.trace_label:
+        attributes.update({name: redact_text(text) for name, text in _told(call) if text})
     return attributes
+
+
+def _told(call: ToolCall) -> Iterable[tuple[str, str | None]]:
+    """What the agent says of itself; anything may stand there."""
+    yield "gen_ai.tool.call.id", call.call_id
+    yield "gen_ai.agent.id", call.agent_id
+    yield "gen_ai.conversation.id", call.session_id
+    yield "agentcore.trace_label", call.trace_label
 
 
 OFF = Tracing(HeadSampler(0.0), enabled=False)
