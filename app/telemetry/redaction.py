@@ -242,10 +242,10 @@ def _member_spans(data: bytes, low: str) -> list[Span]:
             if member is not None:
                 earliest = max(0, position - KEY_BYTES_MAX)
                 name = data[max(earliest, data.rfind(b'"', earliest, position) + 1) : passed]
-                begin, end = member.end(), _value_end(data, member.end())
-                if _is_secret(name[: 2 * KEY_BYTES_MAX].decode("utf-8", "replace"), _scalar(data[begin:end])):
-                    spans.append((begin, end, b'"' + _IN_PLACE + b'"'))
-                    passed = end
+                begin = member.end()
+                if _is_secret(name[: 2 * KEY_BYTES_MAX].decode("utf-8", "replace"), _scalar(data[begin : begin + 1])):
+                    passed = _value_end(data, begin)
+                    spans.append((begin, passed, b'"' + _IN_PLACE + b'"'))
             position = low.find(hint, max(passed, position + 1))
     return spans
 
@@ -264,9 +264,9 @@ def _value_end(data: bytes, begin: int) -> int:
     return len(data)
 
 
-def _scalar(value: bytes) -> Any:
-    """Something like the value: of numbers, true and false that they are such, of anything else that it is not."""
-    return 0 if value[:1] in _SCALAR_BEGINS else None
+def _scalar(first: bytes) -> Any:
+    """Something like the value that begins so: a number for numbers, true and false, None for anything else."""
+    return 0 if first in _SCALAR_BEGINS else None
 
 
 def _without(data: bytes, spans: list[Span], begin: int, end: int) -> bytes:
