@@ -56,6 +56,13 @@ def test_a_key_is_made_listed_and_revoked(url: str) -> None:
     assert "revoked" in text and "acme/planner" in text and made["key"].rsplit("_", 1)[1] not in text
 
 
+def test_database_url_is_where_keys_are(tmp_path: Path) -> None:
+    here, there = (f"sqlite+aiosqlite:///{tmp_path / name}" for name in ("here.db", "there.db"))
+    make_key(here)
+    assert len(json.loads(run(here, "keys", "list", "--json").stdout)) == 1
+    assert json.loads(run(there, "keys", "list", "--json").stdout) == []
+
+
 def test_every_option_of_a_key_is_kept(tmp_path: Path) -> None:
     url = places_in(tmp_path)["DATABASE_URL"]
     created = run(

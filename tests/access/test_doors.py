@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.routing import iter_route_contexts
+from jsonschema import Draft202012Validator
 from starlette.requests import Request
 
 from app.access.credential import CredentialMissing
@@ -442,6 +443,28 @@ def test_a_key_without_the_scope_may_do_nothing_there(guarded: Guarded) -> None:
 def test_with_authentication_off_nobody_is_an_administrator(service: Running) -> None:
     for method, path in (("GET", ADMIN), ("POST", ADMIN), ("DELETE", f"{ADMIN}/{'0' * 20}")):
         assert service.http.request(method, path).status_code == 403
+
+
+def test_every_example_of_the_admin_routes_works_when_it_is_pasted(guarded: Guarded) -> None:
+    document = guarded.service.http.get("/openapi.json").json()
+    for name, example in document["paths"][ADMIN]["post"]["requestBody"]["content"]["application/json"][
+        "examples"
+    ].items():
+        made = admin(guarded, "POST", json=example["value"])
+        assert made.status_code == example["x-status"], name
+        fits(document, document["paths"][ADMIN]["post"], made)
+    fits(document, document["paths"][ADMIN]["get"], admin(guarded, "GET", params={"limit": "20"}))
+    fits(
+        document,
+        document["paths"][f"{ADMIN}/{{key_id}}"]["delete"],
+        admin(guarded, "DELETE", f"{ADMIN}/{made.json()['id']}"),
+    )
+
+
+def fits(document: dict[str, Any], operation: dict[str, Any], response: httpx.Response) -> None:
+    schema = operation["responses"][str(response.status_code)]["content"]["application/json"]["schema"]
+    validator = Draft202012Validator({**schema, "components": document["components"]})
+    assert list(validator.iter_errors(response.json())) == []
 
 
 def test_the_documents_say_how_to_send_a_credential(guarded: Guarded, service: Running) -> None:
