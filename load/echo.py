@@ -40,6 +40,14 @@ BODY = orjson.dumps(
 HEADERS: dict[str, str] = {}
 """Sent with every request; a credential, where one is needed."""
 
+MCP_CALL = {"name": "echo", "arguments": {"message": "hello world"}}
+MCP_META = {
+    "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+    "io.modelcontextprotocol/clientCapabilities": {},
+    "io.modelcontextprotocol/clientInfo": {"name": "bench", "version": "1"},
+}
+MCP_HEADERS = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
+
 SERVER_CORE, CLIENT_CORE = "0", "1"
 """Two cores are what the figures in docs/performance.md were measured on."""
 
@@ -60,6 +68,9 @@ class Server:
     name: str
     pid: int
     port: int
+    path: str = PATH
+    body: bytes = BODY
+    headers: dict[str, str] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
 
     def median(self, column: int) -> float:
@@ -75,13 +86,30 @@ def main() -> None:
     wrk = shutil.which("wrk")
     with bare_echo() as (pid, port), own_service("http://127.0.0.1:1") as service:
         service_port = int(service.url.rsplit(":", 1)[1])
-        servers = [Server("bare uvicorn echo", pid, port), Server("tools.execute echo", service.pid, service_port)]
+        servers = [
+            Server("bare uvicorn echo", pid, port),
+            Server("tools.execute echo", service.pid, service_port),
+            *mcp_servers(service.pid, service_port),
+        ]
         for server in servers:
             pin(server.pid, SERVER_CORE)
         for _ in range(options.rounds):
             for server in servers:
                 server.rounds.append(visit(server, options.seconds, options.connections, wrk))
     print_table(servers, options.connections, "wrk" if wrk else "the asyncio client of load/echo.py")
+
+
+def mcp_servers(pid: int, port: int) -> list[Server]:
+    """The same call by the other door, in each era, with what its clients send."""
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call"}
+    legacy = orjson.dumps({**call, "params": MCP_CALL})
+    modern = orjson.dumps({**call, "params": {**MCP_CALL, "_meta": MCP_META}})
+    version = "MCP-Protocol-Version"
+    routing = {version: "2026-07-28", "Mcp-Method": "tools/call", "Mcp-Name": "echo"}
+    return [
+        Server("MCP 2025-11-25 echo", pid, port, "/mcp", legacy, {**MCP_HEADERS, version: "2025-11-25"}),
+        Server("MCP 2026-07-28 echo", pid, port, "/mcp", modern, {**MCP_HEADERS, **routing}),
+    ]
 
 
 @contextlib.contextmanager
@@ -112,18 +140,20 @@ def cpu_s(pid: int) -> float:
 def visit(server: Server, seconds: int, connections: int, wrk: str | None) -> Round:
     before = cpu_s(server.pid)
     load = wrk_load if wrk else own_load
-    requests, requests_per_s, p50_ms, p99_ms = load(server.port, seconds, connections)
+    requests, requests_per_s, p50_ms, p99_ms = load(server, seconds, connections)
     return Round(requests_per_s, (cpu_s(server.pid) - before) / requests * 1e6, p50_ms, p99_ms)
 
 
-def wrk_load(port: int, seconds: int, connections: int) -> tuple[int, float, float, float]:
+def wrk_load(server: Server, seconds: int, connections: int) -> tuple[int, float, float, float]:
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        script.write(f"wrk.method = 'POST'\nwrk.body = [==[{BODY.decode()}]==]\n")
-        script.writelines(f"wrk.headers['{name}'] = '{value}'\n" for name, value in HEADERS.items())
+        script.write(f"wrk.method = 'POST'\nwrk.body = [==[{server.body.decode()}]==]\n")
+        script.writelines(
+            f"wrk.headers['{name}'] = '{value}'\n" for name, value in {**HEADERS, **server.headers}.items()
+        )
         script.flush()
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", script.name]
         text = subprocess.run(
-            ["taskset", "-c", CLIENT_CORE, *command, f"http://127.0.0.1:{port}{PATH}"],
+            ["taskset", "-c", CLIENT_CORE, *command, f"http://127.0.0.1:{server.port}{server.path}"],
             capture_output=True,
             text=True,
             check=True,
@@ -142,22 +172,22 @@ def _percentile(text: str, name: str) -> float:
     return float(found[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[found[2]]
 
 
-def own_load(port: int, seconds: int, connections: int) -> tuple[int, float, float, float]:
+def own_load(server: Server, seconds: int, connections: int) -> tuple[int, float, float, float]:
     os.sched_setaffinity(0, {int(CLIENT_CORE)})
-    times = asyncio.run(_drive(port, seconds, connections))
+    times = asyncio.run(_drive(server, seconds, connections))
     times.sort()
     return len(times), len(times) / seconds, times[len(times) // 2] * 1e3, times[len(times) * 99 // 100] * 1e3
 
 
-async def _drive(port: int, seconds: int, connections: int) -> list[float]:
+async def _drive(server: Server, seconds: int, connections: int) -> list[float]:
     ends = time.perf_counter() + seconds
-    headers = "".join(f"{name}: {value}\r\n" for name, value in HEADERS.items())
-    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: {len(BODY)}\r\n\r\n"
-    request = head.encode() + BODY
+    headers = "".join(f"{name}: {value}\r\n" for name, value in {**HEADERS, **server.headers}.items())
+    head = f"POST {server.path} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: {len(server.body)}\r\n\r\n"
+    request = head.encode() + server.body
     times: list[float] = []
 
     async def client() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         while (began := time.perf_counter()) < ends:
             writer.write(request)
             answered = await reader.readuntil(b"\r\n\r\n")
