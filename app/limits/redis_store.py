@@ -47,11 +47,8 @@ RETRY_MAX_S = 1.0
 CONNECT_S_MIN = 1.0
 """Finding the server, TLS and authentication take several round trips; no call waits for them once it is away."""
 
-LOOP_LATE_S = 0.005
-"""A timer that is later than this was held up by the loop itself: the reply may lie in the socket, unread."""
-
-LOOKS_MAX = 4
-"""How often a late loop is believed to be the cause."""
+GRACE = 0.1
+"""The last part of the budget, in which a loop that was a little late catches up."""
 
 TIMER_S_MIN = 0.001
 """uvloop keeps time in whole milliseconds."""
@@ -80,7 +77,7 @@ class RedisStore:
         self._timeout_s = timeout_s
         self._clock_us = clock_us
         self._retry_s_max = retry_s_max
-        self._late_s = min(LOOP_LATE_S, timeout_s / 2)
+        self._grace_s = timeout_s * GRACE
         self._link: RedisLink | None = None
         self._lost = asyncio.Event()
         self._quiet = asyncio.Event()
@@ -117,7 +114,7 @@ class RedisStore:
             self._flush_due = True
             asyncio.get_running_loop().call_soon(self._flush)
             if self._timer is None:
-                self._wake(self._timeout_s - self._late_s)
+                self._wake(self._timeout_s - self._grace_s)
 
     # One script call
 
@@ -182,28 +179,27 @@ class RedisStore:
 
     # Away and back
 
-    def _wake(self, delay_s: float, judged: Waiting | None = None, looks: int = 0) -> None:
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(delay_s, self._judge, time.perf_counter() + delay_s, judged, looks)
+    def _wake(self, delay_s: float, judged: Waiting | None = None) -> None:
+        due = time.perf_counter() + delay_s
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._judge, due, judged)
 
-    def _judge(self, due: float, judged: Waiting | None, looks: int) -> None:
-        """Run towards the end of the budget of whoever has waited longest. Timers come before sockets are read, so
-        that one look is not enough, and when the loop was late it takes another."""
+    def _judge(self, due: float, judged: Waiting | None) -> None:
+        """Run towards the end of the budget of whoever has waited longest. Twice for the same one: a loop that was
+        held up by a tool has then sent what it had not, and read the reply that lay in the socket."""
         self._timer = None
         oldest = next(iter(self._in_flight or self._pending), None)
         if oldest is None:
             return
         now = time.perf_counter()
         left_s = oldest[2] + self._timeout_s - now
-        if oldest is not judged:
-            looks = 0
-            if left_s - self._late_s > TIMER_S_MIN:
-                self._wake(left_s - self._late_s)
-                return
-        if looks == 0 or (now - due > LOOP_LATE_S and looks < LOOKS_MAX):
-            self._wake(max(left_s, self._late_s), oldest, looks + 1)
-        else:
+        if oldest is judged:
             self._declare_away(f"no answer within {self._timeout_s * 1e3:g} ms")
+        elif left_s - self._grace_s > TIMER_S_MIN:
+            self._wake(left_s - self._grace_s)
+        elif now - due > self._grace_s:
+            self._wake(self._timeout_s / 2, oldest)  # that time was not Redis's
+        else:
+            self._wake(max(left_s, self._grace_s), oldest)
 
     def _declare_away(self, reason: str) -> None:
         """Tell everyone who waits, drop the connection (its replies would fit nothing), and look for another."""
