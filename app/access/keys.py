@@ -158,9 +158,9 @@ class NewKey(BaseModel):
         default=list(EVERY_TOOL), description="Ids of tools it may call; * stands for anything, ? for one character"
     )
     limit_class: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = Field(
-        DEFAULT_LIMIT_CLASS, description="What limit policies match as `class`"
+        default=DEFAULT_LIMIT_CLASS, description="What limit policies match as `class`"
     )
-    expires_in: Life | None = Field(None, description="As 90d, 12h, 30m; left out: never")
+    expires_in: Life | None = Field(default=None, description="As 90d, 12h, 30m; left out: never")
 
     def caller(self) -> Caller:
         return Caller(self.tenant, self.subject, frozenset(self.scopes), tuple(self.tools), self.limit_class)
