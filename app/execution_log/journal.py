@@ -163,6 +163,8 @@ class Journal:
     @property
     def unwritten(self) -> int:
         """Records that are in memory alone because the disk took none."""
+        if not self._unwritten:
+            return 0  # asked for before every call
         return sum(len(block.records) - block.released for block in self._unwritten)
 
     # For the executor
