@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from app.calls import Caller, Execution, Progress, ToolCall, new_execution_id
+from app.calls import Caller, Client, Execution, Progress, ToolCall, new_execution_id
 from app.errors import INVALID_PARAMS, InvalidParams, ToolServiceError
 from app.executor.executor import Executor
 from app.telemetry.metrics import Metrics
@@ -164,10 +164,13 @@ class McpMethods:
         self._metrics.overhead.observe(time.perf_counter() - context.received_at - execution.run_s)
         return written
 
-    async def _run(self, context: RequestContext, call: ToolCall, tool: Tool, *, modern: bool) -> Execution:
+    def _run(self, context: RequestContext, call: ToolCall, tool: Tool, *, modern: bool) -> Awaitable[Execution]:
         if not modern or context.client is None or tool.never_waits:
-            return await self._executor.execute(call)
-        hang_up = HangUp(context.client, lambda: self._executor.cancel(call.caller, call.execution_id, None))
+            return self._executor.execute(call)
+        return self._run_watched(context.client, call)
+
+    async def _run_watched(self, client: Client, call: ToolCall) -> Execution:
+        hang_up = HangUp(client, lambda: self._executor.cancel(call.caller, call.execution_id, None))
         try:
             return await self._executor.execute(call)
         finally:

@@ -31,6 +31,7 @@ MIRRORED_PREFIX = b"mcp-param-"
 
 CALL, LIST = "tools/call", "tools/list"
 
+_VERSIONS = {version.encode(): version for version in SERVED_VERSIONS}
 _BLANKS = b" \t"
 _ENCODED_START, _ENCODED_END = "=?base64?", "?="
 
@@ -102,7 +103,17 @@ class Routing:
         value = self._found.get(VERSION_HEADER)
         if value is None:
             return None
-        return "" if VERSION_HEADER in self._repeated else _text(value) or ""
+        return "" if VERSION_HEADER in self._repeated else _VERSIONS.get(value) or _text(value) or ""
+
+    def plainly_says(self, version: str, method: str, name: Any) -> bool:
+        """Whether nothing is left to check: each header comes once and is, byte for byte, what the body says."""
+        found = self._found
+        return (
+            not self._repeated
+            and _VERSIONS.get(found.get(VERSION_HEADER, b"")) == version
+            and found.get(METHOD_HEADER) == method.encode()
+            and (method != CALL or (type(name) is str and _is_plain(name) and found.get(NAME_HEADER) == name.encode()))
+        )
 
     def has(self, name: bytes) -> bool:
         return name in self._found
@@ -120,6 +131,11 @@ class Routing:
         if value is None or not (value.startswith(_ENCODED_START) and value.endswith(_ENCODED_END)):
             return value
         return _from_base64(value[len(_ENCODED_START) : -len(_ENCODED_END)])
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it stands in a header as it is; such are all names of tools."""
+    return name.isascii() and name.isprintable() and name[:1] != "="
 
 
 def _text(value: bytes) -> str | None:
@@ -188,6 +204,8 @@ def check_modern(request: Request, routing: Routing, *, tolerate_mismatch: bool)
     version, capabilities = request.meta.get(META_VERSION), request.meta.get(META_CAPABILITIES)
     if type(version) is not str or type(capabilities) is not dict:
         raise Malformed(f"params._meta needs {META_VERSION}, a string, and {META_CAPABILITIES}, an object")
+    if version == MODERN_VERSION and routing.plainly_says(version, request.method, request.params.get("name")):
+        return
     given = routing.plain(VERSION_HEADER)
     lax = tolerate_mismatch and given in LEGACY_VERSIONS
     if given != version and not lax:
