@@ -173,16 +173,21 @@ class Admission:
 
     def _refuse_what_is_over(self, ask: Ask) -> None:
         now = 0.0
+        over: list[Over] = []
         for limit in ask.limits:
             if limit.over is not None:
                 now = now or monotonic()
-                until, cost, error = limit.over
+                until, cost, one = limit.over
                 if now >= until:
                     limit.over = None
-                elif ask.cost >= cost and self.store.up:
-                    self._by_kind[limit.kind]["refused"] += 1
-                    self._say("limit refuses", limit)
-                    raise error.again(now, ask.cost)
+                elif ask.cost >= cost:
+                    over.append(one)
+        if over and self.store.up:
+            for one in over:
+                self._by_kind[one.limit.kind]["refused"] += 1
+            last = max(over, key=lambda one: one.at + one.wait_s)
+            self._say("limit refuses", last.limit)
+            raise last.again(now, ask.cost)
 
     def _refusal(self, grant: Grant, refusing: Sequence[Limit]) -> ToolServiceError:
         over = [Over(grant, limit) for limit in refusing]
