@@ -28,7 +28,7 @@ from app.errors import ToolServiceError
 from app.execution_log.partitions import ensure_partitions
 from app.migration import NEWEST, MigrationError, is_current, migrate, version
 from app.service import Service, open_service
-from app.settings import Settings, SettingsError, check_bind, read_settings
+from app.settings import Settings, SettingsError, check_bind, otel_variables, read_settings
 from app.telemetry.logging import log_to_stdout
 from app.tools.registry import summary
 from app.transport.app import create_app
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         settings = read_settings(os.environ, Path(".env"), profile=options.profile)
+        for name, value in otel_variables(Path(".env")).items():
+            os.environ.setdefault(name, value)
         sys.exit(options.run(settings, options))
     except SettingsError as error:
         sys.exit(_said(error))

@@ -128,7 +128,8 @@ async def open_service(
     async with contextlib.AsyncExitStack() as stack:
         metrics = Metrics()
         lifecycle = Lifecycle()
-        tracing = open_tracing(settings.enable_tracing, settings.trace_sample_ratio, os.environ, __version__)
+        traced = settings.enable_tracing and listen is not None  # commands have no request to trace
+        tracing = open_tracing(traced, settings.trace_sample_ratio, os.environ, __version__)
         stack.push_async_callback(tracing.close)
         http = EgressClient(
             _egress_allow(settings),

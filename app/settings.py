@@ -242,6 +242,11 @@ def read_settings(environ: Mapping[str, str], dotenv: Path | None = None, **give
         raise SettingsError("\n".join(_problem(detail) for detail in error.errors(include_url=False))) from None
 
 
+def otel_variables(dotenv: Path) -> dict[str, str]:
+    """The OTEL_* lines of `.env`. OpenTelemetry reads the environment itself, so that is where they must go."""
+    return {name: value for name, value in _lines_of(dotenv).items() if name.startswith("OTEL_") and value}
+
+
 def _lines_of(dotenv: Path) -> Mapping[str, str | None]:
     try:
         return dotenv_values(dotenv)

@@ -96,7 +96,7 @@ class OtlpReceiver:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 receiver._open.wait(WAIT_S_MAX)
                 if receiver.status == 200 and self.path == "/v1/traces":
-                    receiver._take(dict(self.headers.items()), body)
+                    receiver._take({name.lower(): value for name, value in self.headers.items()}, body)
                 answer = ExportTraceServiceResponse().SerializeToString()
                 self.send_response(receiver.status if self.path == "/v1/traces" else 404)
                 self.send_header("content-type", "application/x-protobuf")
@@ -164,7 +164,7 @@ class OtlpReceiver:
             body = gzip.decompress(body)
         spans = spans_in(ExportTraceServiceRequest.FromString(body))
         with self._news:
-            self.headers.append({name.lower(): value for name, value in headers.items()})
+            self.headers.append(headers)
             self.bodies.append(body)
             self._spans += spans
             self._news.notify_all()

@@ -242,3 +242,25 @@ async def say_and_hang() -> None:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             pass
+
+
+@tool(category="custom")
+async def write_line(message: str) -> str:
+    """Write a line into the log."""
+    logging.getLogger("tests.line").warning(message)
+    await asyncio.sleep(0)
+    return message
+
+
+@tool(category="custom")
+def write_line_in_thread(message: str) -> str:
+    """Write a line into the log, from a thread."""
+    logging.getLogger("tests.line").warning(message)
+    return message
+
+
+@tool(category="custom")
+async def fetch(url: str, context: ToolContext, headers: dict[str, str] | None = None) -> int:
+    """Send a GET request with these headers; its status."""
+    response = await context.http.request("GET", url, headers=headers, timeout_s=10)
+    return response.status_code

@@ -413,7 +413,7 @@ OFF = Tracing(HeadSampler(0.0), enabled=False)
 
 def open_tracing(enabled: bool, ratio: float, environ: Mapping[str, str], version: str) -> Tracing:
     """By the settings and OpenTelemetry's own variables. Its SDK is imported only where spans go somewhere."""
-    sampler, tail = _sampler(ratio, environ)
+    sampler, tail = sampler_of(ratio, environ)
     if not (enabled and _is_exporting(environ)):
         return Tracing(sampler, enabled=enabled)
     from app.telemetry.span_export import open_span_export
@@ -431,7 +431,7 @@ def _is_exporting(environ: Mapping[str, str]) -> bool:
     return bool(environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
 
 
-def _sampler(ratio: float, environ: Mapping[str, str]) -> tuple[HeadSampler, bool]:
+def sampler_of(ratio: float, environ: Mapping[str, str]) -> tuple[HeadSampler, bool]:
     """The head sampler that OTEL_TRACES_SAMPLER names, and whether the tail rule adds to it."""
     name = environ.get("OTEL_TRACES_SAMPLER", "").strip().lower()
     known = _SAMPLERS.get(name)
