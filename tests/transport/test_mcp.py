@@ -278,6 +278,7 @@ def test_5_a_name_that_looks_encoded_must_be(mcp: Running) -> None:
 
 def test_5_a_name_header_beside_no_name_is_unequal(mcp: Running) -> None:
     assert send(mcp, modern_message("tools/call", {}), routing("tools/call", "echo")).code == (400, -32020)
+    assert send(mcp, modern_message("tools/call", {}), routing("tools/call", "=?base64?!?=")).code == (400, -32020)
     assert send(mcp, modern_message("tools/call", {"name": 5}), routing("tools/call", "5")).code == (400, -32020)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from app.transport.mcp_stream import ProgressStream
 from tests.conftest import START_S_MAX, Running
 from tests.transport.mcp_wire import (
     Answer,
@@ -118,6 +119,26 @@ def test_a_run_that_was_given_up_says_nothing_after_the_response(mcp: Running) -
     events = with_progress(mcp, "tell_after_the_deadline", 1).events
     assert [each.get("method", "response") for each in events] == ["notifications/progress", "response"]
     assert "TOOL_TIMEOUT" in events[-1]["result"]["content"][0]["text"]
+
+
+@pytest.mark.anyio
+async def test_between_the_outcome_and_the_response_nothing_is_told() -> None:
+    sent: list[Any] = []
+
+    async def keep(event: Any) -> None:
+        sent.append(event)
+
+    stream = ProgressStream(keep, "t")
+    await stream.notify(1)
+    stream.end()
+    await stream.notify(2)
+    await stream.finish(b"{}")
+    assert [event.get("body") for event in sent[1:]] == [
+        b'event: message\ndata: {"jsonrpc":"2.0","method":"notifications/progress",'
+        b'"params":{"progressToken":"t","progress":1}}\n\n',
+        b"event: message\ndata: {}\n\n",
+    ]
+    assert [event.get("more_body") for event in sent] == [None, True, False]
 
 
 # A client that hangs up
