@@ -30,6 +30,7 @@ from app.migration import NEWEST, MigrationError, is_current, migrate, version
 from app.service import Service, open_service
 from app.settings import Settings, SettingsError, check_bind, otel_variables, read_settings
 from app.telemetry.logging import log_to_stdout
+from app.tools.exports import FORMATS, export
 from app.tools.registry import summary
 from app.transport.app import create_app
 from app.transport.server import CannotListen, Server
@@ -87,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     call.add_argument("tool", metavar="TOOL")
     call.add_argument("parameters", metavar="JSON", nargs="?", default="{}")
     call.set_defaults(run=_tools_call)
+    exporting = actions.add_parser("export", parents=[common], help="definitions of all tools for a model provider")
+    exporting.add_argument("--format", choices=FORMATS, required=True, help="whose shape")
+    exporting.set_defaults(run=_tools_export)
 
     migrate = commands.add_parser("migrate", parents=[common], help="bring the database up to date")
     migrate.add_argument("revision", metavar="REVISION", nargs="?", default=NEWEST, help="the newest when not given")
@@ -195,6 +199,21 @@ def _tools_list(settings: Settings, options: argparse.Namespace) -> int:
         return 0
 
     _run(listed())
+
+
+def _tools_export(settings: Settings, options: argparse.Namespace) -> int:
+    """What could not be expressed goes to stderr, so that stdout is what the provider takes."""
+
+    async def exported() -> int:
+        async with open_service(settings, keep_log=False) as service:
+            snapshot = service.registry.snapshot
+            found = export((snapshot.tools[tool_id] for tool_id in snapshot.ids), options.format)
+        for report in found.reports:
+            print(f"{report.tool_id}: {report.reason}{' (left out)' if report.left_out else ''}", file=sys.stderr)
+        _print_json(found.tools)
+        return 1 if any(report.left_out for report in found.reports) else 0
+
+    _run(exported())
 
 
 def _tools_call(settings: Settings, options: argparse.Namespace) -> int:

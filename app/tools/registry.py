@@ -190,6 +190,11 @@ class Registry:
             raise ToolNotFound
         return tool
 
+    def visible(self, wanted: ToolFilter, caller: Caller) -> list[Tool]:
+        """Every tool that passes the filter and that the caller may call, in the order of ids."""
+        snapshot = self.snapshot
+        return [snapshot.tools[tool_id] for tool_id in snapshot.visible_ids(wanted, caller)]
+
     def detail(self, tool_id: str, caller: Caller) -> bytes:
         tool = self.lookup(tool_id, caller)
         snapshot = self.snapshot

@@ -23,6 +23,7 @@ from app.transport.gate import open_paths, open_to_all
 from app.transport.methods import MethodSpec
 from app.transport.openapi import (
     EXECUTE_TOOL,
+    EXPORT_TOOLS,
     GET_LIMITS,
     GET_TOOL,
     LIST_TOOLS,
@@ -56,7 +57,7 @@ requests wait on one connection; and 405 with `Allow` to another method. A conne
 ANSWERS = {
     each.id: each
     for each in (
-        *(LIST_TOOLS, GET_TOOL, EXECUTE_TOOL, GET_LIMITS),
+        *(LIST_TOOLS, EXPORT_TOOLS, GET_TOOL, EXECUTE_TOOL, GET_LIMITS),
         *(LIST_EXECUTIONS, GET_EXECUTION, EXPORT_EXECUTIONS),
         *(LIST_KEYS, CREATE_KEY, REVOKE_KEY),
     )
@@ -152,7 +153,7 @@ def _say_who_may(document: Json, open_to_all: frozenset[str]) -> None:
 
 def _shapes(table: Sequence[MethodSpec]) -> Json:
     taken: list[type[BaseModel]] = [NewKey, shapes.RestExecuteBody, *(spec.params for spec in table)]
-    given: list[type[BaseModel]] = [KeyPage, KeyMade, shapes.ToolListing, shapes.Refused]
+    given: list[type[BaseModel]] = [KeyPage, KeyMade, shapes.ToolListing, shapes.ToolExport, shapes.Refused]
     return schemas_of(taken, [*given, *(spec.result for spec in table if spec.result)])
 
 

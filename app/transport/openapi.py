@@ -69,8 +69,13 @@ def query_parameters(shape: type[shapes.Params], examples: Mapping[str, Any]) ->
 
 
 def _query_parameter(name: str, schema: Json, example: Any) -> Json:
-    (plain,) = (branch for branch in schema["anyOf"] if branch.get("type") != "null")
-    parameter = {"name": name, "in": "query", "required": False, "description": schema["description"], "schema": plain}
+    optional = "anyOf" in schema
+    if optional:
+        (plain,) = (branch for branch in schema["anyOf"] if branch.get("type") != "null")
+    else:
+        plain = {key: value for key, value in schema.items() if key != "description"}
+    described = {"description": schema["description"], "schema": plain}
+    parameter = {"name": name, "in": "query", "required": not optional, **described}
     return parameter if example is None else {**parameter, "example": example}
 
 
@@ -121,6 +126,13 @@ LIST_TOOLS = Operation(
             shapes.ToolsQuery, {"query": "message", "category": "utility", "tag": ["text"], "limit": 20}
         )
     },
+)
+EXPORT_TOOLS = Operation(
+    "exportTools",
+    "Tools as a model provider takes them",
+    "`tools` goes to the provider as it is; what the model calls goes to the execute path of the tool of that name.",
+    response("The definitions", reference("ToolExport")),
+    {"parameters": query_parameters(shapes.ExportQuery, {"format": "openai", "category": "utility"})},
 )
 GET_TOOL = Operation(
     "getTool",

@@ -20,6 +20,7 @@ from starlette.routing import compile_path
 from app.errors import DRAINING, InternalError, InvalidParams, InvalidRequest, MethodNotFound, ToolServiceError
 from app.service import Service
 from app.telemetry.tracing import Tracing
+from app.tools.exports import export
 from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import violations
 from app.transport import openapi
@@ -29,7 +30,7 @@ from app.transport.gate import caller_with
 from app.transport.jsonrpc import RequestContext, decode
 from app.transport.methods import SCOPE_EXECUTE, SCOPE_READ, Methods
 from app.transport.rpc import AsgiClient, ClientGone, read_body
-from app.transport.shapes import NoParams, Params, RestExecuteBody, ToolsQuery
+from app.transport.shapes import ExportQuery, NoParams, Params, RestExecuteBody, ToolsQuery
 
 P = TypeVar("P", bound=Params)
 M = TypeVar("M", bound=BaseModel)
@@ -69,6 +70,7 @@ class ToolRoutes:
     def router(self) -> APIRouter:
         routes = APIRouter(prefix="/api/v1/tools", tags=["tools"], default_response_class=Response)
         routes.add_api_route("", self.listing, methods=["GET"], **openapi.LIST_TOOLS.described(READ_REFUSALS))
+        routes.add_api_route("/export", self.export, methods=["GET"], **openapi.EXPORT_TOOLS.described(READ_REFUSALS))
         routes.add_api_route(
             "/{tool_id}", self.detail, methods=["GET"], **openapi.GET_TOOL.described((*READ_REFUSALS, 404))
         )
@@ -90,6 +92,13 @@ class ToolRoutes:
             raise InvalidParams.at("cursor", "A search has one page; leave out cursor or query")
         found = self._registry.search(asked.query, wanted, caller, asked.limit)
         return _json(found[:-1] + b',"next_cursor":null}')
+
+    async def export(self, request: Request) -> Response:
+        caller = caller_with(request, SCOPE_READ)
+        asked = read_query(request, ExportQuery)
+        wanted = ToolFilter(asked.category, tuple(asked.tag or ()))
+        exported = export(self._registry.visible(wanted, caller), asked.format)
+        return _json(orjson.dumps(exported.as_dict(asked.format)))
 
     async def detail(self, request: Request) -> Response:
         caller = caller_with(request, SCOPE_READ)

@@ -13,6 +13,7 @@ from app.calls import Status
 from app.errors import REFUSALS
 from app.execution_log.history import LIMIT_DEFAULT as HISTORY_LIMIT_DEFAULT
 from app.execution_log.history import LIMIT_MAX as HISTORY_LIMIT_MAX
+from app.tools.exports import Format
 from app.tools.registry import LIST_LIMIT_DEFAULT, LIST_LIMIT_MAX, SEARCH_LIMIT_DEFAULT, SEARCH_LIMIT_MAX
 from app.tools.tool import CATEGORIES
 
@@ -156,6 +157,26 @@ class ToolsQuery(Params):
     cursor: Label | None = Field(None, description="next_cursor of the page before; not together with query")
 
 
+class ExportQuery(Params):
+    """The query of GET /api/v1/tools/export."""
+
+    format: Format = Field(description="Whose shape")
+    category: Label | None = Field(None, description=f"Only tools of this category: {', '.join(CATEGORIES)}")
+    tag: Names | None = Field(None, description="Only tools that have any of these; may be repeated")
+
+
+class ExportReport(BaseModel):
+    tool_id: str
+    reason: str
+    left_out: bool = Field(description="Whether the tool is missing among `tools`")
+
+
+class ToolExport(BaseModel):
+    format: Format
+    tools: list[dict[str, Any]] = Field(description="As the provider's API takes its `tools`")
+    reports: list[ExportReport] = Field(description="What could not be expressed, and what a model will miss")
+
+
 class ToolSummary(BaseModel):
     tool_id: str
     name: str
@@ -293,10 +314,14 @@ Moment = Annotated[str, Field(max_length=64, json_schema_extra={"format": "date-
 """RFC 3339."""
 
 
+FilterText = Annotated[str, Field(max_length=LABEL_CHARACTERS_MAX, pattern=r"^[^\u0000]*$")]
+"""PostgreSQL takes no NUL for text."""
+
+
 class HistoryFilters(Params):
-    tool_id: Label | None = Field(None, description="Only calls of this tool")
+    tool_id: FilterText | None = Field(None, description="Only calls of this tool")
     status: Status | None = Field(None, description="Only calls that came to this")
-    subject: Label | None = Field(None, description="Only calls of this subject")
+    subject: FilterText | None = Field(None, description="Only calls of this subject")
     since: Moment | None = Field(None, description="Only calls that started at this time or later")
     until: Moment | None = Field(None, description="Only calls that started before this time")
 

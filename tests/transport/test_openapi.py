@@ -80,6 +80,7 @@ def test_every_operation_says_what_it_is(document: Json) -> None:
         "getReadiness",
         "getMetrics",
         "listTools",
+        "exportTools",
         "getTool",
         "executeTool",
         "getLimits",
