@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -128,8 +129,7 @@ async def open_service(
     async with contextlib.AsyncExitStack() as stack:
         metrics = Metrics()
         lifecycle = Lifecycle()
-        traced = settings.enable_tracing and listen is not None  # commands have no request to trace
-        tracing = open_tracing(traced, settings.trace_sample_ratio, os.environ, __version__)
+        tracing = _open_tracing(settings, listen)
         stack.push_async_callback(tracing.close)
         http = EgressClient(
             _egress_allow(settings),
@@ -208,6 +208,16 @@ async def open_service(
             lifecycle,
             tuple(loaded.problems),
         )
+
+
+def _open_tracing(settings: Settings, listen: tuple[str, int] | None) -> Tracing:
+    """Commands, which do not listen, have no request to trace. Raises SettingsError."""
+    enabled = settings.enable_tracing and listen is not None
+    try:
+        return open_tracing(enabled, settings.trace_sample_ratio, os.environ, __version__)
+    except ValueError as error:  # OpenTelemetry reads some of its variables when it is imported
+        named = re.findall(r"OTEL_[A-Z_]+", str(error)) or ["OTEL_*"]
+        raise SettingsError(f"{named[0]}: OpenTelemetry does not take this value") from None
 
 
 async def _open_database(settings: Settings, stack: contextlib.AsyncExitStack) -> Database:

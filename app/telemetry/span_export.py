@@ -43,7 +43,8 @@ COMPLAINT_EVERY_S = 60.0
 
 QUEUE_SPANS = 2048
 BATCH_SPANS = 512
-"""Both as OpenTelemetry has them (OTEL_BSP_MAX_QUEUE_SIZE, OTEL_BSP_MAX_EXPORT_BATCH_SIZE)."""
+GATHER_MS = 5000
+"""As OpenTelemetry has them, in OTEL_BSP_MAX_QUEUE_SIZE, _MAX_EXPORT_BATCH_SIZE and _SCHEDULE_DELAY."""
 
 SCOPE = InstrumentationScope("app")
 
@@ -61,7 +62,12 @@ class SpanExport:
     """The sink of `tracing.Tracing`."""
 
     def __init__(
-        self, exporters: Sequence[SpanExporter], resource: Resource, sampler: HeadSampler, environ: Mapping[str, str]
+        self,
+        exporters: Sequence[SpanExporter],
+        resource: Resource,
+        sampler: HeadSampler,
+        environ: Mapping[str, str],
+        last_words: LastWords,
     ) -> None:
         self.outcomes = dict.fromkeys(SPAN_OUTCOMES, 0)
         self._resource = resource
@@ -71,10 +77,11 @@ class SpanExport:
         self._taken = 0
         """Of those given: handed to the exporter. The difference is what waits, or a batch more."""
         self._closed = False
-        self._last_words = LastWords()
-        exporter = _Counted(exporters, self.outcomes, self._take, self._last_words)
+        self._last_words = last_words
+        exporter = _Counted(exporters, self.outcomes, self._take, last_words)
         batch = min(self._queue_max, _count_in(environ, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", BATCH_SPANS))
-        self._processor = BatchSpanProcessor(exporter, self._queue_max, max_export_batch_size=batch)
+        delay_ms = _count_in(environ, "OTEL_BSP_SCHEDULE_DELAY", GATHER_MS)
+        self._processor = BatchSpanProcessor(exporter, self._queue_max, delay_ms, batch)
 
     def keep(self, note: SpanNote) -> None:
         """Queue a span of ours."""
@@ -233,7 +240,9 @@ class LastWords(logging.Handler):
         self._source.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.complain(record.getMessage())
+        # What else there is quotes variables, and a header among them may be a key.
+        about_export = record.name.startswith("opentelemetry.exporter")
+        self.complain(record.getMessage() if about_export else str(record.msg))
 
     def complain(self, reason: str) -> None:
         now = time.monotonic()
@@ -353,7 +362,10 @@ def _encode_attributes(attributes: Attributes, into: EncodedSpan) -> None:
         attribute.key = name
         kind = type(value)
         if kind is str:
-            attribute.value.string_value = value
+            try:
+                attribute.value.string_value = value
+            except ValueError:  # half a surrogate pair, as JSON can carry it: one bad name must not cost a batch
+                attribute.value.string_value = str(value).encode("utf-8", "replace").decode()
         elif kind is float:
             attribute.value.double_value = value
         elif kind is bool:
@@ -369,15 +381,24 @@ def whole(spans: Sequence[ReadableSpan]) -> list[ReadableSpan]:
 
 def open_span_export(sampler: HeadSampler, environ: Mapping[str, str], version: str) -> SpanExport | None:
     """By OpenTelemetry's variables; None, and a line in the log, when none of the exporters can be had."""
+    last_words = LastWords()
     exporters: list[SpanExporter] = []
     for name in _names_in(environ.get("OTEL_TRACES_EXPORTER", "otlp")):
         try:
             exporters.append(_exporter(name, environ))
         except Exception as error:  # bad variables, each library in its own way: serving does not depend on it
-            logger.error("no spans go there", extra={"exporter": name, "reason": f"{type(error).__name__}: {error}"})
+            reason = str(error) if isinstance(error, NotSupported) else type(error).__name__
+            logger.error("no spans go there", extra={"exporter": name, "reason": reason})
     for noisy in ("urllib3", "requests"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    return SpanExport(exporters, _resource(version), sampler, environ) if exporters else None
+    if exporters:
+        return SpanExport(exporters, _resource(version), sampler, environ, last_words)
+    last_words.close()
+    return None
+
+
+class NotSupported(Exception):
+    """A variable asks for what is not here; says what is."""
 
 
 def _names_in(text: str) -> Iterable[str]:
@@ -388,12 +409,12 @@ def _exporter(name: str, environ: Mapping[str, str]) -> SpanExporter:
     if name == "console":
         return _Whole(ConsoleSpanExporter(formatter=lambda span: span.to_json(indent=None) + "\n"))
     if name != "otlp":
-        raise ValueError("OTEL_TRACES_EXPORTER takes otlp, console and none")
+        raise NotSupported("OTEL_TRACES_EXPORTER takes otlp, console and none")
     protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
     if protocol == "grpc":
         return _grpc_exporter()
     if protocol not in (None, "", "http/protobuf"):
-        raise ValueError("OTEL_EXPORTER_OTLP_PROTOCOL takes http/protobuf and grpc")
+        raise NotSupported("OTEL_EXPORTER_OTLP_PROTOCOL takes http/protobuf and grpc")
     return _http_exporter()
 
 

@@ -49,6 +49,37 @@ class Tokens:
         return True
 
 
+def sampler_of(ratio: float, environ: Mapping[str, str]) -> tuple[HeadSampler, bool]:
+    """The head sampler that OTEL_TRACES_SAMPLER names, and whether the tail rule adds to it."""
+    name = environ.get("OTEL_TRACES_SAMPLER", "").strip().lower()
+    known = _SAMPLERS.get(name)
+    if known is None:
+        return HeadSampler(ratio), True
+    fixed, follows_parent = known
+    if fixed is None:
+        fixed = _ratio_in(environ.get("OTEL_TRACES_SAMPLER_ARG", ""), ratio)
+    return HeadSampler(fixed, follows_parent=follows_parent), name != "always_off"
+
+
+_SAMPLERS: dict[str, tuple[float | None, bool]] = {
+    "always_on": (1.0, False),
+    "always_off": (0.0, False),
+    "traceidratio": (None, False),
+    "parentbased_always_on": (1.0, True),
+    "parentbased_always_off": (0.0, True),
+    "parentbased_traceidratio": (None, True),
+}
+"""Ratio, where the name says it, and whether a caller's decision holds."""
+
+
+def _ratio_in(text: str, otherwise: float) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        return otherwise
+    return ratio if 0.0 <= ratio <= 1.0 else otherwise
+
+
 class SpanNote(NamedTuple):
     """One span in plain Python. Ids are hex digits; times are Unix nanoseconds."""
 

@@ -17,7 +17,7 @@ from app.calls import Execution, ToolCall, current_call, new_execution_id
 from app.errors import DEPENDENCY_UNAVAILABLE, INTERNAL, ToolServiceError
 from app.telemetry.metrics import SPAN_OUTCOMES
 from app.telemetry.redaction import redact_text
-from app.telemetry.spans import Attributes, HeadSampler, SpanNote, SpanSink, Tokens
+from app.telemetry.spans import Attributes, HeadSampler, SpanNote, SpanSink, Tokens, sampler_of
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -72,8 +72,11 @@ def is_trace_id(text: str) -> bool:
     return _TRACE_ID.fullmatch(text) is not None
 
 
+_random_bits = random.Random().getrandbits  # noqa: S311  # ids, no secrets; tools may seed the module's own
+
+
 def new_span_id() -> str:
-    return f"{random.getrandbits(64) or 1:016x}"  # an id, no secret
+    return f"{_random_bits(64) or 1:016x}"
 
 
 def span_id_of(execution_id: str) -> str:
@@ -270,7 +273,9 @@ class Tracing:
 
     def _trace_of_span(self, trace: RequestTrace, of_call: str | None) -> str:
         """The request's, unless the agent gave the call the id of another; then the span links to the request's."""
-        assert trace.trace_id is not None
+        if trace.trace_id is None:  # whoever made the call did not ask `id_of_call`
+            self._is_sampled(trace)
+            assert trace.trace_id is not None
         if of_call is None or of_call == trace.trace_id or not is_trace_id(of_call):
             return trace.trace_id
         return of_call
@@ -429,34 +434,3 @@ def _is_exporting(environ: Mapping[str, str]) -> bool:
     if named:
         return named != "none"
     return bool(environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
-
-
-def sampler_of(ratio: float, environ: Mapping[str, str]) -> tuple[HeadSampler, bool]:
-    """The head sampler that OTEL_TRACES_SAMPLER names, and whether the tail rule adds to it."""
-    name = environ.get("OTEL_TRACES_SAMPLER", "").strip().lower()
-    known = _SAMPLERS.get(name)
-    if known is None:
-        return HeadSampler(ratio), True
-    fixed, follows_parent = known
-    if fixed is None:
-        fixed = _ratio_in(environ.get("OTEL_TRACES_SAMPLER_ARG", ""), ratio)
-    return HeadSampler(fixed, follows_parent=follows_parent), name != "always_off"
-
-
-_SAMPLERS: dict[str, tuple[float | None, bool]] = {
-    "always_on": (1.0, False),
-    "always_off": (0.0, False),
-    "traceidratio": (None, False),
-    "parentbased_always_on": (1.0, True),
-    "parentbased_always_off": (0.0, True),
-    "parentbased_traceidratio": (None, True),
-}
-"""Ratio, where the name says it, and whether a caller's decision holds."""
-
-
-def _ratio_in(text: str, otherwise: float) -> float:
-    try:
-        ratio = float(text)
-    except ValueError:
-        return otherwise
-    return ratio if 0.0 <= ratio <= 1.0 else otherwise

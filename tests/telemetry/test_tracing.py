@@ -29,8 +29,8 @@ from opentelemetry.sdk.resources import Resource
 
 from app.calls import new_execution_id
 from app.telemetry.span_export import Encoder, NotedSpan, whole
-from app.telemetry.spans import HeadSampler, SpanNote
-from app.telemetry.tracing import Tracing, sampler_of
+from app.telemetry.spans import HeadSampler, SpanNote, sampler_of
+from app.telemetry.tracing import Tracing
 from tests.conftest import ROOT, Running, Serve, end, service_environ, start_service
 from tests.otlp import OtlpReceiver, Span, spans_in
 
@@ -737,3 +737,32 @@ def test_otel_variables_stand_in_the_env_file_too(own_receiver: OtlpReceiver, tm
         own_receiver.wait_for_trace(running.execute("echo", {"message": "x"})["trace_id"], 2)
     finally:
         end(running)
+
+
+def test_a_variable_that_opentelemetry_does_not_take_is_named_without_its_value() -> None:
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "canary-31c"}
+    done = subprocess.run(
+        [sys.executable, "-m", "app", "serve", "--port", "0"],
+        cwd=ROOT,
+        env=service_environ(**environ),
+        capture_output=True,
+    )
+    assert done.returncode == 2 and b"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT" in done.stderr
+    assert b"canary-31c" not in done.stderr + done.stdout
+
+
+def test_odd_export_variables_do_not_keep_the_service_from_serving(serve: Serve) -> None:
+    odd = {"OTEL_BSP_SCHEDULE_DELAY": "0", "OTEL_BSP_MAX_QUEUE_SIZE": "-1", "OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}
+    headers = {"OTEL_EXPORTER_OTLP_HEADERS": "authorization canary-9d0e"}
+    running = serve(OTEL_EXPORTER_OTLP_ENDPOINT="nonsense", TRACE_SAMPLE_RATIO="1", **odd, **headers)
+    assert running.execute("echo", {"message": "x"})["status"] == "success"
+    assert running.stop() == 0
+    with pytest.raises(AssertionError):
+        running.read_log(lambda event: False)  # to the end
+    assert "canary-9d0e" not in json.dumps(running.log)
+
+
+def test_a_name_that_is_no_text_costs_its_batch_nothing() -> None:
+    note = SpanNote("n", "internal", PARENT_TRACE, PARENT_SPAN, "", False, 1, 2, {}, {"agentcore.tenant": "a\ud800"})
+    (span,) = spans_in(Encoder().encode([NotedSpan(note, Resource({}))]))
+    assert span.attributes == {"agentcore.tenant": "a?"}
