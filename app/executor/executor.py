@@ -196,7 +196,7 @@ class Executor:
         run.state = state
         run.found = found = perf_counter()
         self._metrics.lookup.observe(found - begin)
-        self._registry_stage.observe(found - call.received_at)
+        self._registry_stage.observe(found - begin)
         arguments = self._arguments(call, tool)
         _check_idempotency(call, tool)
         run.validated = validated = perf_counter()

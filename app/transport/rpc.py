@@ -145,7 +145,8 @@ class JsonRpcDoor:
             self._count_error(error.kind.error_type)
             await self._refuse(send, error)
             return
-        self._authentication.observe(time.perf_counter() - begin)
+        authentication_s = time.perf_counter() - begin
+        self._authentication.observe(authentication_s)
         if scope["method"] != "POST":
             await respond(send, 405, [(b"allow", b"POST"), (b"content-length", b"0")])
             return
@@ -159,9 +160,9 @@ class JsonRpcDoor:
             except ToolServiceError as error:
                 await self._refuse(send, error)
                 return
-        context = RequestContext(
-            caller, time.perf_counter(), AsgiClient(receive, exchange), trace=self._tracing.begin(scope["headers"])
-        )
+        received_at = time.perf_counter() - authentication_s  # what a slow client took for its body is not ours
+        trace = self._tracing.begin(scope["headers"])
+        context = RequestContext(caller, received_at, AsgiClient(receive, exchange), trace=trace)
         answer = await self._dispatcher.dispatch(body, context)
         if context.commits is not None:
             await context.committed()
