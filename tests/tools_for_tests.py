@@ -244,6 +244,12 @@ async def say_and_hang() -> None:
             pass
 
 
+@tool(category="custom", read_only=True)
+async def count_tasks() -> int:
+    """Tasks of the event loop."""
+    return len(asyncio.all_tasks())
+
+
 @tool(category="custom")
 async def write_line(message: str) -> str:
     """Write a line into the log."""

@@ -26,6 +26,10 @@ ADOPTED_EVERY_S = 30.0
 class Sink(Protocol):
     """Where records go first: the journal or memory."""
 
+    @property
+    def unwritten(self) -> int:
+        """Records that are in memory alone because the disk took none."""
+
     def reserve(self, size_bytes: int) -> bool: ...
     def unreserve(self, size_bytes: int) -> None: ...
     def append(self, record: bytes, *, strict: bool) -> Commit: ...
@@ -46,9 +50,10 @@ class ToolLog:
         self._reserved_bytes = recorder.bytes_max(payloads)
 
     def reserve(self) -> None:
-        """Before a call runs. Raises DependencyUnavailable when its row would find no room."""
-        if not self._sink.reserve(self._reserved_bytes):
-            raise DependencyUnavailable("The log has no room until its database is back", retry_after_ms=1000)
+        """Before a call runs. Raises DependencyUnavailable when its row would find no room, or no disk that takes it:
+        what was running then is answered from memory, what comes then would be promised what cannot be kept."""
+        if self._sink.unwritten or not self._sink.reserve(self._reserved_bytes):
+            raise DependencyUnavailable("The log has no room for this call's row", retry_after_ms=1000)
 
     def unreserve(self) -> None:
         """The call did not run after all."""
@@ -136,7 +141,7 @@ class ExecutionLog:
         if any(writer.away for writer in self._writers):
             problems.append(f"database away for {self.lag_s:.0f} s, rows wait")
         if self._journal is not None and self._journal.failing:
-            problems.append(f"journal cannot be written, {self._journal.unwritten} rows are in memory alone")
+            problems.append(f"journal cannot be written or synced, {self._journal.unwritten} rows are in memory alone")
         if self._is_full():
             problems.append("journal full, calls are refused")
         return problems
