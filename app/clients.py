@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -31,6 +32,10 @@ CLOSE_TIMEOUT_S = 2.0
 """asyncpg's own close waits for ever for a server that is stopped."""
 
 SQLITE_BUSY_S = 5.0
+
+WAL_TRIES = 50
+WAL_RETRY_S = 0.05
+"""SQLite does not wait, however busy_timeout is set, when several processes turn a new file to WAL at once."""
 
 DATABASE_ERRORS: tuple[type[Exception], ...] = (
     SQLAlchemyError,
@@ -82,7 +87,15 @@ def _create_sqlite(url: str) -> AsyncEngine:
     @event.listens_for(engine.sync_engine, "connect")
     def prepare(connection: Any, record: Any) -> None:
         cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+        for left in reversed(range(WAL_TRIES)):
+            try:
+                cursor.execute("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.OperationalError as error:
+                if not left or error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                    raise
+                connection.run_async(lambda _: asyncio.sleep(WAL_RETRY_S))
+        for pragma in ("synchronous=NORMAL", "foreign_keys=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
