@@ -46,34 +46,45 @@ def main() -> int:
 
 def install() -> str | None:
     """Why the suite cannot be run here; None when it can."""
+    wanted = [SUITE] if node_is_new_enough(dict(os.environ)) else [SUITE, NODE]
+    stamp = FOLDER / "installed"
+    if not stamp.exists() or stamp.read_text().split() != wanted:
+        problem = download(wanted)
+        if problem:
+            return problem
+        stamp.write_text("\n".join(wanted))
+    return None if node_is_new_enough(environ()) else f"no Node {NODE_MAJOR_MIN} could be had"
+
+
+def download(wanted: list[str]) -> str | None:
     if shutil.which("npm") is None:
         return "there is no npm"
-    wanted = [SUITE] if node_is_new_enough() else [SUITE, NODE]
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
     (FOLDER / "package.json").write_text('{"private": true}\n')
     command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error", *wanted]
     try:
         done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=INSTALL_S_MAX)
     except subprocess.TimeoutExpired:
         return "npm did not install it in time"
-    if done.returncode != 0:
-        return f"npm could not install it: {done.stderr.strip()[-500:]}"
-    if not node_is_new_enough():
-        return f"no Node {NODE_MAJOR_MIN} could be had"
-    return None
+    return f"npm could not install it: {done.stderr.strip()[-500:]}" if done.returncode else None
 
 
-def node_is_new_enough() -> bool:
-    try:
-        told = subprocess.run(["node", "--version"], env=environ(), capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+def node_is_new_enough(environ: dict[str, str]) -> bool:
+    node = shutil.which("node", path=environ.get("PATH"))
+    if node is None:
         return False
-    return told.returncode == 0 and int(told.stdout.lstrip("v").split(".")[0]) >= NODE_MAJOR_MIN
+    try:
+        told = subprocess.run([node, "--version"], env=environ, capture_output=True, text=True, timeout=30)
+        return told.returncode == 0 and int(told.stdout.lstrip("v").split(".")[0]) >= NODE_MAJOR_MIN
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return False
 
 
 def environ() -> dict[str, str]:
     """The Node of npm comes first."""
-    return {**os.environ, "PATH": f"{FOLDER / 'node_modules' / '.bin'}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{FOLDER / 'node_modules' / '.bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path}
 
 
 def conforms(url: str, revision: str) -> bool:
