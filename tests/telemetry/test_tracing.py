@@ -28,7 +28,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 from opentelemetry.sdk.resources import Resource
 
 from app.calls import new_execution_id
-from app.telemetry.span_export import Encoder, NotedSpan, whole
+from app.telemetry.span_encoding import Encoder, NotedSpan, whole
 from app.telemetry.spans import HeadSampler, SpanNote, sampler_of
 from app.telemetry.tracing import Tracing
 from tests.conftest import ROOT, Running, Serve, end, service_environ, start_service
