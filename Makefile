@@ -58,6 +58,10 @@ bench: $(READY)  ## what a call costs beside a bare uvicorn echo, in one run (wr
 	@$(BIN)/python -m load.echo $(ARGS)
 	@$(BIN)/python -m load.micro
 
+.PHONY: overhead
+overhead: $(READY)  ## what a call costs by stage, and docs/images/overhead.svg (DATABASE_URL, REDIS_URL: else embedded)
+	@$(BIN)/python -m load.overhead $(ARGS)
+
 .PHONY: lock
 lock:  ## write requirements/*.txt anew from pyproject.toml (needs uv)
 	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml \
