@@ -270,3 +270,33 @@ async def fetch(url: str, context: ToolContext, headers: dict[str, str] | None =
     """Send a GET request with these headers; its status."""
     response = await context.http.request("GET", url, headers=headers, timeout_s=10)
     return response.status_code
+
+
+@tool(category="custom", version="2.1.0", cost=7)
+async def dear() -> str:
+    """Cost seven times what others do."""
+    return "done"
+
+
+@tool(category="custom", log_payloads="off")
+async def log_nothing_of_it(value: Any = None) -> Any:
+    """Return the value, of which no row says anything."""
+    return value
+
+
+@tool(category="custom", log_payloads="full")
+async def log_all_of_it(value: Any = None) -> Any:
+    """Return the value, which its row holds."""
+    return value
+
+
+@tool(category="custom", log_mode="buffered")
+async def log_by_chance() -> str:
+    """Be logged from memory alone."""
+    return "done"
+
+
+@tool(category="custom", log_mode="strict")
+async def log_for_sure() -> str:
+    """Be logged on disk before the answer."""
+    return "done"
