@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from sqlalchemy import Connection, inspect, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.clients import DATABASE_ERRORS, reason
@@ -74,7 +77,7 @@ async def migrate(engine: AsyncEngine, revision: str = NEWEST) -> None:
     known = versions()
     if revision not in (NEWEST, *known):
         raise MigrationError(f"no such revision; there are {', '.join(known)}")
-    if (await version(engine) or "") >= (known[-1] if revision == NEWEST else revision):
+    if (await version(engine) or "") >= _target(revision):
         return
     try:
         async with locked(engine) as connection:
@@ -83,13 +86,17 @@ async def migrate(engine: AsyncEngine, revision: str = NEWEST) -> None:
         raise MigrationError(f"the database cannot be migrated ({reason(error)})") from error
 
 
+def _target(revision: str) -> str:
+    return versions()[-1] if revision == NEWEST else revision
+
+
 def _upgrade(connection: Connection, revision: str) -> None:
+    if (_version(connection) or "") >= _target(revision):
+        return  # another process did it while this one waited
     logging.getLogger("alembic").setLevel(logging.WARNING)  # a dozen lines of what it is made of
     from alembic import command  # takes 0.1 s to import, and nearly every start has nothing to do with it
     from alembic.config import Config
 
-    if revision != NEWEST and (_version(connection) or "") >= revision:
-        return  # another process went further while this one waited
     config = Config()
     config.set_main_option("script_location", str(folder()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
@@ -102,13 +109,25 @@ async def locked(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """One transaction that no other migration overlaps; all that was done in it is done, or nothing."""
     if engine.dialect.name == "sqlite":
         async with engine.begin() as connection:
-            await connection.exec_driver_sql("BEGIN IMMEDIATE")  # waits as long as clients.SQLITE_BUSY_S
+            await _begin_alone(connection)
             yield connection
         return
     async with engine.connect() as connection:
         await _lock(connection)
         yield connection
         await connection.commit()
+
+
+async def _begin_alone(connection: AsyncConnection) -> None:
+    """As the only one who writes to this SQLite file."""
+    ends = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            await connection.exec_driver_sql("BEGIN IMMEDIATE")  # waits as long as clients.SQLITE_BUSY_S
+            return
+        except OperationalError as error:
+            if getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
+                raise
 
 
 async def _lock(connection: AsyncConnection) -> None:
