@@ -197,7 +197,7 @@ class RedisStore:
         elif left_s - self._grace_s > TIMER_S_MIN:
             self._wake(left_s - self._grace_s)
         elif now - due > self._grace_s:
-            self._wake(self._timeout_s / 2, oldest)  # that time was not Redis's
+            self._wake(max(left_s, 2 * self._grace_s), oldest)  # that time was not Redis's
         else:
             self._wake(max(left_s, self._grace_s), oldest)
 

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quiet")]
 BUDGET_S = 0.05
 
 SANE_S = 1.0
-"""Far over the budget: machines that test are slow. docs/reliability.md has what was measured."""
+"""Far over the budget: machines that test are slow."""
 
 
 @dataclass

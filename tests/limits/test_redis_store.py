@@ -252,7 +252,7 @@ async def test_a_loop_that_a_tool_blocked_does_not_make_redis_away(
 async def test_the_time_that_a_tool_took_is_not_counted_as_that_of_redis(one_redis: RedisServer) -> None:
     with FaultProxy(one_redis.port) as proxy:
         async with running(f"redis://{HOST}:{proxy.port}", timeout_s=0.2) as store:
-            proxy.latency_s = 0.04
+            proxy.latency_s = 0.025
             asked = asyncio.create_task(answer(store, Ask((daily(100),), 1)))
             await asyncio.sleep(0)
             time.sleep(0.4)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 BUDGET_MS = 50
 
 SANE_S = 2.0
-"""Far over the budget: what tests is a machine that does much else. docs/reliability.md has what was measured."""
+"""Far over the budget: what tests is a machine that does much else."""
 
 LIMITS = """
 policies:
