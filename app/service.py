@@ -129,6 +129,7 @@ async def open_service(
     async with contextlib.AsyncExitStack() as stack:
         metrics = Metrics()
         lifecycle = Lifecycle()
+        supervisor = Supervisor(lifecycle.crash)
         tracing = _open_tracing(settings, listen)
         stack.push_async_callback(tracing.close)
         http = EgressClient(
@@ -138,8 +139,9 @@ async def open_service(
             trace=tracing.outgoing,
         )
         stack.push_async_callback(http.aclose)
-        builtin = [*builtin_tools(settings.wikipedia_url, settings.searxng_url), *extra_tools]
-        loaded = load_tools(builtin, settings.tool_modules)
+        loaded = load_tools(
+            [*builtin_tools(settings.wikipedia_url, settings.searxng_url), *extra_tools], settings.tool_modules
+        )
         declared = _declared_limits(loaded)
         registry = Registry(
             loaded.tools.values(),
@@ -149,9 +151,10 @@ async def open_service(
         threads = ThreadPool()
         stack.callback(threads.close)
         slots = Slots(settings.max_concurrent_executions)
-        supervisor = Supervisor(lifecycle.crash)
         database = await _open_database(settings, stack)
         keys = KeyStore(database.engine)
+        stack.push_async_callback(keys.close)
+        stack.push_async_callback(supervisor.close)  # for what fails below; otherwise it is closed before
         access = await _open_access(settings, listen, keys, supervisor, stack)
         admission = await _open_admission(settings, declared, supervisor, stack)
         log = _open_log(settings, registry, database.engine, supervisor, stack) if keep_log else None
@@ -168,32 +171,8 @@ async def open_service(
             tracing=tracing,
         )
         for tool in registry.snapshot.tools.values():
-            metrics.for_tool(tool.spec.id)
             _warn_of_unenforced(tool)
-        watch, system = LoopWatch(), SystemWatch()
-        supervisor.start("system-watch", system.measure())
-        stack.push_async_callback(supervisor.close)
-        if log is not None:
-            stack.push_async_callback(log.drain, LOG_DRAIN_S)
-            _show_log(log, metrics)
-        # Not before: start-up itself holds the loop for longer than a tool may.
-        lifecycle.on_serving = lambda: supervisor.start("loop-watch", watch.measure())
-        metrics.limit_decisions = admission.decisions
-        metrics.trace_spans = lambda: tracing.outcomes
-        metrics.gauges.update(
-            limit_store_up=lambda: admission.store.up,
-            tool_execution_concurrency=lambda: executor.concurrency,
-            tool_execution_limit=lambda: slots.limit,
-            tool_execution_queue_depth=lambda: executor.queue_depth,
-            tool_abandoned_runs_active=lambda: executor.abandoned,
-            event_loop_lag_seconds=watch.lag_s,
-            registered_tools=lambda: len(registry),
-            system_cpu_percent=system.cpu_percent,
-            system_memory_percent=system.memory_percent,
-            execution_log_journal_limit_bytes=lambda: settings.journal_max_bytes,
-        )
-        metrics.database_pool = lambda: pool_states(database.engine)
-        yield Service(
+        service = Service(
             settings,
             database,
             keys,
@@ -207,6 +186,43 @@ async def open_service(
             Scraper(metrics),
             lifecycle,
             tuple(loaded.problems),
+        )
+        _show(service, slots, admission, supervisor)
+        stack.push_async_callback(supervisor.close)
+        if log is not None:
+            stack.push_async_callback(log.drain, LOG_DRAIN_S)
+        yield service
+
+
+def _show(service: Service, slots: Slots, admission: Admission, supervisor: Supervisor) -> None:
+    """Hang into the metrics what other rooms count, and start what measures the process."""
+    metrics, executor, log = service.metrics, service.executor, service.log
+    watch, system = LoopWatch(), SystemWatch()
+    supervisor.start("system-watch", system.measure())
+    # Not before: start-up itself holds the loop for longer than a tool may.
+    service.lifecycle.on_serving = lambda: supervisor.start("loop-watch", watch.measure())
+    for tool_id in service.registry.snapshot.tools:
+        metrics.for_tool(tool_id)
+    metrics.limit_decisions = admission.decisions
+    metrics.trace_spans = lambda: service.tracing.outcomes
+    metrics.database_pool = lambda: pool_states(service.database.engine)
+    metrics.gauges.update(
+        limit_store_up=lambda: admission.store.up,
+        tool_execution_concurrency=lambda: executor.concurrency,
+        tool_execution_limit=lambda: slots.limit,
+        tool_execution_queue_depth=lambda: executor.queue_depth,
+        tool_abandoned_runs_active=lambda: executor.abandoned,
+        event_loop_lag_seconds=watch.lag_s,
+        registered_tools=lambda: len(service.registry),
+        system_cpu_percent=system.cpu_percent,
+        system_memory_percent=system.memory_percent,
+        execution_log_journal_limit_bytes=lambda: service.settings.journal_max_bytes,
+    )
+    if log is not None:
+        metrics.log_rows = lambda: log.rows
+        metrics.gauges.update(
+            execution_log_lag_seconds=lambda: log.lag_s,
+            execution_log_journal_bytes=lambda: log.journal_bytes,
         )
 
 
@@ -320,14 +336,6 @@ def _open_log(
     supervisor.start("journal-adoption", log.adopt())
     supervisor.start("log-upkeep", Upkeep(engine, settings.log_retention_days).run())
     return log
-
-
-def _show_log(log: ExecutionLog, metrics: Metrics) -> None:
-    metrics.log_rows = lambda: log.rows
-    metrics.gauges.update(
-        execution_log_lag_seconds=lambda: log.lag_s,
-        execution_log_journal_bytes=lambda: log.journal_bytes,
-    )
 
 
 async def _open_admission(

@@ -222,10 +222,10 @@ class Authenticator:
     # Known keys
 
     async def watch(self) -> None:
-        """Confirm for ever: a background task of the service."""
+        """Confirm for ever: a background task of the service, which has confirmed once before."""
         while True:
-            await self.confirm()
             await asyncio.sleep(CONFIRM_EVERY_S)
+            await self.confirm()
 
     async def confirm(self) -> None:
         """Ask the database once more for every known key: what was revoked, changed or deleted takes effect."""

@@ -158,6 +158,11 @@ class KeyStore:
             raise DependencyUnavailable("The key store does not answer; try again", retry_after_ms=1000)
         return task.result()
 
+    async def close(self) -> None:
+        """Wait, bounded, for work that was left to itself: the engine is closed next."""
+        if self._given_up:
+            await asyncio.wait(self._given_up, timeout=QUERY_TIMEOUT_S)
+
     def _give_up(self, task: asyncio.Task[Any]) -> None:
         self._given_up.add(task)
         task.add_done_callback(self._given_up.discard)

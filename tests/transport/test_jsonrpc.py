@@ -128,7 +128,7 @@ def test_wrong_params_are_told_by_path_without_their_values(service: Running, me
     assert errors and all(set(error) == {"path", "message", "type"} for error in errors)
 
 
-@pytest.mark.parametrize("method", ["", "nope", "rpc.x", "rpc.", "tools", "Tools.list", "tools.get_rate_limit_status"])
+@pytest.mark.parametrize("method", ["", "nope", "rpc.x", "rpc.", "tools", "Tools.list", "tools.nothing"])
 def test_an_unknown_method_is_not_found(service: Running, method: str) -> None:
     assert error_of(post(service, request(method, id=1)))["error"]["code"] == -32601
 
