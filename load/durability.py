@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Self
 import orjson
 
 from tests.conftest import Running, end, start_service
-from tests.servers import PostgresServer, as_user, free_port
+from tests.servers import PostgresAt, PostgresServer, as_user, free_port
 
 RPC, MCP, REST = "/api/v1/jsonrpc", "/mcp", "/api/v1/tools/echo/execute"
 
@@ -264,7 +264,7 @@ def verdict(ledger: Ledger, rows: list[tuple[str, str]]) -> Verdict:
 ROWS = "SELECT cast(execution_id AS text), status FROM tool_executions"
 
 
-def logged_rows(database: str | Path, postgres: PostgresServer | None = None) -> list[tuple[str, str]]:
+def logged_rows(database: str | Path, postgres: PostgresAt | None = None) -> list[tuple[str, str]]:
     """Id and status of every row: of a SQLite file, or of a database of that server."""
     if postgres is not None:
         return [(str(row[0]), str(row[1])) for row in postgres.run_sql(ROWS, database=str(database))]
