@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import subprocess
 import sys
@@ -33,7 +32,6 @@ async def serving(folder: Path, **environ: str) -> AsyncIterator[Service]:
     settings = read_settings(service_environ(folder, ENABLE_DATABASE_LOGGING="false", **environ))
     async with open_service(settings) as service:
         yield service
-        await asyncio.sleep(0.05)  # its own first look at the keys: that it is cut short is not what is tested here
 
 
 async def execute(service: Service, tool_id: str = "echo", agent_id: str = "a") -> Execution:
