@@ -35,7 +35,7 @@ from app.transport.mcp_protocol import (
 )
 from app.transport.mcp_results import SERVER_INFO, advice, definition, failed, finished, refused, rendered
 from app.transport.mcp_stream import HangUp
-from app.transport.methods import NO_ROOM, SCOPE_EXECUTE, SCOPE_READ, require_scope
+from app.transport.methods import NO_ROOM, SCOPE_EXECUTE, SCOPE_READ, kept_trace, require_scope, settle
 
 SCOPES = {LIST: SCOPE_READ, CALL: SCOPE_EXECUTE}
 """What a method needs; those that are not here only describe the service."""
@@ -143,16 +143,9 @@ class McpMethods:
     async def execute(self, context: RequestContext, call: ToolCall, tool: Tool, *, modern: bool) -> bytes:
         """One call to its result. Raises the refusals that are none of the agent's business."""
         execution = await self._run(context, call, tool, modern=modern)
+        await settle(context, execution)
         if execution.refusal is not None:
-            if context.budget is None:
-                context.allowance = execution.refusal.allowance
-                context.retry_after_ms = execution.refusal.retry_after_ms
             return refused(execution.refusal, modern=modern)
-        aside = execution.aside
-        if aside is not None:
-            context.hold_for(aside.commit)
-            if aside.grant is not None and context.budget is None:
-                context.allowance = aside.grant.tightest()
         if (
             context.budget is not None
             and execution.result is not None
@@ -161,7 +154,8 @@ class McpMethods:
             execution = execution._replace(status="failed", result=None, error=NO_ROOM)
             self._metrics.count_outcome(execution)
         written = rendered(execution, tool, modern=modern)
-        self._metrics.overhead.observe(time.perf_counter() - context.received_at - execution.run_s)
+        overhead_s = time.perf_counter() - context.received_at - execution.run_s
+        self._metrics.observe_overhead(overhead_s, kept_trace(execution))
         return written
 
     def _run(self, context: RequestContext, call: ToolCall, tool: Tool, *, modern: bool) -> Awaitable[Execution]:

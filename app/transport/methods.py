@@ -161,21 +161,14 @@ class Methods:
     async def execute(self, context: RequestContext, tool_id: str, params: shapes.RestExecuteBody) -> bytes:
         """One call to its Execution, written. Raises the refusal when it did not run."""
         execution = await self._executor.execute(tool_call(context, tool_id, params))
+        await settle(context, execution)
         if execution.refusal is not None:
-            if context.budget is None:
-                context.allowance = execution.refusal.allowance
-                context.retry_after_ms = execution.refusal.retry_after_ms
             raise execution.refusal
-        aside = execution.aside
-        if aside is not None:
-            context.hold_for(aside.commit)
-            if aside.grant is not None and context.budget is None:
-                context.allowance = aside.grant.tightest()
         if context.budget is not None:
             execution = self._within_budget(context.budget, execution)
         written = execution.as_json()
         overhead_s = time.perf_counter() - context.received_at - execution.run_s
-        self._metrics.observe_overhead(overhead_s, None if aside is None else aside.kept_trace)
+        self._metrics.observe_overhead(overhead_s, kept_trace(execution))
         return written
 
     async def _execute_batch(self, context: RequestContext, params: shapes.BatchParams) -> bytes:
@@ -281,9 +274,31 @@ class Methods:
         if execution.refusal is not None:
             return {"error": execution.refusal.as_error()}
         if execution.attempts:
-            aside = execution.aside
-            self._metrics.observe_overhead(execution.overhead_s, None if aside is None else aside.kept_trace)
+            self._metrics.observe_overhead(execution.overhead_s, kept_trace(execution))
         return execution.as_dict()
+
+
+async def settle(context: RequestContext, execution: Execution) -> None:
+    """What a call leaves to its answer: what its limits have left, and the wait for its row. A call alone waits here,
+    so that its overhead has it; the calls of a batch share one wait at the door."""
+    alone, refusal, aside = context.budget is None, execution.refusal, execution.aside
+    if refusal is not None and alone:
+        context.allowance = refusal.allowance
+        context.retry_after_ms = refusal.retry_after_ms
+    if aside is None:
+        return
+    if aside.commit is not None and not aside.commit.done:
+        if alone:
+            await aside.commit.wait()
+        else:
+            context.hold_for(aside.commit)
+    if alone and refusal is None and aside.grant is not None:
+        context.allowance = aside.grant.tightest()
+
+
+def kept_trace(execution: Execution) -> str | None:
+    """The id of the call's trace, when its span is kept."""
+    return None if execution.aside is None else execution.aside.kept_trace
 
 
 def tool_call(context: RequestContext, tool_id: str, params: shapes.RestExecuteBody) -> ToolCall:
