@@ -145,6 +145,6 @@ def log_to_stdout(level: str) -> LineWriter:
         logger = logging.getLogger(name)
         logger.handlers[:] = []
         logger.propagate = True
-    for noisy in ("httpx", "httpcore", "uvicorn.error"):
+    for noisy in ("httpx", "httpcore", "uvicorn.error", "alembic"):
         logging.getLogger(noisy).setLevel(max(root.level, logging.WARNING))
     return writer
