@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -29,13 +31,19 @@ class Finding(NamedTuple):
 async def examine(service: Service, host: str, port: int) -> list[Finding]:
     """Every check, in the order in which one would mend things."""
     settings = Finding("settings", True, f"profile {service.settings.profile}")
-    return [settings, await _database(service), *await asyncio.to_thread(lambda: [*_local(service, host, port)])]
+    return [
+        settings,
+        await _database(service),
+        _limits(service),
+        *await asyncio.to_thread(lambda: [*_local(service, host, port)]),
+    ]
 
 
 def _local(service: Service, host: str, port: int) -> Iterator[Finding]:
     """What is asked of this machine alone."""
     yield _bind(service, host)
     yield _listen(host, port)
+    yield _journal(service)
     yield Finding("tools", bool(len(service.registry)), f"{len(service.registry)} registered")
     for problem in service.load_problems:
         says = f"{problem.reason}; mend it, or take the source out of TOOL_MODULES or uninstall it"
@@ -54,6 +62,32 @@ async def _database(service: Service) -> Finding:
         says = f"its tables are at {found or 'nothing'}, {newest} is needed; run agentcore-tools migrate"
         return Finding("database", False, says)
     return Finding("database", True, f"{service.database.engine.dialect.name}, tables at {found}")
+
+
+def _limits(service: Service) -> Finding:
+    """The service tried to reach Redis, and to count there, when it was opened."""
+    store = service.admission.store
+    says = store.state if store.up else f"{store.state}; check REDIS_URL, and that this user may write there"
+    return Finding("limits", store.up, says)
+
+
+def _journal(service: Service) -> Finding:
+    """Its folder can be made and written, and the disk has room for the whole of it."""
+    settings = service.settings
+    if not settings.enable_database_logging or settings.journal_mode == "buffered":
+        return Finding("journal", True, "not used by the service's own mode")
+    folder = settings.journal_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free_bytes = shutil.disk_usage(folder).free
+    except OSError as error:
+        says = f"{folder} cannot be written ({error.strerror}); mend its rights, or set JOURNAL_DIR"
+        return Finding("journal", False, says)
+    if free_bytes < settings.journal_max_bytes:
+        says = f"{folder} has {free_bytes} bytes free, JOURNAL_MAX_BYTES is {settings.journal_max_bytes}; lower it"
+        return Finding("journal", False, says)
+    return Finding("journal", True, f"{folder} can be written")
 
 
 def _bind(service: Service, host: str) -> Finding:

@@ -105,6 +105,7 @@ class Service:
     database: Database
     keys: KeyStore
     access: Authenticator
+    admission: Admission
     log: ExecutionLog | None
     history: ExecutionHistory
     registry: Registry
@@ -177,6 +178,7 @@ async def open_service(
             database,
             keys,
             access,
+            admission,
             log,
             ExecutionHistory(database.engine, wait_s_max=QUEUE_PATIENCE_S + settings.tool_execution_timeout),
             registry,
@@ -187,16 +189,16 @@ async def open_service(
             lifecycle,
             tuple(loaded.problems),
         )
-        _show(service, slots, admission, supervisor)
+        _show(service, slots, supervisor)
         stack.push_async_callback(supervisor.close)
         if log is not None:
             stack.push_async_callback(log.drain, LOG_DRAIN_S)
         yield service
 
 
-def _show(service: Service, slots: Slots, admission: Admission, supervisor: Supervisor) -> None:
+def _show(service: Service, slots: Slots, supervisor: Supervisor) -> None:
     """Hang into the metrics what other rooms count, and start what measures the process."""
-    metrics, executor, log = service.metrics, service.executor, service.log
+    metrics, executor, admission, log = service.metrics, service.executor, service.admission, service.log
     watch, system = LoopWatch(), SystemWatch()
     supervisor.start("system-watch", system.measure())
     # Not before: start-up itself holds the loop for longer than a tool may.

@@ -13,6 +13,7 @@ import pytest
 from app import __version__
 from app.settings import http_url
 from tests.conftest import ROOT, service_environ
+from tests.servers import free_port
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -65,6 +66,11 @@ def test_doctor_says_what_is_wrong_and_what_to_do() -> None:
     assert done.returncode == 1
     assert not findings["address"]["ok"] and "--port" in findings["address"]["says"]
     assert not findings["tools from tests.no_such_module"]["ok"]
+    nobody = free_port()
+    away = run("doctor", "--port", "0", "--json", REDIS_URL=f"redis://127.0.0.1:{nobody}", JOURNAL_DIR="/proc/journal")
+    findings = {finding["what"]: finding for finding in json.loads(away.stdout)}
+    assert not findings["limits"]["ok"] and "check REDIS_URL" in findings["limits"]["says"]
+    assert not findings["journal"]["ok"] and "JOURNAL_DIR" in findings["journal"]["says"]
     exposed = run("doctor", "--host", "0.0.0.0", "--port", "0")
     assert exposed.returncode == 1 and "AUTH_MODE=none" in exposed.stdout
 

@@ -42,6 +42,7 @@ class MemoryStore:
     """`clock_us` drives the rates, `wall_us` says which day and month it is; both in Unix microseconds."""
 
     up = True
+    state = "in process"
 
     def __init__(
         self,

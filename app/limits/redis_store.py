@@ -94,6 +94,10 @@ class RedisStore:
         """Whether asks are answered; False from the moment that one was not."""
         return not self._away
 
+    @property
+    def state(self) -> str:
+        return "Redis up" if self.up else f"Redis away ({self.reason}), each policy's on_store_failure holds"
+
     def ask(self, ask: Ask) -> asyncio.Future[Verdict]:
         if self._away:
             raise StoreAway(self.reason)

@@ -46,6 +46,10 @@ class LimitStore(Protocol):
     def up(self) -> bool:
         """Whether it answers; while it does not, `ask` raises at once."""
 
+    @property
+    def state(self) -> str:
+        """For people: what it is, and why it is away if it is."""
+
     def ask(self, ask: Ask) -> Verdict | asyncio.Future[Verdict]:
         """Decide, now or soon. Raises StoreAway, here or in the future."""
 

@@ -60,6 +60,7 @@ def readiness(service: Service) -> Iterator[str]:
     yield f"service: {service.lifecycle.phase.value}"
     yield f"authentication: {'off' if service.access.is_off else 'on'}"
     yield f"database: {database_state(service)}"
+    yield f"limits: {'up' if service.admission.store.up else 'Redis away, every policy has its own answer'}"
     if service.log is None:
         yield "log: off"
     else:
