@@ -64,8 +64,16 @@ class Grant:
         return [_allowance(limit, state, self.verdict.now_us) for limit, state in pairs if not limit.shadow]
 
     def tightest(self) -> Allowance | None:
-        """The rate with the least left; without one, the quota."""
-        return min(self.allowances(), key=lambda one: (one.limit.kind != RATE, one.remaining), default=None)
+        """The rate with the least left; without one, the quota. Asked for every call: no list is made."""
+        found: Allowance | None = None
+        now_us = self.verdict.now_us
+        for limit, state in zip(self.ask.limits, self.verdict.states, strict=True):
+            if limit.shadow or (found is not None and limit.kind != RATE == found.limit.kind):
+                continue
+            one = _allowance(limit, state, now_us)
+            if found is None or limit.kind == RATE != found.limit.kind or one.remaining < found.remaining:
+                found = one
+        return found
 
 
 class Asked:
@@ -250,8 +258,11 @@ def _allowance(limit: Limit, state: tuple[int, int, int], now_us: int) -> Allowa
     if limit.kind != RATE:
         return Allowance(limit, max(0, limit.amount - b), b, max(0.0, (_period_end_us(limit, a) - now_us) / 1e6))
     window_us, window_parts = limit.window
-    left = (now_us + window_us - a) * limit.amount + window_parts - b
-    remaining = max(0, min(limit.burst, left // limit.period_us))
+    remaining = ((now_us + window_us - a) * limit.amount + window_parts - b) // limit.period_us
+    if remaining < 0:
+        remaining = 0
+    elif remaining > limit.burst:
+        remaining = limit.burst
     return Allowance(limit, remaining, limit.burst - remaining, (a - now_us) / 1e6)
 
 
