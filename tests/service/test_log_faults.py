@@ -342,7 +342,7 @@ def test_a_database_that_is_migrated_later_gets_the_rows_of_before(server: Postg
 
 
 @pytest.mark.parametrize("mode", ["durable", "strict"])
-def test_a_full_journal_refuses_calls_before_they_run_and_takes_them_again_once_drained(
+def test_journal_max_bytes_refuses_calls_before_they_run_and_takes_them_again_once_drained(
     place: Place, mode: str
 ) -> None:
     with place.service(JOURNAL_MODE=mode, JOURNAL_MAX_BYTES="1048576") as service:
