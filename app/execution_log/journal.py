@@ -278,12 +278,21 @@ class Journal:
         if self._behind:
             batch = self._read_folder(self._own, rows_max, bytes_max, self._tail_begins())
             if batch is not None:
-                return batch if batch.records else None
+                return self._topped_up(batch, rows_max, bytes_max) if batch.records else None
             self._behind = False
-        batch = self._read_tail(rows_max, bytes_max)
+        batch = self._read_tail([], rows_max, bytes_max)
         if batch is None:
             self._readable.clear()
         return batch
+
+    def _topped_up(self, batch: Batch, rows_max: int, bytes_max: int) -> Batch:
+        """Where the segments were read up to the tail, with what follows there. By the next time each tick would have
+        moved the tail's begin on, by as much as is read then: a writer once behind would stay so."""
+        if self._own.cursor != self._tail_begins():
+            return batch
+        self._behind = False
+        size_bytes = sum(map(len, batch.records)) + FRAME_BYTES * len(batch.records)
+        return self._read_tail(batch.records, rows_max, bytes_max - size_bytes) or batch
 
     def release(self, batch: object) -> None:
         """The database has this batch, and everything that was read before it."""
@@ -353,8 +362,8 @@ class Journal:
             return Position(block.segment, block.offset_of(block.taken))
         return None
 
-    def _read_tail(self, rows_max: int, bytes_max: int) -> Batch | None:
-        records: list[bytes] = []
+    def _read_tail(self, records: list[bytes], rows_max: int, bytes_max: int) -> Batch | None:
+        """With the first of the tail after these; None where there is none, or no room for it."""
         room_bytes = bytes_max
         block: Block | None = None
         while self._tail and len(records) < rows_max and room_bytes > 0:

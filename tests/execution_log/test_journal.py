@@ -257,6 +257,28 @@ async def test_memory_stays_flat_while_nobody_reads(tmp_path: Path) -> None:
         assert [int(record.split()[0]) for record in read(journal, 7)] == list(range(500))
 
 
+async def test_a_reader_that_fell_behind_catches_up_though_records_keep_coming(tmp_path: Path) -> None:
+    async with opened(tmp_path, tail_bytes_max=2_000) as journal:
+        written = numbered(500)
+        for record in written:
+            await write(journal, record)
+        assert journal._behind
+        got: list[bytes] = []
+        for _ in range(100):
+            batch = journal.read_batch(50, MIB)
+            assert batch is not None
+            got += batch.records
+            journal.release(batch)
+            if len(got) == len(written):
+                break
+            more = numbered(5, len(written))  # while the batch was on its way
+            written += more
+            for record in more:
+                await write(journal, record)
+        assert got == written and journal.backlog_bytes == 0
+        assert not journal._behind
+
+
 async def test_released_segments_are_deleted_and_their_room_is_free_again(tmp_path: Path) -> None:
     async with opened(tmp_path, segment_bytes=10_000) as journal:
         for _ in range(200):

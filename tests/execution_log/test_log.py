@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -127,6 +128,22 @@ async def test_room_is_taken_before_a_call_and_given_back_whether_it_ran_or_not(
                 tool.reserve()
                 again += 1
         assert reserved - 10 < again <= reserved
+
+
+async def test_a_record_that_waits_takes_little_more_memory_than_its_bytes(tmp_path: Path) -> None:
+    count = 20_000
+    async with opened(tmp_path, bytes_max=64 * BYTES_MAX) as place:
+        tool = place.log.for_tool("1", 1, "buffered", None)
+        before = memory_bytes()
+        for _ in range(count):
+            call = a_call()
+            tool.append(call, ended(call))
+        assert memory_bytes() - before < 5 * place.memory.backlog_bytes
+        assert place.memory.backlog_bytes > 250 * count
+
+
+def memory_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def test_what_waits_is_seen_in_bytes_and_age_and_is_nothing_once_it_is_written(
