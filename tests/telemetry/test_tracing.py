@@ -463,7 +463,7 @@ def test_failed_timed_out_and_slow_calls_are_kept_though_not_sampled(rarely: Run
     well = rarely.execute("echo", {"message": "x"})
     failed = rarely.execute("fail_clearly")
     late = rarely.execute("wait", {"seconds": 30}, timeout_override=0.05)
-    slow = rarely.execute("wait", {"seconds": 1.0})
+    slow = rarely.execute("wait", {"seconds": 1.05})  # uvloop keeps time in whole milliseconds
     assert [failed["status"], late["status"], slow["status"]] == ["failed", "timeout", "success"]
     for execution, why in ((failed, "error"), (late, "error"), (slow, "slow")):
         spans = receiver.wait_for_trace(execution["trace_id"], 2)
