@@ -263,18 +263,30 @@ def tasks(running: Running) -> int:
     return found
 
 
-@pytest.mark.parametrize("fault", [fault for fault in OF_DATABASE if "SIG" not in fault])
-def test_a_database_that_refuses_costs_no_call_and_no_row(place: Place, fault: str) -> None:
+@pytest.fixture(scope="module")
+def lasting(
+    server: PostgresServer, template: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Place, Service]]:
+    """One service to which the database does everything, and which is as before after each."""
+    folder = tmp_path_factory.mktemp("lasting")
+    server.run_sql(f'CREATE DATABASE "lasting" TEMPLATE "{template}"')
+    place = Place(server, server.database_url("lasting"), folder)
     fill(place)
     with place.service() as service:
-        with Faults(service, place.postgres, place.database).happening(fault):
-            ids = served(service, 300)
-            if fault != "connections cut":
-                until(lambda: ready(the(service)).startswith("database away"), f"away: {fault}")
-        service.drained()
-        assert ids <= dict(place.rows()).keys()
-        assert place.dead() == set()
-        until(lambda: ready(the(service)) == "up")
+        yield place, service
+
+
+@pytest.mark.parametrize("fault", [fault for fault in OF_DATABASE if "SIG" not in fault])
+def test_a_database_that_refuses_costs_no_call_and_no_row(lasting: tuple[Place, Service], fault: str) -> None:
+    place, service = lasting
+    with Faults(service, place.postgres, place.database).happening(fault):
+        ids = served(service, 300)
+        if fault != "connections cut":
+            until(lambda: ready(the(service)).startswith("database away"), f"away: {fault}")
+    service.drained()
+    assert ids <= dict(place.rows()).keys()
+    assert place.dead() == set()
+    assert ready(the(service)) == "up"
 
 
 def fill(place: Place) -> None:
