@@ -21,10 +21,11 @@ def settle(future: asyncio.Future[None]) -> None:
 class Commit:
     """Done once, and then for good. It never fails: what a failing disk means for an answer is the journal's affair."""
 
-    __slots__ = ("_callbacks", "done")
+    __slots__ = ("_callbacks", "_loop", "done")
 
-    def __init__(self, *, done: bool = False) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None, *, done: bool = False) -> None:
         self.done = done
+        self._loop = loop  # kept by who makes many: asking for it costs Python 3.11 a system call
         self._callbacks: list[Callable[[Commit], object]] = []
 
     def add_done_callback(self, callback: Callable[[Commit], object]) -> None:
@@ -38,7 +39,7 @@ class Commit:
         """Return when it is done. May be cancelled; others that wait do not notice."""
         if self.done:
             return
-        future = asyncio.get_running_loop().create_future()
+        future = (self._loop or asyncio.get_running_loop()).create_future()
         self._callbacks.append(lambda _: settle(future))
         await future
 

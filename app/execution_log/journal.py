@@ -91,7 +91,7 @@ class Journal:
         self._records: list[bytes] = []
         self._size_bytes = 0
         self._scheduled = False
-        self._commit = Commit()
+        self._commit = Commit(self._loop)
         self._strict: Commit | None = None
         # Written or to be written
         self._blocks_made = 0
@@ -197,7 +197,7 @@ class Journal:
         if not strict:
             return self._commit
         if self._strict is None:
-            self._strict = Commit()
+            self._strict = Commit(self._loop)
         return self._strict
 
     # Writing
@@ -210,7 +210,7 @@ class Journal:
         self._blocks_made += 1
         block = Block(self._blocks_made, self._records, self._size_bytes)
         commit, strict = self._commit, self._strict
-        self._records, self._size_bytes, self._commit, self._strict = [], 0, Commit(), None
+        self._records, self._size_bytes, self._commit, self._strict = [], 0, Commit(self._loop), None
         try:
             self._keep(block)
             if strict is not None:

@@ -73,6 +73,7 @@ class RedisStore:
         clock_us: Callable[[], int] | None = None,
         retry_s_max: float = RETRY_MAX_S,
     ) -> None:
+        self._loop = asyncio.get_running_loop()  # kept: asking costs Python 3.11 a system call
         self._locate = locate
         self._timeout_s = timeout_s
         self._clock_us = clock_us
@@ -103,7 +104,7 @@ class RedisStore:
             raise StoreAway(self.reason)
         if len(self._pending) >= PENDING_MAX:
             raise StoreAway("too many wait for it")
-        future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Verdict] = self._loop.create_future()
         self._add(ask, future)
         return future
 
@@ -116,7 +117,7 @@ class RedisStore:
         self._quiet.clear()
         if not self._in_flight and not self._flush_due:
             self._flush_due = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._loop.call_soon(self._flush)
             if self._timer is None:
                 self._wake(self._timeout_s - self._grace_s)
 
@@ -179,13 +180,13 @@ class RedisStore:
             self._quiet.set()
         elif not self._flush_due:
             self._flush_due = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._loop.call_soon(self._flush)
 
     # Away and back
 
     def _wake(self, delay_s: float, judged: Waiting | None = None) -> None:
         due = time.perf_counter() + delay_s
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._judge, due, judged)
+        self._timer = self._loop.call_later(delay_s, self._judge, due, judged)
 
     def _judge(self, due: float, judged: Waiting | None) -> None:
         """Run towards the end of the budget of whoever has waited longest. Twice for the same one: a loop that was
