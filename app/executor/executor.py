@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from time import perf_counter, time
 from typing import Any
 
-from app.calls import Aside, Caller, Client, CurrentCall, Execution, Status, ToolCall, current_call
+from app.calls import Aside, Caller, Client, CurrentCall, Execution, Status, ToolCall
 from app.egress import EgressClient
 from app.errors import (
     TOOL_CANCELLED,
@@ -28,9 +28,8 @@ from app.errors import (
 from app.execution_log.commit import Commit
 from app.execution_log.log import NO_LOG, ExecutionLog, ToolLog
 from app.executor.runner import CANCELLED, Abandoned, Interrupt, Runner, cancelled_from_outside
-from app.limits.admission import Admission, Grant, status
+from app.limits.admission import Admission, Asked, Grant, status
 from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, SlotTable, release_all, take_all_now
-from app.limits.limit import Limit
 from app.limits.policy import Bound
 from app.telemetry.metrics import Metrics, ToolSeries
 from app.telemetry.tracing import OFF, Tracing
@@ -46,15 +45,17 @@ _STATUS: dict[str, Status] = {TOOL_TIMEOUT.category: "timeout", TOOL_CANCELLED.c
 class ToolState:
     """What the executor keeps for one tool between calls."""
 
-    __slots__ = ("abandoned", "cost", "log", "series", "slots", "tool")
+    __slots__ = ("abandoned", "cost", "in_place", "log", "series", "slots", "timeout_s", "tool")
 
-    def __init__(self, tool: Tool, series: ToolSeries, log: ToolLog) -> None:
+    def __init__(self, tool: Tool, series: ToolSeries, log: ToolLog, timeout_ceiling_s: float) -> None:
         self.tool = tool
         self.series = series
         self.log = log
         self.cost = tool.spec.cost
         self.abandoned = Abandoned()
         self.slots = None if tool.spec.max_concurrent is None else Slots(tool.spec.max_concurrent)
+        self.in_place = tool.never_waits and not tool.spec.cancel_on_disconnect
+        self.timeout_s = timeout_ceiling_s if tool.spec.timeout is None else min(tool.spec.timeout, timeout_ceiling_s)
 
 
 class Run(Aside):
@@ -165,7 +166,6 @@ class Executor:
     async def execute(self, call: ToolCall) -> Execution:
         """Run one call to its end. Raises nothing but CancelledError, when the whole request is cancelled."""
         run = Run(call)
-        current_call.set(CurrentCall(call.execution_id, call.trace_id, call.trace))
         try:
             self._enter(run)
             try:
@@ -182,7 +182,7 @@ class Executor:
         except ToolServiceError as refusal:
             execution = run.ended("failed", refusal=refusal)
         except Exception:
-            logger.exception("call failed inside", extra={"execution_id": call.execution_id})
+            logger.exception("call failed inside", extra=_named(call))
             execution = run.ended("failed", refusal=InternalError())
         self._finish(run, execution)
         return execution
@@ -198,10 +198,11 @@ class Executor:
         self._metrics.lookup.observe(found - begin)
         self._registry_stage.observe(found - begin)
         arguments = self._arguments(call, tool)
-        _check_idempotency(call, tool)
+        if call.idempotency_key is not None:
+            _check_idempotency(tool)
         run.validated = validated = perf_counter()
         self._validation_stage.observe(validated - found)
-        timeout_s = self._timeout_s(call, tool)
+        timeout_s = self._timeout_s(call, state)
         bound = self._bound(call)
         if state.slots is None and not bound.slots and self._slots.take_now():
             release = self._slots.release
@@ -211,28 +212,41 @@ class Executor:
             state.log.reserve()
             try:
                 if bound.limits:
-                    run.grant = await self._admit(bound.limits, state.cost, run)
+                    outcome = self._admission.admit(bound.limits, state.cost)
+                    run.grant = outcome if type(outcome) is Grant else await self._granted(outcome, run)  # type: ignore[arg-type]
                 run.started = started = perf_counter()
                 self._limits_stage.observe(started - validated)
-                value = await self._run(call, run, state, arguments, started, timeout_s)
+                try:
+                    if state.in_place:
+                        value = self._run_in_place(call, run, state, arguments, started + timeout_s)
+                    else:
+                        value = await self._run(call, run, state, arguments, started + timeout_s)
+                finally:
+                    ended = perf_counter()
+                    run.run_s = (ended - started) * run.attempts
             finally:
                 if not run.attempts:
                     state.log.unreserve()
         finally:
-            ended = perf_counter()
             release()
         result = self._runner.encode(tool, value)
         self._serialisation_stage.observe(perf_counter() - ended)
         return result
 
-    async def _run(
-        self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], started: float, timeout_s: float
+    def _run_in_place(
+        self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float
     ) -> Any:
+        """A tool that never waits: no task, no timer, nothing that could be refused after all."""
+        run.attempts = 1
+        if call.deadline is not None and call.deadline < deadline:
+            deadline = call.deadline
+        return self._runner.run_in_place(state.tool, arguments, self._context(call, deadline), _current(call))
+
+    async def _run(self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float) -> Any:
         tool = state.tool
         watcher: asyncio.Task[None] | None = None
         try:
             run.attempts = 1
-            deadline = started + timeout_s
             if call.deadline is not None and call.deadline < deadline:
                 deadline = call.deadline  # a plan does not wait for what waited for its slot
             context = self._context(call, deadline)
@@ -240,7 +254,7 @@ class Executor:
                 watcher = asyncio.create_task(
                     _cancel_when_gone(call.client, run.interrupt), name=f"client-watch:{call.execution_id}"
                 )
-            return await self._runner.run(tool, arguments, context, run.interrupt, state.abandoned)
+            return await self._runner.run(tool, arguments, context, _current(call), run.interrupt, state.abandoned)
         except Overloaded:  # refused after all: nothing ran
             run.attempts = 0
             if run.grant is not None:
@@ -250,7 +264,6 @@ class Executor:
         finally:
             if watcher is not None:
                 watcher.cancel()
-            run.run_s = (perf_counter() - started) * run.attempts
 
     def _bound(self, call: ToolCall) -> Bound:
         """The limits and slots of the call. Where nobody says who calls, the agent's own name for itself does."""
@@ -258,13 +271,10 @@ class Executor:
         subject = call.agent_id if caller.anonymous and call.agent_id else caller.subject
         return self._admission.bind(caller.tenant, subject, caller.limit_class, call.tool_id)
 
-    async def _admit(self, limits: tuple[Limit, ...], cost: int, run: Run) -> Grant:
-        """Spend at every limit, or raise the refusal."""
-        outcome = self._admission.admit(limits, cost)
-        if isinstance(outcome, Grant):
-            return outcome
-        run.interrupt.watch(outcome.future)
-        grant = await outcome.settled()
+    async def _granted(self, asked: Asked, run: Run) -> Grant:
+        """What the store says to the ask, or raise the refusal."""
+        run.interrupt.watch(asked.future)
+        grant = await asked.settled()
         if run.interrupt.requested:  # in the tick in which the answer came
             grant.give_back()
             raise asyncio.CancelledError
@@ -305,7 +315,7 @@ class Executor:
         except ToolServiceError:
             raise
         except BaseException as error:  # validators of the tool's author run in there; nothing awaits
-            logger.exception("validator crashed", extra={"tool_id": call.tool_id, "execution_id": call.execution_id})
+            logger.exception("validator crashed", extra={"tool_id": call.tool_id, **_named(call)})
             raise InternalError from error
 
     def _state_of(self, tool: Tool) -> ToolState:
@@ -313,18 +323,16 @@ class Executor:
         log: ToolLog = NO_LOG
         if self._log is not None:
             log = self._log.for_tool(spec.version, spec.cost, spec.log_mode, spec.log_payloads)
-        state = ToolState(tool, self._metrics.for_tool(spec.id), log)
+        state = ToolState(tool, self._metrics.for_tool(spec.id), log, self.timeout_ceiling_s)
         before = self._states.get(tool.spec.id)
         if before is not None:  # the registry has another tool of this id now; what hangs of the old one still does
             state.abandoned = before.abandoned
         self._states[tool.spec.id] = state
         return state
 
-    def _timeout_s(self, call: ToolCall, tool: Tool) -> float:
+    def _timeout_s(self, call: ToolCall, state: ToolState) -> float:
         """The smallest of the tool's timeout, the caller's, the service's and what is left of the plan."""
-        timeout_s = self.timeout_ceiling_s
-        if tool.spec.timeout is not None and tool.spec.timeout < timeout_s:
-            timeout_s = tool.spec.timeout
+        timeout_s = state.timeout_s
         if call.timeout_override_s is not None and call.timeout_override_s < timeout_s:
             timeout_s = call.timeout_override_s
         if call.deadline is not None:
@@ -417,10 +425,19 @@ class Executor:
         self._metrics_stage.observe(perf_counter() - begin)
 
 
-def _check_idempotency(call: ToolCall, tool: Tool) -> None:
+def _current(call: ToolCall) -> CurrentCall:
+    return CurrentCall(call.execution_id, call.trace_id, call.trace)
+
+
+def _named(call: ToolCall) -> dict[str, str | None]:
+    """What a line of the log says of a call that no tool's context knows."""
+    return {"execution_id": call.execution_id, "trace_id": call.trace_id}
+
+
+def _check_idempotency(tool: Tool) -> None:
     """A key is a promise that nothing runs twice. Where a repeat is harmless it holds by itself; elsewhere a
     store must remember the key, and while there is none the promise is refused rather than broken."""
-    if call.idempotency_key is not None and not (tool.spec.read_only or tool.spec.idempotent):
+    if not (tool.spec.read_only or tool.spec.idempotent):
         raise InvalidParams.at("idempotency_key", "Not supported for tools that are neither read_only nor idempotent")
 
 
