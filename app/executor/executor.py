@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from time import perf_counter, time
 from typing import Any
 
-from app.calls import Aside, Caller, Client, CurrentCall, Execution, Status, ToolCall
+from app.calls import Aside, Caller, Client, CurrentCall, Execution, Status, ToolCall, current_call
 from app.egress import EgressClient
 from app.errors import (
     TOOL_CANCELLED,
@@ -166,6 +166,7 @@ class Executor:
     async def execute(self, call: ToolCall) -> Execution:
         """Run one call to its end. Raises nothing but CancelledError, when the whole request is cancelled."""
         run = Run(call)
+        current_call.set(CurrentCall(call.execution_id, call.trace_id, call.trace))
         try:
             self._enter(run)
             try:
@@ -182,7 +183,7 @@ class Executor:
         except ToolServiceError as refusal:
             execution = run.ended("failed", refusal=refusal)
         except Exception:
-            logger.exception("call failed inside", extra=_named(call))
+            logger.exception("call failed inside", extra={"execution_id": call.execution_id})
             execution = run.ended("failed", refusal=InternalError())
         self._finish(run, execution)
         return execution
@@ -240,7 +241,7 @@ class Executor:
         run.attempts = 1
         if call.deadline is not None and call.deadline < deadline:
             deadline = call.deadline
-        return self._runner.run_in_place(state.tool, arguments, self._context(call, deadline), _current(call))
+        return self._runner.run_in_place(state.tool, arguments, self._context(call, deadline))
 
     async def _run(self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float) -> Any:
         tool = state.tool
@@ -254,7 +255,7 @@ class Executor:
                 watcher = asyncio.create_task(
                     _cancel_when_gone(call.client, run.interrupt), name=f"client-watch:{call.execution_id}"
                 )
-            return await self._runner.run(tool, arguments, context, _current(call), run.interrupt, state.abandoned)
+            return await self._runner.run(tool, arguments, context, run.interrupt, state.abandoned)
         except Overloaded:  # refused after all: nothing ran
             run.attempts = 0
             if run.grant is not None:
@@ -315,7 +316,7 @@ class Executor:
         except ToolServiceError:
             raise
         except BaseException as error:  # validators of the tool's author run in there; nothing awaits
-            logger.exception("validator crashed", extra={"tool_id": call.tool_id, **_named(call)})
+            logger.exception("validator crashed", extra={"tool_id": call.tool_id, "execution_id": call.execution_id})
             raise InternalError from error
 
     def _state_of(self, tool: Tool) -> ToolState:
@@ -423,15 +424,6 @@ class Executor:
             begin += logged_s
         metrics.count_outcome(execution)
         self._metrics_stage.observe(perf_counter() - begin)
-
-
-def _current(call: ToolCall) -> CurrentCall:
-    return CurrentCall(call.execution_id, call.trace_id, call.trace)
-
-
-def _named(call: ToolCall) -> dict[str, str | None]:
-    """What a line of the log says of a call that no tool's context knows."""
-    return {"execution_id": call.execution_id, "trace_id": call.trace_id}
 
 
 def _check_idempotency(tool: Tool) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Coroutine
 from contextvars import copy_context
 from typing import Any
 
-from app.calls import CurrentCall, current_call
 from app.errors import (
     RESULT_INVALID,
     RESULT_TOO_LARGE,
@@ -114,18 +113,16 @@ class Runner:
         tool: Tool,
         arguments: dict[str, Any],
         context: ToolContext,
-        current: CurrentCall,
         interrupt: Interrupt,
         abandoned: Abandoned,
     ) -> Any:
         """What the tool returned. Raises RunFailed for every way in which a run can end badly,
         and Overloaded when it could not begin: then nothing ran."""
         abandoned.refuse_past_cap()
-        invoke = _Invocation(tool, arguments, context, current)
         if tool.blocking:
-            ended = await self._in_thread(invoke, interrupt, abandoned)
+            ended = await self._in_thread(tool, arguments, context, interrupt, abandoned)
         else:
-            ended = await self._on_loop(invoke, interrupt, abandoned)
+            ended = await self._on_loop(tool, arguments, context, interrupt, abandoned)
         if ended.cancelled():
             raise RunFailed(CANCELLED_ITSELF)
         error = ended.exception()
@@ -151,7 +148,7 @@ class Runner:
             raise RunFailed(failure(RESULT_TOO_LARGE, f"The result is over {self._result_bytes_max} bytes"))
         return encoded
 
-    def run_in_place(self, tool: Tool, arguments: dict[str, Any], context: ToolContext, current: CurrentCall) -> Any:
+    def run_in_place(self, tool: Tool, arguments: dict[str, Any], context: ToolContext) -> Any:
         """`run` for a coroutine that has no `await`: no deadline can interrupt it, so a task and a timer of its own
         would only cost their 4 µs. What it sets in its context ends with it, and it sees no current task: the
         request's, where there is one, is not its to cancel."""
@@ -159,7 +156,7 @@ class Runner:
         if request is not None:
             asyncio._leave_task(self._loop, request)
         try:
-            copy_context().run(_only_step, tool, arguments, context, current)
+            copy_context().run(_only_step, tool, arguments, context)
         except StopIteration as end:
             if time.perf_counter() > context.deadline:
                 raise RunFailed(TIMED_OUT) from None  # nothing could interrupt it, but a late value is none
@@ -173,10 +170,11 @@ class Runner:
                 asyncio._enter_task(self._loop, request)
         raise AssertionError("a coroutine without an await was suspended")
 
-    async def _on_loop(self, invoke: _Invocation, interrupt: Interrupt, abandoned: Abandoned) -> asyncio.Future[Any]:
+    async def _on_loop(
+        self, tool: Tool, arguments: dict[str, Any], context: ToolContext, interrupt: Interrupt, abandoned: Abandoned
+    ) -> asyncio.Future[Any]:
         """The tool's task, done."""
-        context = invoke.context
-        task = _start(self._loop, _contained(invoke), name=f"tool:{invoke.tool.spec.id}")
+        task = _start(self._loop, _contained(tool, arguments, context), name=f"tool:{tool.spec.id}")
         try:
             if _STARTS_LATER:
                 # One turn of the loop, in which the task begins: a tool that never waits ends in it, without a timer.
@@ -191,12 +189,13 @@ class Runner:
             raise RunFailed(TIMED_OUT)  # it held the loop for all its time; a late value is none
         return task
 
-    async def _in_thread(self, invoke: _Invocation, interrupt: Interrupt, abandoned: Abandoned) -> asyncio.Future[Any]:
+    async def _in_thread(
+        self, tool: Tool, arguments: dict[str, Any], context: ToolContext, interrupt: Interrupt, abandoned: Abandoned
+    ) -> asyncio.Future[Any]:
         """The future of the tool's job, done."""
-        job = self._threads.submit(invoke)
-        deadline = invoke.context.deadline
+        job = self._threads.submit(lambda: tool.invoke(arguments, context))
         try:
-            await self._within_deadline(job.future, deadline, interrupt, lambda: self._stop_job(job, abandoned))
+            await self._within_deadline(job.future, context.deadline, interrupt, lambda: self._stop_job(job, abandoned))
         except RunFailed as failed:
             if failed.cause is TIMED_OUT and not job.written_off:
                 raise Overloaded("No thread came free in time", retry_after_ms=1000) from None
@@ -258,33 +257,16 @@ def _settle(ended: asyncio.Future[bool], in_time: bool) -> None:
         ended.set_result(in_time)
 
 
-class _Invocation:
-    """A tool, ready to be invoked in a context of its own, which then knows the call."""
-
-    __slots__ = ("arguments", "context", "current", "tool")
-
-    def __init__(self, tool: Tool, arguments: dict[str, Any], context: ToolContext, current: CurrentCall) -> None:
-        self.tool = tool
-        self.arguments = arguments
-        self.context = context
-        self.current = current
-
-    def __call__(self) -> Any:
-        current_call.set(self.current)
-        return self.tool.invoke(self.arguments, self.context)
-
-
-def _only_step(tool: Tool, arguments: dict[str, Any], context: ToolContext, current: CurrentCall) -> None:
+def _only_step(tool: Tool, arguments: dict[str, Any], context: ToolContext) -> None:
     in_tool.set(True)
-    current_call.set(current)
     tool.invoke(arguments, context).send(None)
 
 
-async def _contained(invoke: _Invocation) -> Any:
+async def _contained(tool: Tool, arguments: dict[str, Any], context: ToolContext) -> Any:
     """The tool's coroutine, so that a SystemExit in it ends the call and not the event loop."""
     in_tool.set(True)
     try:
-        return await invoke()
+        return await tool.invoke(arguments, context)
     except (SystemExit, KeyboardInterrupt) as error:
         raise RuntimeError(f"raised {type(error).__name__}") from error
 

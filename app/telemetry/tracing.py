@@ -11,9 +11,9 @@ import random
 import re
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from app.calls import Execution, ToolCall, current_call, new_execution_id
+from app.calls import Caller, Execution, ToolCall, current_call, new_execution_id
 from app.errors import DEPENDENCY_UNAVAILABLE, INTERNAL, ToolServiceError
 from app.telemetry.metrics import SPAN_OUTCOMES
 from app.telemetry.redaction import redact_text
@@ -157,6 +157,16 @@ class Outgoing:
         )
 
 
+class TracedRequest(Protocol):
+    """What the span of a request says of it. `method` is one of ours, or None; `batch`: how many came together."""
+
+    caller: Caller
+    trace: Any
+    method: str | None
+    error: ToolServiceError | None
+    batch: int | None
+
+
 class Tracing:
     """Traces of one service. One per process; on the event loop's thread alone."""
 
@@ -295,24 +305,18 @@ class Tracing:
             return None
         return reason if self._keeps_tail and tokens.take(time.perf_counter()) else None
 
-    def request_ended(
-        self,
-        trace: RequestTrace | None,
-        began: float,
-        tenant: str,
-        method: str | None,
-        error: ToolServiceError | None,
-        batch: int | None,
-    ) -> None:
-        """A JSON-RPC request was answered. `method` is one of ours, or None; `batch`: how many came together."""
+    def request_ended(self, request: TracedRequest, began: float) -> None:
+        """A JSON-RPC request was answered; `began`, `time.perf_counter()` seconds."""
+        trace: RequestTrace | None = request.trace
         if self._sink is None or trace is None:
             return
+        method, error, batch = request.method, request.error, request.batch
         tail = None
         if not self._is_sampled(trace) and not trace.kept:
             tail = self._tail(error is not None and error.kind in KEPT_REFUSALS, time.perf_counter() - began)
             if tail is None:
                 return
-        attributes: Attributes = {"agentcore.tenant": tenant}
+        attributes: Attributes = {"agentcore.tenant": request.caller.tenant}
         if batch is not None:
             attributes["agentcore.batch_size"] = batch
         else:

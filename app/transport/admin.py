@@ -15,12 +15,12 @@ from app.access.authenticator import Authenticator
 from app.access.keys import SCOPE_ADMIN, NewKey, is_id
 from app.access.store import KeyStore
 from app.errors import InvalidParams, MethodNotFound
+from app.transport.door import ClientGone, read_body
 from app.transport.examples import Json
 from app.transport.gate import caller_with
 from app.transport.jsonrpc import decode
 from app.transport.openapi import Operation, query_parameters, reference, response
 from app.transport.rest import read_query, validated
-from app.transport.rpc import ClientGone, read_body
 from app.transport.shapes import NoParams, Params
 
 PAGE_DEFAULT = 100

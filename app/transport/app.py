@@ -24,6 +24,7 @@ from app.service import Service
 from app.settings import http_url, is_loopback
 from app.transport import documents, ops, rest
 from app.transport.admin import KeyRoutes
+from app.transport.door import CLOSE, Receive, Scope, Send, json_headers, respond
 from app.transport.executions import ExecutionRoutes
 from app.transport.gate import Gate, open_paths
 from app.transport.jsonrpc import Dispatcher
@@ -33,7 +34,7 @@ from app.transport.mcp_methods import McpMethods
 from app.transport.mcp_resource import METADATA_PATHS, ProtectedResource
 from app.transport.methods import Methods
 from app.transport.openrpc import openrpc_document
-from app.transport.rpc import CLOSE, RPC_PATH, JsonRpcDoor, Receive, Scope, Send, json_headers, respond
+from app.transport.rpc import RPC_PATH, JsonRpcDoor
 
 HOSTS_REMEMBERED_MAX = 64
 
@@ -62,9 +63,10 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
     authentication = service.metrics.stages["authentication"]
     bounds = settings.max_request_bytes, settings.request_read_timeout_s
     service.tracing.listens_at({"server.address": host, **({"server.port": port} if port else {})})
-    door = JsonRpcDoor(dispatcher, access, authentication, count_error, *bounds, service.tracing)
+    shared = access, authentication, count_error, *bounds, service.tracing
+    door = JsonRpcDoor(dispatcher, *shared)
     resource = ProtectedResource(settings.jwt_issuer, settings.public_url)
-    mcp = create_mcp_door(service, resource)
+    mcp = McpDoor(create_mcp_dispatcher(service), resource, *shared)
     fastapi = create_fastapi(service, methods)
     inner: ASGIApp = Doors(
         {RPC_PATH: door, MCP_PATH: mcp, **dict.fromkeys(METADATA_PATHS, ResourceDoor(resource))},
@@ -88,9 +90,9 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
     return Guard(inner, (*settings.cors_allow_origins, *own), loopback_only=is_loopback(host))
 
 
-def create_mcp_door(service: Service, resource: ProtectedResource) -> McpDoor:
-    """POST /mcp over the same executor, registry and access."""
-    settings, count_error = service.settings, service.metrics.count_error
+def create_mcp_dispatcher(service: Service) -> McpDispatcher:
+    """MCP over the same executor and registry."""
+    settings = service.settings
     methods = McpMethods(
         service.executor,
         service.registry,
@@ -98,17 +100,14 @@ def create_mcp_door(service: Service, resource: ProtectedResource) -> McpDoor:
         cache_answers=settings.enable_registry_cache,
         tracing=service.tracing,
     )
-    dispatcher = McpDispatcher(
+    return McpDispatcher(
         methods,
         settings.max_batch_size,
         ANSWER_RESULTS_MAX * settings.max_result_bytes,
         run_bounded,
-        count_error,
+        service.metrics.count_error,
         tolerate_mismatch=settings.mcp_tolerate_header_mismatch,
     )
-    authentication = service.metrics.stages["authentication"]
-    bounds = settings.max_request_bytes, settings.request_read_timeout_s
-    return McpDoor(dispatcher, service.access, authentication, resource, count_error, *bounds, service.tracing)
 
 
 def origin_of(url: str) -> str:

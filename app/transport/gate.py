@@ -20,8 +20,8 @@ from app.access.credential import CredentialMissing
 from app.calls import Caller
 from app.errors import ToolServiceError
 from app.telemetry.metrics import Histogram
+from app.transport.door import refusal_headers, respond
 from app.transport.methods import require_scope
-from app.transport.rpc import refusal_headers, respond
 
 CALLER = "agentcore.caller"
 """Key in the scope of a request that was let in."""

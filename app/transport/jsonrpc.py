@@ -104,15 +104,12 @@ class AnswerBudget:
         return True
 
 
-@dataclass(slots=True)
 class RequestContext:
-    """What a method may know of the HTTP request around it. `received_at` is `time.perf_counter()` seconds."""
+    """What a method may know of the HTTP request around it. Class attributes are the defaults, because most requests
+    set the first four alone. `received_at` is `time.perf_counter()` seconds."""
 
-    caller: Caller
-    received_at: float
-    client: Client | None = None
     a2a: Mapping[str, Any] | None = None
-    draining: bool = False
+    draining = False
     """Set when all that was asked for was refused because the replica shuts down: the door answers 503."""
     budget: AnswerBudget | None = None
     """Shared by the requests of a batch; None for one alone, whose result has a bound of its own."""
@@ -122,14 +119,25 @@ class RequestContext:
     """Of a single call that was refused."""
     commits: list[Commit] | None = None
     """Promises that rows of this request's calls are kept, which the answer waits for."""
-    trace: Any = None
-    """The RequestTrace of the HTTP request; None where tracing is off."""
     method: str | None = None
     """What was asked for, once it is known to be one of ours; None for a batch."""
     error: ToolServiceError | None = None
     """What the answer says went wrong, of a request alone."""
     batch: int | None = None
     """Requests in the batch; None for one alone."""
+
+    def __init__(self, caller: Caller, received_at: float, client: Client | None = None, trace: Any = None) -> None:
+        self.caller = caller
+        self.received_at = received_at
+        self.client = client
+        self.trace = trace
+        """The RequestTrace of the HTTP request; None where tracing is off."""
+
+    def in_batch(self, budget: AnswerBudget) -> RequestContext:
+        """The context of one request of several."""
+        own = RequestContext(self.caller, self.received_at, self.client, self.trace)
+        own.budget = budget
+        return own
 
     def hold_for(self, commit: Commit | None) -> None:
         """Do not answer before this is done."""
@@ -197,9 +205,7 @@ class Dispatcher:
         served: list[bool] = []
 
         async def answer(position: int) -> None:
-            own = RequestContext(
-                context.caller, context.received_at, context.client, budget=budget, trace=context.trace
-            )
+            own = context.in_batch(budget)
             answers[position] = await self._dispatch_one(requests[position], own)
             served.append(not own.draining)
             for commit in own.commits or ():

@@ -140,9 +140,7 @@ class McpDispatcher:
         served: list[bool] = []
 
         async def answer(position: int) -> None:
-            own = RequestContext(
-                context.caller, context.received_at, context.client, budget=budget, trace=context.trace
-            )
+            own = context.in_batch(budget)
             answers[position] = await self._dispatch_one_of_batch(messages[position], routing, version, own)
             for commit in own.commits or ():
                 context.hold_for(commit)

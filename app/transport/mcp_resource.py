@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 
+from app.transport.door import CHALLENGE
 from app.transport.methods import SCOPE_EXECUTE, SCOPE_READ, SERVICE_NAME
-from app.transport.rpc import CHALLENGE
 
 RESOURCE = "/mcp"
 WELL_KNOWN = "/.well-known/oauth-protected-resource"

@@ -25,11 +25,11 @@ from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import violations
 from app.transport import openapi
 from app.transport.allowance import limit_headers
+from app.transport.door import AsgiClient, ClientGone, read_body
 from app.transport.exchange import EXTENSION
 from app.transport.gate import caller_with
 from app.transport.jsonrpc import RequestContext, decode
 from app.transport.methods import SCOPE_EXECUTE, SCOPE_READ, Methods
-from app.transport.rpc import AsgiClient, ClientGone, read_body
 from app.transport.shapes import ExportQuery, NoParams, Params, RestExecuteBody, ToolsQuery
 
 P = TypeVar("P", bound=Params)

@@ -27,10 +27,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 )
 from opentelemetry.sdk.resources import Resource
 
-from app.calls import new_execution_id
+from app.calls import LOCAL_CALLER, new_execution_id
 from app.telemetry.span_encoding import Encoder, NotedSpan, whole
 from app.telemetry.spans import HeadSampler, SpanNote, sampler_of
 from app.telemetry.tracing import Tracing
+from app.transport.jsonrpc import RequestContext
 from tests.conftest import ROOT, Running, Serve, end, service_environ, start_service
 from tests.otlp import OtlpReceiver, Span, spans_in
 
@@ -502,7 +503,9 @@ def test_always_off_keeps_no_tail() -> None:
     for named, count in (("always_off", 0), ("parentbased_always_off", 1)):
         sampler, tail = sampler_of(0.0, {"OTEL_TRACES_SAMPLER": named})
         tracing = Tracing(sampler, cast(Any, Sink()), tail=tail)
-        tracing.request_ended(tracing.begin([]), time.perf_counter() - 60, "local", "tools.list", None, None)
+        request = RequestContext(LOCAL_CALLER, 0.0, trace=tracing.begin([]))
+        request.method = "tools.list"
+        tracing.request_ended(request, time.perf_counter() - 60)
         assert len(kept) == count
 
 
