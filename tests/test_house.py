@@ -19,7 +19,7 @@ FLOORS = (
     {"tools", "limits", "access", "execution_log"},
     {"migration"},
     {"telemetry", "egress", "clients"},
-    {"calls", "settings"},
+    {"calls", "settings", "stepping"},
     {"errors"},
 )
 """From top to bottom; what stands on one floor does not import one another."""

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from app.access.credential import (
     CredentialMissing,
@@ -52,6 +52,13 @@ TURN_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 1.0
 
 Refusal = Callable[[], ToolServiceError]
+
+
+class Presented(NamedTuple):
+    """A credential by the SHA-256 of the whole of it; None: there is none."""
+
+    digest: bytes | None
+    is_key: bool
 
 
 class Authenticator:
@@ -96,6 +103,22 @@ class Authenticator:
         """The caller of a credential that was good a moment ago."""
         memory = self._keys if credential.startswith(KEY_PREFIX) else self._fresh_tokens()
         return memory.caller(sha256(credential).digest())
+
+    def presented(self, headers: Headers) -> Presented:
+        """What headers present, to be asked for again and again. Raises CredentialRefused."""
+        credential = credential_in(headers)
+        if credential is None:
+            return Presented(None, False)
+        return Presented(sha256(credential).digest(), credential.startswith(KEY_PREFIX))
+
+    def again(self, presented: Presented) -> Caller | None:
+        """`recognised` for headers that were looked at before."""
+        digest = presented.digest
+        if self.is_off:
+            return LOCAL_CALLER if self._mode == "off" or digest is None else None
+        if digest is None:
+            return None
+        return (self._keys if presented.is_key else self._fresh_tokens()).caller(digest)
 
     def _fresh_tokens(self) -> Memory:
         """Without those that were verified by keys which the issuer has replaced since."""

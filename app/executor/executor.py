@@ -31,6 +31,7 @@ from app.executor.runner import CANCELLED, Abandoned, Interrupt, Runner, cancell
 from app.limits.admission import Admission, Asked, Grant, status
 from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, SlotTable, release_all, take_all_now
 from app.limits.policy import Bound
+from app.stepping import IN_TASK
 from app.telemetry.metrics import Metrics, ToolSeries
 from app.telemetry.tracing import OFF, Tracing
 from app.tools.registry import Registry
@@ -208,6 +209,7 @@ class Executor:
         if state.slots is None and not bound.slots and self._slots.take_now():
             release = self._slots.release
         else:
+            await IN_TASK
             release = await self._take_slots(state, bound, run, min(QUEUE_PATIENCE_S, timeout_s))
         try:
             state.log.reserve()
@@ -221,6 +223,7 @@ class Executor:
                     if state.in_place:
                         value = self._run_in_place(call, run, state, arguments, started + timeout_s)
                     else:
+                        await IN_TASK
                         value = await self._run(call, run, state, arguments, started + timeout_s)
                 finally:
                     ended = perf_counter()

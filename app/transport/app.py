@@ -24,7 +24,7 @@ from app.service import Service
 from app.settings import http_url, is_loopback
 from app.transport import documents, ops, rest
 from app.transport.admin import KeyRoutes
-from app.transport.door import CLOSE, Receive, Scope, Send, json_headers, respond
+from app.transport.door import CLOSE, Receive, RpcDoor, Scope, Send, json_headers, respond
 from app.transport.executions import ExecutionRoutes
 from app.transport.gate import Gate, open_paths
 from app.transport.jsonrpc import Dispatcher
@@ -43,7 +43,7 @@ ANSWER_RESULTS_MAX = 16
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -> ASGIApp:
+def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -> Guard:
     """The whole application over an open service. `host` and `port` are what the server is bound to."""
     settings = service.settings
     answer_bytes_max = ANSWER_RESULTS_MAX * settings.max_result_bytes
@@ -68,8 +68,9 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
     resource = ProtectedResource(settings.jwt_issuer, settings.public_url)
     mcp = McpDoor(create_mcp_dispatcher(service), resource, *shared)
     fastapi = create_fastapi(service, methods)
+    rpc: dict[str, RpcDoor] = {RPC_PATH: door, MCP_PATH: mcp}
     inner: ASGIApp = Doors(
-        {RPC_PATH: door, MCP_PATH: mcp, **dict.fromkeys(METADATA_PATHS, ResourceDoor(resource))},
+        {**rpc, **dict.fromkeys(METADATA_PATHS, ResourceDoor(resource))},
         Gate(fastapi, access, authentication, open_paths(fastapi.routes), count_error),
     )
     if settings.cors_allow_origins:
@@ -87,7 +88,7 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
             ],
         )
     own = (origin_of(settings.public_url),) if settings.public_url else ()
-    return Guard(inner, (*settings.cors_allow_origins, *own), loopback_only=is_loopback(host))
+    return Guard(inner, (*settings.cors_allow_origins, *own), rpc, loopback_only=is_loopback(host))
 
 
 def create_mcp_dispatcher(service: Service) -> McpDispatcher:
@@ -188,8 +189,12 @@ class Guard:
     """Keeps web pages out: a foreign `Origin` is refused, and on loopback a `Host` that is not loopback, for a page
     can point its own name at 127.0.0.1 (DNS rebinding)."""
 
-    def __init__(self, inner: ASGIApp, origins: tuple[str, ...], *, loopback_only: bool) -> None:
+    def __init__(
+        self, inner: ASGIApp, origins: tuple[str, ...], rpc_doors: Mapping[str, RpcDoor], *, loopback_only: bool
+    ) -> None:
         self._inner = inner
+        self.rpc_doors = rpc_doors
+        """By path: what the protocol lane may answer in our place, for requests that it knows we let through."""
         self._origins = frozenset(origins)
         self._any_origin = "*" in origins
         self._loopback_only = loopback_only
@@ -203,7 +208,7 @@ class Guard:
                     host = value
                 elif name == b"origin":
                     origin = value
-            if self._loopback_only and host not in self._good_hosts and not self._is_good_host(host):
+            if not self.is_good_host(host):
                 return _forbid(send, "Host is not allowed: this service is bound to loopback")
             if origin is not None and not self._is_allowed(origin.decode("latin-1"), scope["scheme"], host):
                 return _forbid(send, "Origin is not allowed; CORS_ALLOW_ORIGINS names the ones that are")
@@ -211,7 +216,11 @@ class Guard:
                 scope.pop("extensions", None)  # a page's answer needs the headers that CORSMiddleware puts into `send`
         return self._inner(scope, receive, send)
 
-    def _is_good_host(self, host: bytes) -> bool:
+    def is_good_host(self, host: bytes) -> bool:
+        """Whether a request for this host may come in, as far as it goes for the host."""
+        return not self._loopback_only or host in self._good_hosts or self._is_loopback(host)
+
+    def _is_loopback(self, host: bytes) -> bool:
         try:
             name = urlsplit("//" + host.decode("latin-1")).hostname if host else "localhost"
         except ValueError:  # brackets around what is no address

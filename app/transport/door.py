@@ -140,6 +140,10 @@ class RpcDoor(ABC):
             await respond(send, reply.status, _as_headers(reply.lines), reply.body)
         self.tracing.request_ended(context, begin)
 
+    def is_plain(self, request: bytes) -> bool:
+        """Whether `reply` can answer it: one whole response, nothing streamed before it."""
+        return True
+
     async def _reply_or_stream(self, body: bytes, context: RequestContext, scope: Scope, send: Send) -> Reply | None:
         """None: it was streamed."""
         return await self.reply(body, context, scope)

@@ -25,6 +25,7 @@ from app.errors import (
     ToolServiceError,
 )
 from app.execution_log.commit import Commit
+from app.stepping import IN_TASK
 
 logger = logging.getLogger("app.jsonrpc")
 
@@ -212,6 +213,7 @@ class Dispatcher:
                 context.hold_for(commit)
 
         work = [lambda position=position: answer(position) for position in range(len(requests))]
+        await IN_TASK
         await self._run_bounded(work, min(BATCH_AT_ONCE, len(requests)))
         context.draining = not any(served)  # a 503 is tried again, and what ran must not run twice
         written = [answer for answer in answers if answer is not None]

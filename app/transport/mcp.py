@@ -49,8 +49,11 @@ class McpDoor(RpcDoor):
             await context.committed()
         return self._rendered(answer, context, scope)
 
+    def is_plain(self, request: bytes) -> bool:
+        return b"progressToken" not in request
+
     async def _reply_or_stream(self, body: bytes, context: RequestContext, scope: Scope, send: Send) -> Reply | None:
-        if b"progressToken" not in body or not _takes_events(scope["headers"]):
+        if self.is_plain(body) or not _takes_events(scope["headers"]):
             return await self.reply(body, context, scope)
         stream: ProgressStream | None = None
 

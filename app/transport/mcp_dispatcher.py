@@ -24,6 +24,7 @@ from app.errors import (
     MethodNotFound,
     ToolServiceError,
 )
+from app.stepping import IN_TASK
 from app.transport.jsonrpc import BATCH_AT_ONCE, AnswerBudget, RequestContext, decode
 from app.transport.mcp_methods import SCOPES, McpMethods
 from app.transport.mcp_protocol import (
@@ -147,6 +148,7 @@ class McpDispatcher:
             served.append(not own.draining)
 
         work = [lambda position=position: answer(position) for position in range(len(messages))]
+        await IN_TASK
         await self._run_bounded(work, min(BATCH_AT_ONCE, len(messages)))
         context.draining = not any(served)  # a 503 is tried again, and what ran must not run twice
         written = [each.body for each in answers if each.body]

@@ -22,6 +22,7 @@ from app.execution_log.history import LIMIT_DEFAULT as HISTORY_LIMIT_DEFAULT
 from app.execution_log.history import ExecutionHistory, Filters
 from app.executor.executor import Executor
 from app.executor.plans import Execute, Plan, PlanTask, run_batch, run_fallback
+from app.stepping import IN_TASK
 from app.telemetry.metrics import Metrics
 from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import ERRORS_BUILT_MAX, violations, whole_floats_as_integers
@@ -39,6 +40,9 @@ NO_ROOM = failure(RESULT_TOO_LARGE, "The results of one request have no room for
 _TRACE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
+Work = Callable[[RequestContext, Any], Awaitable[bytes]]
+
+
 @dataclass(frozen=True, slots=True)
 class MethodSpec:
     """One line of the table. `scope` None: everybody."""
@@ -48,7 +52,9 @@ class MethodSpec:
     result: type[BaseModel] | None
     scope: str | None
     summary: str
-    work: Callable[[RequestContext, Any], Awaitable[bytes]]
+    work: Work
+    in_task: bool = True
+    """False: whatever in it needs a task asks for one itself."""
     bounded: tuple[str, ...] = ()
     """Names of params that are lists of calls: at most MAX_BATCH_SIZE items."""
 
@@ -80,7 +86,15 @@ class Methods:
             MethodSpec("tools.list", shapes.ListParams, shapes.ToolPage, read, "Tools by filter, in pages", self._list),
             MethodSpec("tools.get", shapes.GetParams, shapes.ToolDetail, read, "One tool with its schemas", self._get),
             MethodSpec("tools.search", shapes.SearchParams, shapes.SearchResult, read, "Tools by words", self._search),
-            MethodSpec("tools.execute", shapes.ExecuteParams, shapes.Execution, execute, "Run a tool", self._execute),
+            MethodSpec(
+                "tools.execute",
+                shapes.ExecuteParams,
+                shapes.Execution,
+                execute,
+                "Run a tool",
+                self._execute,
+                in_task=False,
+            ),
             MethodSpec(
                 "tools.execute_batch",
                 shapes.BatchParams,
@@ -88,7 +102,7 @@ class Methods:
                 execute,
                 "Run several tools, independently",
                 self._execute_batch,
-                ("requests", "executions"),
+                bounded=("requests", "executions"),
             ),
             MethodSpec(
                 "tools.execute_parallel",
@@ -97,7 +111,7 @@ class Methods:
                 execute,
                 "Run a graph of tools with dependencies",
                 self._execute_parallel,
-                ("tasks",),
+                bounded=("tasks",),
             ),
             MethodSpec(
                 "tools.execute_with_fallback",
@@ -106,7 +120,7 @@ class Methods:
                 execute,
                 "Run a tool, and others when it fails",
                 self._execute_with_fallback,
-                ("fallback", "fallbacks"),
+                bounded=("fallback", "fallbacks"),
             ),
             MethodSpec(
                 "tools.cancel",
@@ -399,17 +413,25 @@ def _reader(spec: MethodSpec, batch_max: int) -> Callable[[dict[str, Any]], Any]
     return read
 
 
-def _scoped(spec: MethodSpec) -> Callable[[RequestContext, Any], Awaitable[bytes]]:
+def _scoped(spec: MethodSpec) -> Work:
     """The work behind the method's scope."""
-    scope = spec.scope
+    scope, begin = spec.scope, _in_task(spec.work) if spec.in_task else spec.work
     if scope is None:
-        return spec.work
+        return begin
 
     def work(context: RequestContext, params: Any) -> Awaitable[bytes]:
         require_scope(context.caller, scope)
-        return spec.work(context, params)
+        return begin(context, params)
 
     return work
+
+
+def _in_task(work: Work) -> Work:
+    async def begin(context: RequestContext, params: Any) -> bytes:
+        await IN_TASK
+        return await work(context, params)
+
+    return begin
 
 
 def require_scope(caller: Caller, scope: str) -> None:

@@ -76,7 +76,7 @@ class _BodyOnly:
         self.on_message_complete = connection.on_message_complete
 
 
-_IDLE, _HEAD, _BODY, _DEAF, _LINGER = range(5)
+IDLE, HEAD, BODY, DEAF, LINGER = range(5)
 """What the next byte belongs to: nothing yet; a head; a body; nothing that we will read (earlier answers are still due,
 then the refusal); nothing (the refusal is sent). Plain integers: they are compared several times a request."""
 
@@ -134,7 +134,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._bounds = self.wire.bounds
-        self._phase = _IDLE
+        self._phase = IDLE
         self._since = self.loop.time()
         """When the phase began that a deadline runs for."""
         self._blocked_since = 0.0
@@ -169,7 +169,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.wire.forget(self.expire)
         running = self._running if self.pipeline else self.cycle
         self.pipeline.clear()
-        if _is_open(running):
+        if is_open(running):
             self._disconnect(running)
         super().connection_lost(exc)
 
@@ -183,7 +183,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         phase = self._phase
-        if phase >= _DEAF:
+        if phase >= DEAF:
             self._forget_bytes(len(data))
             return
         cycle, body_bytes = self.cycle, self._body_bytes
@@ -198,7 +198,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             else:  # an exception of ours is the context of httptools' own; its name alone, for its text quotes the peer
                 self._refuse(MALFORMED, type(exc.__context__ or exc).__name__)
         else:
-            if self._phase != _IDLE:  # the usual segment brings a whole request
+            if self._phase != IDLE:  # the usual segment brings a whole request
                 self._note_unfinished(phase, cycle, len(data), self._body_bytes - body_bytes)
 
     def _note_unfinished(
@@ -211,11 +211,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         phase, same_request = self._phase, self.cycle is cycle_before
         if phase != phase_before or not same_request:
             self._since = self.loop.time()
-        if phase == _HEAD and phase_before != _BODY and same_request:
+        if phase == HEAD and phase_before != BODY and same_request:
             self._head_bytes += segment_bytes
             if self._head_bytes > self._bounds.header_bytes_max:
                 self._refuse(self._head_too_large())
-        elif phase == _BODY and self._declared_bytes == _CHUNKED and same_request:
+        elif phase == BODY and self._declared_bytes == _CHUNKED and same_request:
             self._framing_bytes += segment_bytes - body_bytes
             if self._framing_bytes > self._bounds.header_bytes_max + self._body_bytes:
                 self._refuse(self._head_too_large())
@@ -229,7 +229,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             cycle = self.cycle
             cycle.more_body = True
             cycle.keep_alive = False
-            self._phase = _BODY
+            self._phase = BODY
             self._since = self.loop.time()
             chunked = self._declared_bytes == _CHUNKED
             framing = b"transfer-encoding: chunked" if chunked else b"content-length: %d" % self._declared_bytes
@@ -249,7 +249,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._reject(Refusal(Reason.PIPELINE_FULL, Overloaded(waiting)))
         super().on_message_begin()
         self._head_bytes = self._hosts = self._declared_bytes = 0
-        self._phase = _HEAD
+        self._phase = HEAD
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
@@ -257,7 +257,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         headers.append((name, value))
         if len(headers) > self._bounds.headers_max:
             self._reject(self._head_too_large())
-        if name in _INSPECTED and self._phase == _HEAD:
+        if name in _INSPECTED and self._phase == HEAD:
             self._inspect(name, value.strip())
 
     def _inspect(self, name: bytes, value: bytes) -> None:
@@ -281,7 +281,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._check_head()
         previous = self.cycle
         super().on_headers_complete()
-        self._phase = _BODY
+        self._phase = BODY
         self.headers = []  # for trailers, which nobody asked for; uvicorn would add them to those of a running request
         if self.pipeline:
             self._queue_behind(previous)
@@ -335,7 +335,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if self.headers and _fields_bytes(self.headers) > self._bounds.header_bytes_max:
             self._reject(self._head_too_large())
-        self._phase = _IDLE
+        self._phase = IDLE
         cycle = self.cycle
         if cycle.response_complete:
             self._since = self.loop.time()
@@ -371,12 +371,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             cycle, app = self.pipeline.pop()
             self._running = cycle
             self._start_asgi_task(cycle, app)
-            if self.pipeline or self._phase == _DEAF:
+            if self.pipeline or self._phase == DEAF:
                 return
-        elif self._phase == _DEAF:
+        elif self._phase == DEAF:
             self._close_lingering()
             return
-        elif self._phase != _BODY:
+        elif self._phase != BODY:
             self._since = self.loop.time()
         self.flow.release()
 
@@ -395,22 +395,22 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _expire_read(self, waited_s: float, now: float) -> None:
         bounds, phase, cycle = self._bounds, self._phase, self.cycle
-        if phase == _IDLE:
-            if not _is_open(cycle) and waited_s > bounds.idle_timeout_s:
+        if phase == IDLE:
+            if not is_open(cycle) and waited_s > bounds.idle_timeout_s:
                 self.wire.count(Reason.IDLE)
                 self.transport.close()
-        elif phase == _HEAD:
-            if _is_open(cycle):
+        elif phase == HEAD:
+            if is_open(cycle):
                 self._since = now
             elif waited_s > bounds.header_read_timeout_s:
                 late = f"Request head did not arrive within {bounds.header_read_timeout_s:g} s"
                 self._refuse(_invalid(Reason.HEAD_TOO_SLOW, late, 408))
-        elif phase == _BODY:
+        elif phase == BODY:
             if self.flow.read_paused or cycle.waiting_for_100_continue:
                 self._since = now
             elif waited_s > bounds.body_read_timeout_s:
                 self._refuse(Refusal(Reason.BODY_TOO_SLOW, BodyTooSlow(bounds.body_read_timeout_s)))
-        elif phase == _LINGER and waited_s > bounds.linger_timeout_s:
+        elif phase == LINGER and waited_s > bounds.linger_timeout_s:
             self.transport.abort()
 
     def _reject(self, refusal: Refusal) -> NoReturn:
@@ -421,10 +421,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _refuse(self, refusal: Refusal, detail: str = "") -> None:
         """Understand nothing more from this peer, answer when all earlier requests have their answers, and close."""
         self.wire.count(refusal.reason, detail)
-        if self._phase != _BODY or self._give_up_request():
+        if self._phase != BODY or self._give_up_request():
             self._answer = self._render(refusal.error)
-        self._phase = _DEAF
-        if _is_open(self.cycle):
+        self._phase = DEAF
+        if is_open(self.cycle):
             self.flow.hold()
         else:
             self._close_lingering()
@@ -437,7 +437,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             assert self._running is not None
             self.cycle = self.pipeline[0][0] if self.pipeline else self._running
             return True
-        if _is_open(cycle):
+        if is_open(cycle):
             self._disconnect(cycle)
         return not cycle.response_started
 
@@ -448,7 +448,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         cycle.message_event.set()
 
     def _close_lingering(self) -> None:
-        self._phase = _LINGER
+        self._phase = LINGER
         self._since = self.loop.time()
         self.transport.write(self._answer)
         if self.transport.can_write_eof():
@@ -461,7 +461,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _render(self, error: ToolServiceError) -> bytes:
-        is_rpc = self._phase != _IDLE and self.url.partition(b"?")[0] in RPC_PATHS
+        is_rpc = self._phase != IDLE and self.url.partition(b"?")[0] in RPC_PATHS
         envelope = {"jsonrpc": "2.0", "error": error.as_error(), "id": None} if is_rpc else {"error": error.as_error()}
         body = orjson.dumps(envelope)
         headers = [
@@ -471,7 +471,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             (b"connection", b"close"),
         ]
         lines = [b"%b: %b\r\n" % header for header in headers]
-        is_head = self._phase == _BODY and self.scope["method"] == "HEAD"
+        is_head = self._phase == BODY and self.scope["method"] == "HEAD"
         return b"".join([STATUS_LINE[error.http_status], *lines, b"\r\n", b"" if is_head else body])
 
     def _head_too_large(self) -> Refusal:
@@ -499,7 +499,7 @@ def _names_host(value: bytes) -> bool:
     return True
 
 
-def _is_open(cycle: RequestResponseCycle | None) -> TypeGuard[RequestResponseCycle]:
+def is_open(cycle: RequestResponseCycle | None) -> TypeGuard[RequestResponseCycle]:
     """A request whose answer is still due. Before the first one uvicorn has None here."""
     return cycle is not None and not (cycle.response_complete or cycle.disconnected)
 

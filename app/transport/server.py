@@ -15,11 +15,12 @@ import signal
 from collections.abc import Iterator
 
 import uvicorn
-from starlette.types import ASGIApp
 
 from app.service import Phase, Service
 from app.settings import http_url
-from app.transport.protocol import protocol_class
+from app.transport.app import Guard
+from app.transport.lane import Lane, lane_class
+from app.transport.protocol import BoundedHttpProtocol, protocol_class
 from app.transport.wire import HttpBounds, Wire
 
 logger = logging.getLogger("app.server")
@@ -42,7 +43,7 @@ class CannotListen(Exception):
 class Server(uvicorn.Server):
     """One listener over one service."""
 
-    def __init__(self, app: ASGIApp, service: Service, host: str, port: int) -> None:
+    def __init__(self, app: Guard, service: Service, host: str, port: int) -> None:
         settings = service.settings
         self._service = service
         self._wire = Wire(
@@ -61,7 +62,7 @@ class Server(uvicorn.Server):
                 host=host,
                 port=port,
                 loop="uvloop",
-                http=protocol_class(self._wire),
+                http=protocol_for(app, self._wire, lane=settings.protocol_lane),
                 ws="none",
                 lifespan="off",
                 interface="asgi3",
@@ -128,6 +129,11 @@ class Server(uvicorn.Server):
         await asyncio.sleep(seconds)
         self._service.executor.stop_accepting()
         self.should_exit = True
+
+
+def protocol_for(app: Guard, wire: Wire, *, lane: bool) -> type[BoundedHttpProtocol]:
+    """The class of every connection to this application."""
+    return lane_class(Lane(app.rpc_doors, app.is_good_host), wire) if lane else protocol_class(wire)
 
 
 def freeze_garbage() -> None:

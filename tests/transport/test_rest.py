@@ -455,7 +455,7 @@ def test_on_loopback_a_host_of_another_name_is_refused(service: Running, path: s
 
 
 def test_a_host_with_no_address_in_its_brackets_is_refused_at_every_layer(service: Running) -> None:
-    guard = Guard(FastAPI(), (), loopback_only=True)
+    guard = Guard(FastAPI(), (), {}, loopback_only=True)
     transport = httpx.ASGITransport(guard)
 
     async def guarded(host: str) -> httpx.Response:

@@ -1,0 +1,91 @@
+"""Runs a coroutine's steps from callbacks of the loop, without a task, for as long as it needs none.
+
+A task costs 3 µs of a call on Python 3.11: its making, a turn of the loop before it begins, its end. What needs to be
+in a task, to have timeouts, groups or a cancellation of its own, awaits IN_TASK first. Knows nothing of calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Generator
+from contextvars import Context
+from types import coroutine
+from typing import Any
+
+NEEDS_TASK = object()
+"""What a coroutine yields to whoever steps it."""
+
+
+class InTask:
+    """Await it before anything that a task is needed for; in one, nothing happens."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        if asyncio.current_task() is None:
+            yield NEEDS_TASK
+
+
+IN_TASK = InTask()
+
+
+class Stepper:
+    """Steps one coroutine. `returned` or `raised` is called once, on the loop, unless its task is cancelled first."""
+
+    __slots__ = ("_coroutine", "_loop", "_stepping_in", "_tasks")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        context: Context,
+        tasks: set[asyncio.Task[Any]],
+    ) -> None:
+        self._loop = loop
+        self._stepping_in = context
+        self._tasks = tasks
+        """Where its task is kept, should it need one: who stops the loop cancels them."""
+
+    def start(self, steps: Coroutine[Any, Any, Any]) -> None:
+        """Take the first steps now, up to the first thing that has to be waited for."""
+        self._coroutine = steps
+        self._stepping_in.run(self._step)
+
+    def returned(self, value: Any) -> None:
+        raise NotImplementedError
+
+    def raised(self, error: BaseException) -> None:
+        raise NotImplementedError
+
+    def _step(self, _: Any = None) -> None:
+        try:
+            awaited = self._coroutine.send(None)
+        except StopIteration as end:
+            self.returned(end.value)
+        except BaseException as error:
+            self.raised(error)
+        else:
+            if awaited is NEEDS_TASK:
+                self._go_on_in_task()
+            elif awaited is None:
+                self._loop.call_soon(self._step, context=self._stepping_in)
+            else:
+                awaited._asyncio_future_blocking = False
+                awaited.add_done_callback(self._step, context=self._stepping_in)
+
+    def _go_on_in_task(self) -> None:
+        task = asyncio.Task(_rest(self._coroutine), loop=self._loop, context=self._stepping_in.copy())
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            self.raised(asyncio.CancelledError())
+        elif (error := task.exception()) is not None:
+            self.raised(error)
+        else:
+            self.returned(task.result())
+
+
+@coroutine
+def _rest(steps: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """A coroutine from where it stands."""
+    return (yield from steps)

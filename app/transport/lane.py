@@ -1,0 +1,267 @@
+"""The protocol lane: the RPC doors answered inside the protocol class, without parser, scope, cycle or task.
+
+Clients send the same head with every call. A head that went the whole way once, through the parser and the guard, is
+remembered by its bytes; the next request with those bytes needs only its body. Whatever is new, unusual or incomplete
+goes on to the ASGI application behind, which behaves the same: both doors reply by the same `RpcDoor.reply`. What
+changes from call to call (the credential's standing, drain, a slow reader) is asked for each time. PROTOCOL_LANE turns
+the lane off; docs/adr/0019-protocol-lane.md has the figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from contextvars import Context, copy_context
+from time import perf_counter
+from typing import Any, ClassVar
+
+import orjson
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+from uvicorn.server import ServerState
+
+from app.access.authenticator import Presented
+from app.calls import Caller
+from app.errors import InternalError, ToolServiceError
+from app.stepping import Stepper
+from app.transport.door import CLOSE_LINE, Reply, RpcDoor, Scope
+from app.transport.jsonrpc import RequestContext
+from app.transport.protocol import IDLE, BoundedHttpProtocol, is_open
+from app.transport.wire import Wire
+
+logger = logging.getLogger("app.lane")
+
+HEAD_BYTES_MAX = 2_048
+"""Of a head that is remembered; a bearer token of some size fits."""
+
+HEADS_MAX = 2_048
+"""Remembered at once, in two halves: 8 MB at most. A client has one for every length of body that it sends."""
+
+NOT_REMEMBERED = frozenset(
+    (
+        b"expect",
+        b"forwarded",
+        b"idempotency-key",
+        b"origin",
+        b"traceparent",
+        b"tracestate",
+        b"upgrade",
+        b"x-forwarded-for",
+        b"x-forwarded-proto",
+        b"x-request-id",
+    )
+)
+"""What asks for something of the connection, is another one in each request, or is for a layer of the application."""
+
+
+class KnownHead:
+    """A head of a request for one of the doors, and what follows from its bytes alone."""
+
+    __slots__ = ("body_bytes", "door", "presented", "scope")
+
+    def __init__(self, door: RpcDoor, scope: Scope, presented: Presented, body_bytes: int) -> None:
+        self.door = door
+        self.scope = scope
+        self.presented = presented
+        self.body_bytes = body_bytes
+
+
+class Lane:
+    """What the connections of one server share: the doors by path, and the heads that were seen lately."""
+
+    def __init__(self, doors: Mapping[str, RpcDoor], is_good_host: Callable[[bytes], bool]) -> None:
+        self._doors = {path.encode(): door for path, door in doors.items()}
+        self._is_good_host = is_good_host
+        self.heads: dict[bytes, KnownHead] = {}
+        self._older: dict[bytes, KnownHead] = {}
+
+    def recall(self, head: bytes) -> KnownHead | None:
+        """The head, if it is remembered; from the older half it comes back into the newer."""
+        known = self._older.get(head)
+        if known is not None:
+            self._keep(head, known)
+        return known
+
+    def learn(self, head: bytes, path: bytes, scope: Scope, body_bytes: int) -> None:
+        """Remember a head that went the whole way, if it is one of the usual."""
+        door = self._doors.get(path)
+        if door is None or len(head) > HEAD_BYTES_MAX or not self._is_usual(scope):
+            return
+        try:
+            presented = door.access.presented(scope["headers"])
+        except ToolServiceError:
+            return
+        own = {"headers": scope["headers"], "scheme": scope["scheme"]}
+        self._keep(head, KnownHead(door, own, presented, body_bytes))
+
+    def _is_usual(self, scope: Scope) -> bool:
+        if scope["method"] != "POST" or scope["http_version"] != "1.1":
+            return False
+        for name, value in scope["headers"]:
+            if name in NOT_REMEMBERED or (name == b"connection" and value.lower() != b"keep-alive"):
+                return False
+            if name == b"host" and not self._is_good_host(value):
+                return False
+        return True
+
+    def _keep(self, head: bytes, known: KnownHead) -> None:
+        if len(self.heads) >= HEADS_MAX // 2:
+            self._older, self.heads = self.heads, {}
+        self.heads[head] = known
+
+
+class _Nobody:
+    """Where nobody waits for the client to go."""
+
+    def set(self) -> None:
+        pass
+
+
+_NOBODY = _Nobody()
+
+
+class LaneRequest(Stepper):
+    """One request on the lane. It stands where uvicorn keeps its cycle, and is the call's client. Class attributes are
+    the defaults of a cycle."""
+
+    response_started = False
+    response_complete = False
+    disconnected = False
+    waiting_for_100_continue = False
+    keep_alive = True
+    more_body = False
+    message_event: Any = _NOBODY
+    logger: Any = None
+    _request: RequestContext | None = None
+
+    def __init__(self, protocol: LaneProtocol, known: KnownHead, began: float) -> None:
+        super().__init__(protocol.loop, protocol.context, protocol.tasks)
+        self._protocol = protocol
+        self._known = known
+        self._began = began
+
+    def serve(self, body: bytes, caller: Caller) -> None:
+        door = self._known.door
+        self._request = RequestContext(caller, self._began, self, door.tracing.begin(()))
+        self.start(door.reply(body, self._request, self._known.scope))
+
+    # For the call: its client
+
+    @property
+    def is_gone(self) -> bool:
+        return self.disconnected
+
+    async def gone(self) -> None:
+        if not self.disconnected:
+            self.message_event = asyncio.Event()
+            await self.message_event.wait()
+
+    # Its end
+
+    def returned(self, value: Reply) -> None:
+        protocol = self._protocol
+        status, lines, body = value
+        self.response_started = self.response_complete = True
+        if not self.disconnected:
+            closes = status != 200 and CLOSE_LINE in lines
+            if not (self.keep_alive or closes):
+                lines, closes = lines + CLOSE_LINE, True
+            default = protocol.wire.default_head.of(protocol.server_state.default_headers)
+            protocol.transport.write(b"".join((STATUS_LINE[status], default, lines, b"\r\n", body)))
+            if closes:
+                protocol.transport.close()
+            protocol.on_response_complete()
+        request, self._request = self._request, None  # it knows us: a circle is garbage for the collector
+        tracing = self._known.door.tracing
+        if tracing.recording and request is not None:
+            tracing.request_ended(request, self._began)
+
+    def raised(self, error: BaseException) -> None:
+        """A bug, or the end of the loop: as uvicorn has it."""
+        if isinstance(error, asyncio.CancelledError):
+            self._protocol.transport.close()
+            return
+        logger.error("request failed", exc_info=error)
+        body = orjson.dumps({"jsonrpc": "2.0", "error": InternalError().as_error(), "id": None})
+        lines = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+        self.returned(Reply(500, lines + CLOSE_LINE, body))
+
+
+def lane_class(lane: Lane, wire: Wire) -> type[LaneProtocol]:
+    """The class for `uvicorn.Config(http=...)`, all of whose connections are on this lane and wire."""
+    return type("LaneHttpProtocol", (LaneProtocol,), {"lane": lane, "wire": wire, "__slots__": ()})
+
+
+class LaneProtocol(BoundedHttpProtocol):
+    """One connection. A request takes the lane when no other is on its way here and it came whole, its head known."""
+
+    lane: ClassVar[Lane]
+
+    __slots__ = ("_held", "_learns", "context")
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._held = b""
+        """A known head whose body did not come with it."""
+        self._learns = False
+        self.context: Context = copy_context()
+
+    def data_received(self, data: bytes) -> None:
+        if self._phase != IDLE:
+            super().data_received(data)
+            return
+        if self._held:
+            data, self._held = self._held + data, b""
+        begin = perf_counter()
+        cycle = self.cycle
+        end = data.find(b"\r\n\r\n") + 4
+        head = data[:end]
+        known = self.lane.heads.get(head) or self.lane.recall(head)
+        if known is None or is_open(cycle):
+            self._receive(data, head)
+        elif len(data) != end + known.body_bytes:
+            if len(data) == end:
+                self._held = data  # most clients send a head and its body apart
+                self._since = self.loop.time()
+            else:
+                super().data_received(data)
+        elif self.wire.draining or self.flow.write_paused or not known.door.is_plain(data):
+            super().data_received(data)
+        else:
+            caller = known.door.access.again(known.presented)
+            if caller is None:
+                super().data_received(data)
+                return
+            known.door.authentication.observe(perf_counter() - begin)
+            request = LaneRequest(self, known, begin)
+            self.cycle = request  # type: ignore[assignment]  # the part of a cycle that this class looks at
+            request.serve(data[end:], caller)
+
+    def _receive(self, data: bytes, head: bytes) -> None:
+        """By the parser and the application; what it turns out to be may be remembered."""
+        cycle = self.cycle
+        super().data_received(data)
+        body_bytes = self._declared_bytes
+        if self.cycle is not cycle and self._phase == IDLE and 0 < body_bytes == len(data) - len(head):
+            self.lane.learn(head, self.url, self.scope, body_bytes)  # type: ignore[arg-type]  # a dict of its own kind
+
+    def expire(self, now: float) -> None:
+        self._give_up_waiting()
+        super().expire(now)
+
+    def shutdown(self) -> None:
+        self._give_up_waiting()
+        super().shutdown()
+
+    def _give_up_waiting(self) -> None:
+        """A head without its body is the parser's affair once it has waited for a while: there are its deadlines."""
+        if self._held:
+            data, self._held = self._held, b""
+            super().data_received(data)
