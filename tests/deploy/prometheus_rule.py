@@ -1,4 +1,4 @@
-"""`python -m tests.deploy.prometheus_rule`: k8s/monitoring's rule files as one PrometheusRule, for the Prometheus operator.
+"""`python -m tests.deploy.prometheus_rule`: k8s/monitoring's rules as a PrometheusRule for the Prometheus operator.
 
 kustomize cannot put a file into an object's field. A test holds the written file to what this makes.
 """
