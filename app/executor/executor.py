@@ -62,18 +62,16 @@ class ToolState:
 class Run(Aside):
     """One call while it is on its way: what the epilogue needs, and the way to cancel it."""
 
-    __slots__ = ("attempts", "call", "found", "interrupt", "run_s", "started", "state", "validated")
+    commit: Commit | None = None
+    grant: Grant | None = None
+    state: ToolState | None = None
+    attempts = 0
+    found = validated = started = 0.0
+    run_s = 0.0
 
     def __init__(self, call: ToolCall) -> None:
-        self.commit: Commit | None = None
-        self.kept_trace: str | None = None
-        self.grant: Grant | None = None
         self.call = call
         self.interrupt = Interrupt()
-        self.state: ToolState | None = None
-        self.attempts = 0
-        self.found = self.validated = self.started = 0.0
-        self.run_s = 0.0
 
     def ended(
         self,

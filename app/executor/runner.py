@@ -54,12 +54,9 @@ CANCELLED_ITSELF = failure(TOOL_CRASHED, "The tool cancelled itself")
 class Interrupt:
     """Lets someone else end what a call is waiting for at this moment."""
 
-    __slots__ = ("_final", "_waiting_for", "requested")
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._waiting_for: asyncio.Future[Any] | None = None
-        self._final = False
+    requested = False
+    _waiting_for: asyncio.Future[Any] | None = None
+    _final = False
 
     def watch(self, future: asyncio.Future[Any], *, final: bool = False) -> None:
         """Name the future that a cancellation is to end; at once, when the cancellation came before.

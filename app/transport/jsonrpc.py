@@ -185,21 +185,20 @@ class Dispatcher:
         self._run_bounded = run_bounded
         self._count_error = count_error
 
-    async def dispatch(self, body: bytes, context: RequestContext) -> bytes | None:
+    def dispatch(self, body: bytes, context: RequestContext) -> Awaitable[bytes | None]:
         """The response body; None when the request asks for none (notifications only)."""
         try:
             request = decode(body)
-            if type(request) is list:
-                return await self._dispatch_batch(request, context)
         except ToolServiceError as error:
-            return self._refused(error, b"null", context)
-        return await self._dispatch_one(request, context)
+            return _at_once(self._refused(error, b"null", context))
+        if type(request) is list:
+            return self._dispatch_batch(request, context)
+        return self._dispatch_one(request, context)
 
     async def _dispatch_batch(self, requests: list[Any], context: RequestContext) -> bytes | None:
-        if not requests:
-            raise InvalidRequest("Invalid request: the batch is empty")
-        if len(requests) > self._batch_max:
-            raise InvalidRequest(f"Invalid request: a batch holds at most {self._batch_max} requests")
+        if not 0 < len(requests) <= self._batch_max:
+            wrong = f"a batch holds at most {self._batch_max} requests" if requests else "the batch is empty"
+            return self._refused(InvalidRequest(f"Invalid request: {wrong}"), b"null", context)
         context.batch = len(requests)
         answers: list[bytes | None] = [None] * len(requests)
         budget = AnswerBudget(self._answer_bytes_max)
@@ -224,11 +223,24 @@ class Dispatcher:
         wants_answer = True
         try:
             request_id = _readable_id(request)
-            method, params = self._parsed(request)
+            if request.get("jsonrpc") != "2.0":
+                raise InvalidRequest('Invalid request: jsonrpc must be "2.0"')
+            name = request.get("method")
+            if type(name) is not str:
+                raise InvalidRequest("Invalid request: method must be a string")
             wants_answer = "id" in request
             if "a2a_context" in request:
                 context.a2a = _a2a(request["a2a_context"])
-            result = await self._call(method, params, context)
+            method = self._methods.get(name)
+            if method is not None:
+                context.method = name
+            params = request.get("params", _NO_PARAMS)
+            if type(params) is not dict and type(params) is not list:
+                raise InvalidRequest("Invalid request: params must be an object or an array")
+            if method is None:
+                raise MethodNotFound("Method not found; rpc.methods lists what there is")
+            named = _by_position(method, params) if type(params) is list else params
+            result = await method.handler(context, method.read(named))
         except ToolServiceError as error:
             return self._refused(error, request_id, context) if wants_answer else None
         except Exception:
@@ -237,30 +249,6 @@ class Dispatcher:
         if not wants_answer:
             return None
         return b'{"jsonrpc":"2.0","result":%b,"id":%b}' % (result, request_id)
-
-    def _parsed(self, request: dict[str, Any]) -> tuple[str, Any]:
-        if request.get("jsonrpc") != "2.0":
-            raise InvalidRequest('Invalid request: jsonrpc must be "2.0"')
-        method = request.get("method")
-        if type(method) is not str:
-            raise InvalidRequest("Invalid request: method must be a string")
-        return method, request.get("params", _NO_PARAMS)
-
-    def _call(self, name: str, params: Any, context: RequestContext) -> Awaitable[bytes]:
-        method = self._methods.get(name)
-        if method is not None:
-            context.method = name
-        if type(params) is list:
-            named = None
-        elif type(params) is dict:
-            named = params
-        else:
-            raise InvalidRequest("Invalid request: params must be an object or an array")
-        if method is None:
-            raise MethodNotFound("Method not found; rpc.methods lists what there is")
-        if named is None:
-            named = _by_position(method, params)
-        return method.handler(context, method.read(named))
 
     def _refused(self, error: ToolServiceError, request_id: bytes, context: RequestContext) -> bytes:
         error.forget_origin()
@@ -271,6 +259,10 @@ class Dispatcher:
         if execution_id is None:
             self._count_error(error.kind.error_type)  # one with an id was counted by the executor
         return b'{"jsonrpc":"2.0","error":%b,"id":%b}' % (orjson.dumps(error.as_error()), request_id)
+
+
+async def _at_once(answer: bytes) -> bytes:
+    return answer
 
 
 _NO_PARAMS: dict[str, Any] = {}

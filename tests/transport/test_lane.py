@@ -6,7 +6,8 @@ import pytest
 
 from tests.conftest import end, start_service
 
-ECHO = {
+PARAMS = {"tool_id": "echo", "parameters": {"message": "x"}}
+ECHO = {"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": PARAMS}
     "jsonrpc": "2.0",
     "id": 1,
     "method": "tools.execute",
