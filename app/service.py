@@ -159,6 +159,8 @@ async def open_service(
         access = await _open_access(settings, listen, keys, supervisor, stack)
         admission = await _open_admission(settings, declared, supervisor, stack)
         log = _open_log(settings, registry, database.engine, supervisor, stack) if keep_log else None
+        if log is not None:
+            log.observe_s = metrics.stages["log"].observe
         executor = Executor(
             registry,
             Runner(threads, settings.max_result_bytes, metrics.count_abandoned),

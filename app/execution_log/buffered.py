@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
+from app.calls import Execution, ToolCall
 from app.execution_log.batch import Batch
 from app.execution_log.commit import COMMITTED, Commit
 from app.execution_log.segments import FRAME_BYTES
@@ -58,6 +60,17 @@ class BufferedLog:
         self._waiting.append(record)
         self._readable.set()
         return COMMITTED
+
+    def append_made(
+        self,
+        make: Callable[[ToolCall, Execution], bytes],
+        call: ToolCall,
+        execution: Execution,
+        reserved_bytes: int,
+        strict: bool,
+    ) -> Commit:
+        """As the journal's; made at once, for nobody waits for a tick here."""
+        return self.append(make(call, execution))
 
     async def wait(self) -> None:
         """Returns when there may be something to read."""

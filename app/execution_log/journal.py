@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from app.calls import Execution, ToolCall
 from app.execution_log.appending import SegmentWriter
 from app.execution_log.batch import Batch, Block
 from app.execution_log.buffered import BufferedLog
@@ -56,6 +58,10 @@ DAMAGED_BYTES_MAX = 67_108_864
 """Of segments set aside for someone to look at; the oldest go first."""
 
 
+Make = Callable[[ToolCall, Execution], bytes]
+"""Makes a record, of at most what was reserved for it. Never raises."""
+
+
 class Journal:
     """One per process. All but the disk's thread happens on the event loop, and nothing here but `close` awaits."""
 
@@ -90,6 +96,8 @@ class Journal:
         # The tick that is being gathered
         self._records: list[bytes] = []
         self._size_bytes = 0
+        self._to_make: list[tuple[Make, ToolCall, Execution]] = []
+        self._reserved_by_those = 0
         self._scheduled = False
         self._commit = Commit(self._loop)
         self._strict: Commit | None = None
@@ -200,11 +208,47 @@ class Journal:
             self._strict = Commit(self._loop)
         return self._strict
 
+    def append_made(
+        self, make: Make, call: ToolCall, execution: Execution, reserved_bytes: int, strict: bool
+    ) -> Commit:
+        """`append` for a record that is made when the tick ends, beside its others: one function for all of them in a
+        row takes half the time that it takes in the middle of each call. Gives the room back that it reserved."""
+        if self._closed:
+            self.dropped += 1
+            return COMMITTED
+        self._to_make.append((make, call, execution))
+        self._reserved_by_those += reserved_bytes + FRAME_BYTES
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+        if not strict:
+            return self._commit
+        if self._strict is None:
+            self._strict = Commit(self._loop)
+        return self._strict
+
     # Writing
+
+    def _make_all(self) -> None:
+        calls, self._to_make = self._to_make, []
+        self._reserved -= self._reserved_by_those
+        self._reserved_by_those = 0
+        size_bytes = 0
+        for make, call, execution in calls:
+            record = make(call, execution)
+            if len(record) + FRAME_BYTES > RECORD_BYTES_MAX:
+                self.dropped += 1
+                continue
+            size_bytes += len(record) + FRAME_BYTES
+            self._records.append(record)
+        self._used += size_bytes
+        self._size_bytes += size_bytes
 
     def _flush(self) -> None:
         """One write for all records of the tick that has just ended."""
         self._scheduled = False
+        if self._to_make:
+            self._make_all()
         if not self._records:
             return  # `close` was faster
         self._blocks_made += 1

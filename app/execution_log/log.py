@@ -7,13 +7,14 @@ with the tool's own mode and payloads. Never awaits on a call's way. Opened, wat
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from time import perf_counter
 from typing import Literal, Protocol
 
 from app.calls import Execution, ToolCall
 from app.errors import DependencyUnavailable
 from app.execution_log.commit import COMMITTED, Commit
-from app.execution_log.journal import BufferedLog, Journal
+from app.execution_log.journal import BufferedLog, Journal, Make
 from app.execution_log.record import Payloads, Recorder
 from app.execution_log.writer import OUTCOMES, LogWriter
 
@@ -32,21 +33,33 @@ class Sink(Protocol):
 
     def reserve(self, size_bytes: int) -> bool: ...
     def unreserve(self, size_bytes: int) -> None: ...
-    def append(self, record: bytes, *, strict: bool) -> Commit: ...
+    def append_made(
+        self, make: Make, call: ToolCall, execution: Execution, reserved_bytes: int, strict: bool
+    ) -> Commit: ...
 
 
 class ToolLog:
     """What one tool's rows hold and where they go."""
 
-    __slots__ = ("_cost", "_payloads", "_recorder", "_reserved_bytes", "_sink", "_strict", "_version")
+    __slots__ = ("_cost", "_observe_s", "_payloads", "_recorder", "_reserved_bytes", "_sink", "_strict", "_version")
 
-    def __init__(self, sink: Sink, recorder: Recorder, mode: Mode, payloads: Payloads, version: str, cost: int) -> None:
+    def __init__(
+        self,
+        sink: Sink,
+        recorder: Recorder,
+        mode: Mode,
+        payloads: Payloads,
+        version: str,
+        cost: int,
+        observe_s: Callable[[float], None],
+    ) -> None:
         self._sink = sink
         self._recorder = recorder
         self._strict = mode == "strict"
         self._payloads = payloads
         self._version = version
         self._cost = cost
+        self._observe_s = observe_s
         self._reserved_bytes = recorder.bytes_max(payloads)
 
     def reserve(self) -> None:
@@ -61,11 +74,16 @@ class ToolLog:
 
     def append(self, call: ToolCall, execution: Execution) -> Commit:
         """After a call has run, or was cut off while it did. Never raises; gives the room back."""
+        return self._sink.append_made(self._record, call, execution, self._reserved_bytes, self._strict)
+
+    def _record(self, call: ToolCall, execution: Execution) -> bytes:
+        begin = perf_counter()
         gone = call.client is not None and call.client.is_gone
         record = self._recorder.record(call, execution, self._version, self._cost, self._payloads, gone)
-        self._sink.unreserve(self._reserved_bytes)
         # Copied: what orjson returns holds 4 KB for as long as it lives, and thousands of these wait.
-        return self._sink.append(bytes(memoryview(record)), strict=self._strict)
+        copied = bytes(memoryview(record))
+        self._observe_s(perf_counter() - begin)
+        return copied
 
 
 class NoLog(ToolLog):
@@ -109,6 +127,8 @@ class ExecutionLog:
         self._memory = memory
         self._writers = writers
         self._adopted_every_s = adopted_every_s
+        self.observe_s: Callable[[float], None] = lambda seconds: None
+        """Told what the making of each record took; hung in by the service."""
 
     def for_tool(self, version: str, cost: int, mode: Mode | None, payloads: Payloads | None) -> ToolLog:
         """A tool's log; None is the service's own mode, or payloads."""
@@ -116,7 +136,7 @@ class ExecutionLog:
         sink = self._memory if mode == "buffered" else self._journal
         if sink is None:
             return NO_LOG
-        return ToolLog(sink, self._recorder, mode, payloads or self._payloads, version, cost)
+        return ToolLog(sink, self._recorder, mode, payloads or self._payloads, version, cost, self.observe_s)
 
     # What is seen of it
 

@@ -133,7 +133,6 @@ class Executor:
         self._execution_stage = metrics.stages["execution"]
         self._serialisation_stage = metrics.stages["serialisation"]
         self._tracing = tracing
-        self._log_stage = metrics.stages["log"]
         self._tracing_stage = metrics.stages["tracing"]
         self._metrics_stage = metrics.stages["metrics"]
         self._rebuild_validators = rebuild_validators
@@ -213,7 +212,7 @@ class Executor:
             state.log.reserve()
             try:
                 if bound.limits:
-                    outcome = self._admission.admit(bound.limits, state.cost)
+                    outcome = self._admission.admit(bound, state.cost)
                     run.grant = outcome if type(outcome) is Grant else await self._granted(outcome, run)  # type: ignore[arg-type]
                 run.started = started = perf_counter()
                 self._limits_stage.observe(started - validated)
@@ -418,12 +417,9 @@ class Executor:
                 series.duration.observe_traced(run.run_s, kept)
             metrics.busy_s += run.run_s
             self._execution_stage.observe(run.run_s)
-            counted = perf_counter()
             run.commit = run.state.log.append(run.call, execution)
-            logged_s = perf_counter() - counted
-            self._log_stage.observe(logged_s)
-            begin += logged_s
-        metrics.count_outcome(execution)
+        if execution.result is None:
+            metrics.count_outcome(execution)
         self._metrics_stage.observe(perf_counter() - begin)
 
 

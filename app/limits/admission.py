@@ -46,12 +46,13 @@ class Allowance(NamedTuple):
 class Grant:
     """What one call has spent; the way to give it back, and to see what is left."""
 
-    __slots__ = ("ask", "store", "verdict")
+    __slots__ = ("ask", "store", "told", "verdict")
 
-    def __init__(self, ask: Ask, verdict: Verdict, store: LimitStore) -> None:
+    def __init__(self, ask: Ask, verdict: Verdict, store: LimitStore, told: tuple[int, ...] | None = None) -> None:
         self.ask = ask
         self.verdict = verdict
         self.store = store
+        self.told = told
 
     def give_back(self) -> None:
         """The call did not run after all."""
@@ -67,6 +68,9 @@ class Grant:
         """The rate with the least left; without one, the quota. Asked for every call: no list is made."""
         found: Allowance | None = None
         now_us = self.verdict.now_us
+        if self.told is not None and len(self.told) == 1:  # the usual case: one rate, and quotas or none
+            place = self.told[0]
+            return _allowance(self.ask.limits[place], self.verdict.states[place], now_us)
         for limit, state in zip(self.ask.limits, self.verdict.states, strict=True):
             if limit.shadow or (found is not None and limit.kind != RATE == found.limit.kind):
                 continue
@@ -79,11 +83,14 @@ class Grant:
 class Asked:
     """An ask that the store has not answered yet. Cancel `future` to withdraw it."""
 
-    __slots__ = ("_admission", "_ask", "future")
+    __slots__ = ("_admission", "_ask", "_told", "future")
 
-    def __init__(self, admission: Admission, ask: Ask, future: asyncio.Future[Verdict]) -> None:
+    def __init__(
+        self, admission: Admission, ask: Ask, future: asyncio.Future[Verdict], told: tuple[int, ...] | None
+    ) -> None:
         self._admission = admission
         self._ask = ask
+        self._told = told
         self.future = future
 
     async def settled(self) -> Grant:
@@ -95,7 +102,7 @@ class Asked:
         except asyncio.CancelledError:
             self._withdraw()
             raise
-        return self._admission.judged(self._ask, verdict)
+        return self._admission.judged(self._ask, verdict, told=self._told)
 
     def _withdraw(self) -> None:
         """Cancelled in the tick in which the answer came; any later answer the store gives back itself."""
@@ -119,15 +126,20 @@ class Admission:
         """The limits and slots of such a call."""
         return self.policies.bind(tenant, subject, limit_class, tool_id)
 
-    def admit(self, limits: tuple[Limit, ...], cost: int) -> Grant | Asked:
+    def admit(self, bound: Bound, cost: int) -> Grant | Asked:
         """Spend `cost` at every limit. Raises RateLimited, QuotaExceeded, DependencyUnavailable: nothing was spent."""
-        ask = Ask(limits, cost)
-        self._refuse_what_is_over(ask)
+        ask = bound.ask(cost)
+        for limit in ask.limits:
+            if limit.over is not None:
+                self._refuse_what_is_over(ask)
+                break
         try:
             answer = self.store.ask(ask)
         except StoreAway:
             return self.without_store(ask)
-        return self.judged(ask, answer) if type(answer) is Verdict else Asked(self, ask, answer)  # type: ignore[arg-type]
+        if type(answer) is Verdict:
+            return self.judged(ask, answer, told=bound.told)
+        return Asked(self, ask, answer, bound.told)  # type: ignore[arg-type]
 
     async def look(self, limits: tuple[Limit, ...]) -> Grant:
         """What is left of each limit; costs nothing. Raises DependencyUnavailable."""
@@ -142,20 +154,30 @@ class Admission:
             return Grant(part, self._fallback.ask(part), self._fallback)
         return Grant(ask, verdict, self.store)
 
-    def judged(self, ask: Ask, verdict: Verdict, store: LimitStore | None = None) -> Grant:
+    def judged(
+        self, ask: Ask, verdict: Verdict, store: LimitStore | None = None, told: tuple[int, ...] | None = None
+    ) -> Grant:
         """A grant, or the refusal by the limit that takes longest to let such a call in."""
-        grant = Grant(ask, verdict, self.store if store is None else store)
-        refusing = [limit for limit, state in zip(ask.limits, verdict.states, strict=True) if state[0] == REFUSES]
+        grant = Grant(ask, verdict, self.store if store is None else store, told)
+        by_kind, states = self._by_kind, verdict.states
+        for state in states:
+            if state[0]:
+                break
+        else:  # the usual case
+            for limit in ask.limits:
+                by_kind[limit.kind]["allowed"] += 1
+            return grant
+        refusing = [limit for limit, state in zip(ask.limits, states, strict=True) if state[0] == REFUSES]
         if refusing:
             for limit in refusing:
-                self._by_kind[limit.kind]["refused"] += 1
+                by_kind[limit.kind]["refused"] += 1
             raise self._refusal(grant, refusing)
-        for limit, state in zip(ask.limits, verdict.states, strict=True):
+        for limit, state in zip(ask.limits, states, strict=True):
             if state[0] == WOULD_REFUSE:
-                self._by_kind[limit.kind]["would_refuse"] += 1
+                by_kind[limit.kind]["would_refuse"] += 1
                 self._say("limit would refuse", limit)
             else:
-                self._by_kind[limit.kind]["allowed"] += 1
+                by_kind[limit.kind]["allowed"] += 1
         return grant
 
     def without_store(self, ask: Ask) -> Grant:

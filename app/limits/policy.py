@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 from app.limits.limit import DAILY, KINDS, MONTHLY, RATE, WINDOW_US_MAX, Kind, Limit, OnFailure, counter_key
+from app.limits.store import Ask
 
 Dimension = Literal["tenant", "subject", "tool"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
@@ -96,11 +97,27 @@ class SlotRule(NamedTuple):
     rule: str
 
 
-class Bound(NamedTuple):
-    """Everything that one caller's calls of one tool must pass."""
+class Bound:
+    """Everything that one caller's calls of one tool must pass. Made once and kept, with what every call asks."""
 
-    limits: tuple[Limit, ...]
-    slots: tuple[SlotRule, ...]
+    __slots__ = ("_asks", "limits", "slots", "told")
+
+    def __init__(self, limits: tuple[Limit, ...], slots: tuple[SlotRule, ...]) -> None:
+        self.limits = limits
+        self.slots = slots
+        enforced = [place for place, limit in enumerate(limits) if not limit.shadow]
+        rates = [place for place in enforced if limits[place].kind == RATE]
+        self.told = tuple(rates or enforced)
+        """Places of the limits of which the tightest is told to the caller: rates, or else quotas."""
+        self._asks: dict[int, Ask] = {}
+
+    def ask(self, cost: int) -> Ask:
+        """The question of a call of this cost, one object for all calls: the store knows it again. A tool has one
+        cost, so there are few."""
+        ask = self._asks.get(cost)
+        if ask is None:
+            ask = self._asks[cost] = Ask(self.limits, cost)
+        return ask
 
 
 def settings_policies(rate: str | None, daily: int | None, monthly: int | None) -> tuple[Policy, ...]:

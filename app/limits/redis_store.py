@@ -295,28 +295,38 @@ class RedisStore:
 
 
 def _encode(asks: Sequence[Ask]) -> tuple[list[str], bytes]:
-    """KEYS and ARGV[1] of the script. Limits of one key are one and the same."""
+    """KEYS and ARGV[1] of the script. Limits of one key are one and the same; so are asks of one caller for one tool,
+    which are encoded once."""
     position: dict[str, int] = {}
     counters: list[tuple[int, ...]] = []
+    known: dict[int, list[int]] = {}
     encoded: list[list[int]] = []
-    for limits, cost, spent in asks:
-        one = [0 if spent is None else 1]
-        for at, limit in enumerate(limits):
-            index = position.get(limit.key)
-            if index is None:
-                counters.append((limit.kind, limit.amount, *limit.window))
-                index = position[limit.key] = len(counters)
-            # What never passes is told as little over the limit: all numbers stay under 2**53.
-            if limit.kind == RATE:
-                x, y = limit.span(cost if cost <= limit.burst else limit.burst + 1)
-            else:
-                x, y = (cost if cost <= limit.amount else limit.amount + 1), 0
-            if spent is None:
-                one += (index, x, y, 0, limit.shadow)
-            elif spent.states[at][0] == PASSES:
-                one += (index, x, y, spent.now_us if limit.kind == RATE else spent.states[at][1], False)
+    for ask in asks:
+        one = known.get(id(ask))
+        if one is None:
+            one = known[id(ask)] = _encoded(ask, position, counters)
         encoded.append(one)
     return list(position), orjson.dumps((counters, encoded))
+
+
+def _encoded(ask: Ask, position: dict[str, int], counters: list[tuple[int, ...]]) -> list[int]:
+    limits, cost, spent = ask
+    one = [0 if spent is None else 1]
+    for at, limit in enumerate(limits):
+        index = position.get(limit.key)
+        if index is None:
+            counters.append((limit.kind, limit.amount, *limit.window))
+            index = position[limit.key] = len(counters)
+        # What never passes is told as little over the limit: all numbers stay under 2**53.
+        if limit.kind == RATE:
+            x, y = limit.span(cost if cost <= limit.burst else limit.burst + 1)
+        else:
+            x, y = (cost if cost <= limit.amount else limit.amount + 1), 0
+        if spent is None:
+            one += (index, x, y, 0, limit.shadow)
+        elif spent.states[at][0] == PASSES:
+            one += (index, x, y, spent.now_us if limit.kind == RATE else spent.states[at][1], False)
+    return one
 
 
 def _verdicts(asks: Sequence[Ask], reply: Any) -> list[Verdict]:
@@ -325,14 +335,15 @@ def _verdicts(asks: Sequence[Ask], reply: Any) -> list[Verdict]:
         raise StoreAway(str(reply))
     verdicts = []
     try:
-        now, at = reply[0], 1
+        now, numbers = reply[0], iter(reply[1:])
+        states = list(zip(numbers, numbers, numbers, strict=True))
+        at = 0
         for ask in asks:
-            states = []
-            if ask.spent is None:
-                for _ in ask.limits:
-                    states.append((reply[at], reply[at + 1], reply[at + 2]))
-                    at += 3
-            verdicts.append(Verdict(now, states))
-    except (TypeError, IndexError):
+            end = at if ask.spent is not None else at + len(ask.limits)
+            verdicts.append(Verdict(now, states[at:end]))
+            at = end
+        if at != len(states):
+            raise IndexError
+    except (TypeError, IndexError, ValueError):
         raise StoreAway("not an answer of the script") from None
     return verdicts

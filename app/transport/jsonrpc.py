@@ -239,7 +239,7 @@ class Dispatcher:
                 raise InvalidRequest("Invalid request: params must be an object or an array")
             if method is None:
                 raise MethodNotFound("Method not found; rpc.methods lists what there is")
-            named = _by_position(method, params) if type(params) is list else params
+            named: Any = _by_position(method, params) if type(params) is list else params
             result = await method.handler(context, method.read(named))
         except ToolServiceError as error:
             return self._refused(error, request_id, context) if wants_answer else None

@@ -13,7 +13,7 @@ from app.errors import DependencyUnavailable, QuotaExceeded, RateLimited
 from app.limits.admission import Admission, Asked, Grant, status
 from app.limits.limit import Limit
 from app.limits.memory_store import MemoryStore
-from app.limits.policy import Policies
+from app.limits.policy import Bound, Policies
 from app.limits.redis_store import RedisStore
 from tests.limits.stores import (
     HOUR_US,
@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quiet")]
 
 async def admit(admission: Admission, *limits: Limit, cost: int = 1) -> Grant:
     """As the executor does. Raises the refusal."""
-    outcome = admission.admit(limits, cost)
+    outcome = admission.admit(Bound(limits, ()), cost)
     return await outcome.settled() if isinstance(outcome, Asked) else outcome
 
 
@@ -245,7 +245,7 @@ async def test_a_call_that_is_cancelled_at_any_moment_leaves_nothing_spent(one_r
                 else:
                     call.cancel()
                 await asyncio.wait([call])
-            asked = admission.admit(limits, 7)
+            asked = admission.admit(Bound(limits, ()), 7)
             assert isinstance(asked, Asked)
             asked.future.add_done_callback(lambda _: settling.cancel())
             settling = asyncio.create_task(asked.settled())

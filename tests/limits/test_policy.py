@@ -34,6 +34,10 @@ def names(bound: Bound) -> list[tuple[str, str]]:
     return [(limit.rule, KINDS[limit.kind]) for limit in bound.limits]
 
 
+def binds_nothing(bound: Bound) -> bool:
+    return (bound.limits, bound.slots) == ((), ())
+
+
 def bind(*policies: Policy, tenant: str = "t", subject: str = "s", limit_class: str = "c", tool: str = "echo") -> Bound:
     return Policies(policies).bind(tenant, subject, limit_class, tool)
 
@@ -158,7 +162,7 @@ def test_a_policy_binds_only_where_all_of_its_globs_match() -> None:
     right: dict[str, Any] = {"tool": "web_search", "tenant": "ab", "subject": "x", "limit_class": "free"}
     assert names(bind(policy, **right)) == [("p", "rate")] and len(bind(policy, **right).slots) == 1
     for wrong in ({"tool": "web"}, {"tenant": "abc"}, {"subject": "X"}, {"limit_class": "gold"}):
-        assert bind(policy, **{**right, **wrong}) == ((), ())
+        assert binds_nothing(bind(policy, **{**right, **wrong}))
 
 
 def test_limits_come_in_the_order_of_the_policies_whatever_they_match() -> None:
@@ -314,7 +318,7 @@ def test_two_policies_of_one_name_are_refused() -> None:
 
 
 def test_no_policies_bind_nothing() -> None:
-    assert bind() == ((), ())
+    assert binds_nothing(bind())
 
 
 def test_settings_limit_each_subject_and_each_tenant() -> None:
@@ -342,7 +346,7 @@ def test_a_tool_is_limited_for_each_tenant_by_every_rate_and_quota_that_it_decla
     ]
     assert policies.bind("t", "another", "another", "echo").limits == bound.limits
     assert not set(policies.bind("u", "s", "c", "echo").limits) & set(bound.limits)
-    assert policies.bind("t", "s", "c", "echo2") == ((), ())
+    assert binds_nothing(policies.bind("t", "s", "c", "echo2"))
     assert names(Policies(tool_policies("echo", [], {"monthly": 5})).bind("t", "s", "c", "echo")) == [
         ("tool:echo", "monthly")
     ]

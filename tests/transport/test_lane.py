@@ -8,11 +8,6 @@ from tests.conftest import end, start_service
 
 PARAMS = {"tool_id": "echo", "parameters": {"message": "x"}}
 ECHO = {"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": PARAMS}
-    "jsonrpc": "2.0",
-    "id": 1,
-    "method": "tools.execute",
-    "params": {"tool_id": "echo", "parameters": {"message": "x"}},
-}
 
 
 @pytest.mark.parametrize("lane", ["true", "false"])
