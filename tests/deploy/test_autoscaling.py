@@ -69,7 +69,7 @@ def test_the_forecast_is_found_by_the_external_rule(cluster: Cluster, callers: C
     callers.count = 10
     name = rule["name"]["matches"].strip("^$")
     query = adapter_query(rule, name, f'namespace="{NAMESPACE}"', "namespace")
-    wait_until(lambda: value_of(cluster, query) >= 10, "the recording rule has seen the calls")
+    wait_until(lambda: callers.answered > 0 and value_of(cluster, query) >= 10, "the recording rule has seen the calls")
     assert cluster.prometheus.ask("series", **{"match[]": rule["seriesQuery"]})
 
 
