@@ -62,12 +62,18 @@ bench: $(READY)  ## what a call costs beside a bare uvicorn echo, in one run (wr
 overhead: $(READY)  ## what a call costs by stage, and docs/images/overhead.svg (DATABASE_URL, REDIS_URL: else embedded)
 	@$(BIN)/python -m load.overhead $(ARGS)
 
+.PHONY: profilers
+profilers: $(READY)  ## py-spy and memray into .venv, for docs/profiling.md
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/profiling.txt
+
 .PHONY: lock
 lock:  ## write requirements/*.txt anew from pyproject.toml (needs uv)
 	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml \
 		-o requirements/runtime.txt
 	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml \
 		--extra load --group dev -c requirements/runtime.txt -o requirements/dev.txt
+	@for group in peers profiling; do uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-header --group $$group -c requirements/dev.txt -o requirements/$$group.txt; done
 
 .PHONY: clean
 clean:  ## remove the environment and every cache
