@@ -143,7 +143,9 @@ class McpMethods:
     async def execute(self, context: RequestContext, call: ToolCall, tool: Tool, *, modern: bool) -> bytes:
         """One call to its result. Raises the refusals that are none of the agent's business."""
         execution = await self._run(context, call, tool, modern=modern)
-        await settle(context, execution)
+        commit = settle(context, execution)
+        if commit is not None:
+            await commit.wait()
         if execution.refusal is not None:
             return refused(execution.refusal, modern=modern)
         if (

@@ -23,7 +23,8 @@ PLAN_CONCURRENCY_MAX = 100
 Label = Annotated[str, Field(max_length=LABEL_CHARACTERS_MAX)]
 Names = Annotated[list[Label], Field(max_length=20)]
 Concurrency = Annotated[int, Field(ge=1, le=PLAN_CONCURRENCY_MAX)]
-ToolId = Annotated[str, Field(description="Id of the tool, as tools.list gives it", max_length=64)]
+TOOL_ID_CHARACTERS_MAX = 64
+ToolId = Annotated[str, Field(description="Id of the tool, as tools.list gives it", max_length=TOOL_ID_CHARACTERS_MAX)]
 
 
 class Params(BaseModel):
