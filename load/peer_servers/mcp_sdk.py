@@ -1,0 +1,19 @@
+"""The MCP SDK's own server: stateless, JSON instead of event streams."""
+
+from __future__ import annotations
+
+from mcp.server.mcpserver import MCPServer
+
+from load.peer_servers.serving import serve
+
+server = MCPServer("echo", log_level="ERROR")
+
+
+async def echo(message: str) -> dict[str, str]:
+    """Return the message."""
+    return {"message": message}
+
+
+if __name__ == "__main__":
+    server.tool()(echo)
+    serve(server.streamable_http_app(stateless_http=True, json_response=True))
