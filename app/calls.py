@@ -135,10 +135,12 @@ class Execution(NamedTuple):
     trace_id: str
     cached: bool = False
     aside: Aside | None = None
+    replayed: bool = False
+    """What the first call with this idempotency key came to, given again."""
 
     def as_dict(self) -> dict[str, Any]:
         """The wire shape, for `orjson.dumps`."""
-        return {
+        written = {
             "execution_id": self.execution_id,
             "tool_id": self.tool_id,
             "status": self.status,
@@ -151,10 +153,11 @@ class Execution(NamedTuple):
             "cached": self.cached,
             "trace_id": self.trace_id,
         }
+        return {**written, "replayed": True} if self.replayed else written
 
     def as_json(self) -> bytes:
         """`as_dict` as bytes. Written by hand when there is no error: what is put in needs no escaping then."""
-        if self.result is None or self.error is not None:
+        if self.result is None or self.error is not None or self.replayed:
             return orjson.dumps(self.as_dict())
         return (
             (

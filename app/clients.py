@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import asyncpg
-from redis.asyncio import RedisCluster, Sentinel
+from redis.asyncio import Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -135,6 +135,16 @@ LOCATE_TIMEOUT_S_MIN = 0.25
 """For each Sentinel or node that is asked: no call waits for it, and TLS takes several round trips."""
 
 
+class _RedisPlace(NamedTuple):
+    """What a Redis URL says: `kind` is "", "sentinel" or "cluster"."""
+
+    kind: str
+    nodes: list[tuple[str, int]]
+    service: str
+    template: RedisEndpoint
+    tls: dict[str, Any]
+
+
 def redis_locator(url: str, key: str, timeout_s: float) -> Locate:
     """How to find the server that holds `key` now: itself, the master that Sentinels name, a shard of a Cluster.
 
@@ -142,6 +152,34 @@ def redis_locator(url: str, key: str, timeout_s: float) -> Locate:
     `redis+cluster://[user:password@]host:port,host:port`. `rediss` in place of `redis` is TLS; `?ca=FILE` names its
     authorities. Raises ValueError that says what is wrong, without the URL, which holds a password.
     """
+    kind, nodes, service, template, tls = _redis_place(url)
+    options = _library_options(max(timeout_s, LOCATE_TIMEOUT_S_MIN), tls)
+    if kind == "sentinel":
+        return lambda: _ask_sentinels(nodes, service, template, options)
+    if kind == "cluster":
+        return lambda: _ask_cluster(nodes, key, template, options)
+    return lambda: _known(template._replace(host=nodes[0][0], port=nodes[0][1]))
+
+
+def create_redis(url: str, pool_size: int, name: str) -> Redis | RedisCluster:
+    """A pooled client of REDIS_URL that opens nothing yet and never retries; who uses it bounds the time of a command
+    and how many are under way. `name` is what CLIENT LIST shows. Raises ValueError as `redis_locator` does."""
+    kind, nodes, service, template, tls = _redis_place(url)
+    options = {**_library_options(CONNECT_TIMEOUT_S, tls), "client_name": name}
+    options |= {"username": template.username, "password": template.password, "max_connections": pool_size}
+    if kind == "cluster":
+        return RedisCluster(startup_nodes=[ClusterNode(host, port) for host, port in nodes], **options)
+    options["db"] = template.db
+    if kind == "sentinel":
+        asked = _library_options(LOCATE_TIMEOUT_S_MIN, tls)
+        sentinels: Any = Sentinel(nodes, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
+        master: Redis = sentinels.master_for(service, **options)
+        return master
+    host, port = nodes[0]
+    return Redis(host=host, port=port, **options)
+
+
+def _redis_place(url: str) -> _RedisPlace:
     scheme, _, rest = url.partition("://")
     try:
         parts = urlsplit("//" + rest)
@@ -151,7 +189,6 @@ def redis_locator(url: str, key: str, timeout_s: float) -> Locate:
     credentials, _, hosts = parts.netloc.rpartition("@")
     username, _, password = credentials.partition(":")
     context, tls = _tls(scheme.startswith("rediss"), parts.query)
-    options = _library_options(max(timeout_s, LOCATE_TIMEOUT_S_MIN), tls)
     nodes = [_host_and_port(host, 26379 if kind == "sentinel" else 6379) for host in hosts.split(",")]
     path = [part for part in parts.path.split("/") if part]
     service = path.pop(0) if kind == "sentinel" and path else ""
@@ -164,11 +201,7 @@ def redis_locator(url: str, key: str, timeout_s: float) -> Locate:
     template = RedisEndpoint(
         "", 0, int(path[0]) if path else 0, unquote(username) or None, unquote(password) or None, context
     )
-    if kind == "sentinel":
-        return lambda: _ask_sentinels(nodes, service, template, options)
-    if kind == "cluster":
-        return lambda: _ask_cluster(nodes, key, template, options)
-    return lambda: _known(template._replace(host=nodes[0][0], port=nodes[0][1]))
+    return _RedisPlace(kind, nodes, service, template, tls)
 
 
 def _tls(wanted: bool, query: str) -> tuple[ssl.SSLContext | None, dict[str, Any]]:

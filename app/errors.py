@@ -216,6 +216,41 @@ class Overloaded(ToolServiceError):
     kind = OVERLOADED
 
 
+class IdempotencyConflict(ToolServiceError):
+    """The key of a call stands for another one, or for one that has no outcome. Nothing ran. `data.reason` says which;
+    `data.first_execution_id` is the call that the key stands for."""
+
+    kind = IDEMPOTENCY_CONFLICT
+
+    def __init__(self, message: str, reason: str, first: str | None, retry_after_ms: int | None = None) -> None:
+        known = {} if first is None else {"first_execution_id": first}
+        super().__init__(message, retry_after_ms=retry_after_ms, reason=reason, **known)
+
+    @classmethod
+    def other_call(cls, first: str | None) -> IdempotencyConflict:
+        """HTTP 422: the caller's mistake."""
+        conflict = cls("This idempotency_key was used with other parameters; take a new one", "other_call", first)
+        conflict.http_status = 422
+        conflict.data["retryable"] = False
+        return conflict
+
+    @classmethod
+    def still_running(cls, first: str | None, retry_after_ms: int) -> IdempotencyConflict:
+        return cls("The first call with this idempotency_key still runs", "still_running", first, retry_after_ms)
+
+    @classmethod
+    def outcome_unknown(cls, first: str | None) -> IdempotencyConflict:
+        """Its process ended before it said what came of it."""
+        conflict = cls(
+            "The first call with this idempotency_key was cut off: whether it had its effect is unknown. Look where the "
+            "effect would show, then use a new key",
+            "outcome_unknown",
+            first,
+        )
+        conflict.data["retryable"] = False
+        return conflict
+
+
 class Draining(ToolServiceError):
     kind = DRAINING
 

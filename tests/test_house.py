@@ -16,9 +16,10 @@ FLOORS = (
     {"transport"},
     {"service"},
     {"executor"},
-    {"tools", "limits", "access", "execution_log"},
+    {"tools", "limits", "cache", "access", "execution_log"},
     {"migration"},
-    {"telemetry", "egress", "clients"},
+    {"telemetry", "egress", "bus"},
+    {"clients"},
     {"calls", "settings", "stepping"},
     {"errors"},
 )

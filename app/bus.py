@@ -1,0 +1,202 @@
+"""Messages between replicas, by Redis publish and subscribe: a cancellation for whoever runs the call, results to forget.
+
+At most once: who is away misses what is said, and learns by `on_gap` that it may have. Knows no call and no tool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import orjson
+from redis.asyncio import RedisCluster
+from redis.exceptions import RedisError
+
+from app.clients import create_redis
+
+logger = logging.getLogger("app.bus")
+
+CHANNEL = "agentcore:bus"
+MESSAGE_BYTES_MAX = 4_096
+
+ANSWER_S_MAX = 0.5
+"""In which the replica that can do what was asked says so."""
+
+COMMAND_S_MAX = 1.0
+CONNECTIONS_MAX = 8
+ASKED_MAX = 1_000
+"""Questions that wait for an answer at once; past it the answer is no."""
+
+RETRY_S_MIN, RETRY_S_MAX = 0.1, 2.0
+"""Between two attempts to subscribe, doubling, with jitter."""
+
+SILENCE_S_MAX = 10.0
+"""Without a message the connection is tried with a ping."""
+
+Message = Mapping[str, Any]
+Listener = Callable[[Message], bool]
+"""Whether it did what the message asks for."""
+
+
+class Bus:
+    """Nobody else is there: what holds without Redis."""
+
+    def __init__(self) -> None:
+        self.listeners: dict[str, Listener] = {}
+        self.on_gap: Callable[[], Awaitable[None]] = _nothing
+
+    async def tell(self, kind: str, **what: Any) -> None:
+        """To every other replica."""
+
+    async def ask(self, kind: str, **what: Any) -> bool:
+        """Whether another replica did it."""
+        return False
+
+
+class RedisBus(Bus):
+    """`run` must be running."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ValueError that says what is wrong with the URL."""
+        super().__init__()
+        self._client: Any = create_redis(url, CONNECTIONS_MAX, "agentcore-tools:bus")
+        self._counts_listeners = not isinstance(self._client, RedisCluster)
+        """A node of a Cluster counts its own subscribers alone."""
+        self._name = secrets.token_hex(8)
+        self._numbers = itertools.count()
+        self._asked: dict[int, _Question] = {}
+        self._replies: set[asyncio.Task[None]] = set()
+        self.subscribed = asyncio.Event()
+
+    async def tell(self, kind: str, **what: Any) -> None:
+        await self._publish(CHANNEL, {"kind": kind, "from": self._name, **what})
+
+    async def ask(self, kind: str, **what: Any) -> bool:
+        if len(self._asked) >= ASKED_MAX or not self.subscribed.is_set():
+            return False
+        number = next(self._numbers)
+        question = self._asked[number] = _Question()
+        try:
+            heard = await self._publish(CHANNEL, {"kind": kind, "from": self._name, "number": number, **what})
+            if heard is None:
+                return False
+            if self._counts_listeners:
+                question.expect(heard - 1)  # we hear it too
+            async with asyncio.timeout(ANSWER_S_MAX):
+                return await question.answer
+        except TimeoutError:
+            return False
+        finally:
+            del self._asked[number]
+
+    async def run(self) -> None:
+        """For ever: listen."""
+        wait_s = RETRY_S_MIN
+        while True:
+            try:
+                async with self._client.pubsub() as subscription:
+                    async with asyncio.timeout(COMMAND_S_MAX * 2):
+                        await subscription.subscribe(CHANNEL, f"{CHANNEL}:{self._name}")
+                    wait_s = RETRY_S_MIN
+                    await self._listen(subscription)
+            except (RedisError, OSError, TimeoutError) as error:
+                if self.subscribed.is_set():
+                    logger.warning("no word from other replicas", extra={"reason": str(error)[:200]})
+            finally:
+                self.subscribed.clear()
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+            wait_s = min(2 * wait_s, RETRY_S_MAX)
+
+    async def _listen(self, subscription: Any) -> None:
+        waits_for_pong = False
+        while True:
+            message = await subscription.get_message(timeout=SILENCE_S_MAX)
+            if message is None:
+                if waits_for_pong:
+                    raise TimeoutError("no answer to a ping")
+                waits_for_pong = True
+                await subscription.ping()
+                continue
+            waits_for_pong = False
+            if message["type"] == "message":
+                self._hear(message["data"])
+            elif message["type"] == "subscribe" and not self.subscribed.is_set():
+                await self.on_gap()
+                self.subscribed.set()
+
+    def _hear(self, data: bytes) -> None:
+        try:
+            message = orjson.loads(data) if len(data) <= MESSAGE_BYTES_MAX else None
+        except ValueError:
+            message = None
+        if not isinstance(message, dict) or message.get("from") == self._name:
+            return
+        if message.get("kind") == "answer":
+            question = self._asked.get(message.get("number", -1))
+            if question is not None:
+                question.take(message.get("done") is True)
+            return
+        listener = self.listeners.get(str(message.get("kind")))
+        if listener is None:
+            return
+        done = listener(message)
+        if "number" in message and len(self._replies) < ASKED_MAX:
+            answer = {"kind": "answer", "from": self._name, "number": message["number"], "done": done}
+            task = asyncio.get_running_loop().create_task(
+                self._answer(f"{CHANNEL}:{message.get('from')}", answer), name="bus-answer"
+            )
+            self._replies.add(task)
+            task.add_done_callback(self._replies.discard)
+
+    async def _answer(self, channel: str, answer: Message) -> None:
+        await self._publish(channel, answer)
+
+    async def _publish(self, channel: str, message: Message) -> int | None:
+        """How many heard it; None: Redis did not take it."""
+        try:
+            async with asyncio.timeout(COMMAND_S_MAX):
+                return int(await self._client.publish(channel, orjson.dumps(message)))
+        except (RedisError, OSError, TimeoutError):
+            return None
+
+    async def close(self) -> None:
+        for task in self._replies:
+            task.cancel()
+        with contextlib.suppress(RedisError, OSError, TimeoutError):
+            async with asyncio.timeout(COMMAND_S_MAX):
+                await self._client.aclose()
+
+
+class _Question:
+    """One that others may answer: the first yes is the answer, or a no of all."""
+
+    __slots__ = ("_noes", "_of", "answer")
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._noes = 0
+        self._of: int | None = None
+
+    def expect(self, answers: int) -> None:
+        self._of = answers
+        self._settle()
+
+    def take(self, done: bool) -> None:
+        if done and not self.answer.done():
+            self.answer.set_result(True)
+        self._noes += not done
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._of is not None and self._noes >= self._of and not self.answer.done():
+            self.answer.set_result(False)
+
+
+async def _nothing() -> None:
+    """No gap matters."""

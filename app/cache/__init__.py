@@ -1,0 +1,1 @@
+"""What was answered before: calls by idempotency key, and results that are kept."""

@@ -1,0 +1,198 @@
+"""A call under an idempotency key: claimed before it runs, its outcome kept for a day, and given again to repeats.
+
+A key is its tenant's, subject's and tool's. Never a second run unless the tool says that one is harmless: a claim whose
+process died is answered with "outcome unknown". Knows stores; the executor runs what was claimed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, NamedTuple
+
+import orjson
+
+from app.cache.store import CacheStore, Claim, StoreAway, StoreFull, digest, key_of
+from app.calls import STATUSES, Aside, Execution, ToolCall
+from app.errors import DependencyUnavailable, Failure, IdempotencyConflict, InvalidParams
+
+logger = logging.getLogger("app.cache")
+
+LEASE_GRACE_S = 6.0
+"""Beyond a run's deadline: the queue's patience, stores, and a loop that was late. Too short, and a repeat is told that
+the outcome is unknown while it is about to be known; too long, and it hears "still running" of a process that died."""
+
+RETRY_AFTER_MS_MAX = 1_000
+"""What a repeat is told to wait for a call that runs: the lease is how long it may take, not how long it will."""
+
+FINISH_TRIES = 20
+FINISH_RETRY_S = 0.5
+"""An outcome that the store did not take is offered again for about the time that a Redis takes to fail over."""
+
+FINISHING_MAX = 1_000
+"""Outcomes that are offered again at once; past it, a repeat hears that the outcome is unknown."""
+
+
+class Claimed(NamedTuple):
+    """The right to run, once. None of it where the store is away and a repeat is harmless."""
+
+    key: str
+    token: str
+
+
+class Idempotency:
+    """One per service."""
+
+    def __init__(self, store: CacheStore) -> None:
+        self._store = store
+        self._finishing: set[asyncio.Task[None]] = set()
+
+    async def claim(self, call: ToolCall, lease_s: float, *, harmless: bool) -> Claimed | Execution | None:
+        """The right to run, or the outcome of the first call with this key. None: no store, and a repeat is harmless.
+
+        Raises IdempotencyConflict, DependencyUnavailable, InvalidParams.
+        """
+        key = key_of("idempotency", call.caller.tenant, call.caller.subject, call.tool_id, call.idempotency_key or "")
+        lease_ms = int((lease_s + LEASE_GRACE_S) * 1e3)
+        asked = key, _fingerprint(call), call.execution_id, lease_ms
+        try:
+            claim = await self._store.begin(*asked, take_over=harmless)
+        except StoreFull:
+            raise DependencyUnavailable("No room for one more idempotency key", retry_after_ms=60_000) from None
+        except StoreAway:
+            if harmless:
+                return None
+            raise DependencyUnavailable(
+                "The store of idempotency keys is away; nothing ran", retry_after_ms=1_000
+            ) from None
+        if claim.state == "begun":
+            return Claimed(key, call.execution_id)
+        if claim.state == "done":
+            return _first_execution(claim, call)
+        raise _conflict(claim)
+
+    async def keep(self, claimed: Claimed, execution: Execution) -> None:
+        """Before the answer leaves. What the store does not take now is offered again behind it."""
+        body = written(execution)
+        try:
+            if not await self._store.finish(claimed.key, claimed.token, body):
+                logger.warning("idempotency key was taken over", extra={"execution_id": execution.execution_id})
+        except (StoreAway, StoreFull):
+            if len(self._finishing) < FINISHING_MAX:
+                self._later(self._keep_trying(claimed, body))
+
+    async def release(self, claimed: Claimed) -> None:
+        """Nothing came of it: the next call with this key may run."""
+        try:
+            await self._store.release(claimed.key, claimed.token)
+        except (StoreAway, StoreFull):
+            if len(self._finishing) < FINISHING_MAX:
+                self._later(self._keep_trying(claimed, None))
+
+    def _later(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work, name="idempotency-outcome")
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+
+    async def _keep_trying(self, claimed: Claimed, body: bytes | None) -> None:
+        for _ in range(FINISH_TRIES):
+            await asyncio.sleep(FINISH_RETRY_S)
+            try:
+                if body is None:
+                    await self._store.release(claimed.key, claimed.token)
+                else:
+                    await self._store.finish(claimed.key, claimed.token, body)
+                return
+            except (StoreAway, StoreFull):
+                continue
+        logger.error("outcome of an idempotency key was not kept", extra={"execution_id": claimed.token})
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait for outcomes that are offered again, bounded."""
+        if self._finishing:
+            await asyncio.wait(self._finishing, timeout=timeout_s)
+        for task in self._finishing:
+            task.cancel()
+
+
+def _fingerprint(call: ToolCall) -> str:
+    """What must be equal: SHA-256 of the tool's id and its parameters with sorted names."""
+    canonical = canonical_json(call.parameters)
+    if canonical is None:
+        raise InvalidParams.at("parameters", "With an idempotency_key, texts must be valid Unicode")
+    return digest(call.tool_id, canonical)
+
+
+def canonical_json(value: Any) -> bytes | None:
+    """JSON with sorted names; None where it has none: lone surrogates."""
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:
+        return None
+
+
+def _conflict(claim: Claim) -> IdempotencyConflict:
+    first = claim.token or None
+    if claim.state == "other":
+        return IdempotencyConflict.other_call(first)
+    if claim.state == "running":
+        return IdempotencyConflict.still_running(first, min(max(1, claim.left_ms), RETRY_AFTER_MS_MAX))
+    return IdempotencyConflict.outcome_unknown(first)
+
+
+# What is kept of an Execution: a line of JSON, then the result as it is.
+
+
+def written(execution: Execution) -> bytes:
+    """An Execution that is no refusal."""
+    error = execution.error
+    head = [
+        execution.execution_id,
+        execution.tool_id,
+        execution.status,
+        None if error is None else list(error),
+        execution.run_s,
+        execution.overhead_s,
+        execution.finished_at,
+        execution.attempts,
+        execution.trace_id,
+        execution.cached,
+    ]
+    return orjson.dumps(head) + b"\n" + (execution.result or b"")
+
+
+def _first_execution(claim: Claim, call: ToolCall) -> Execution:
+    """The first call's, to be given again. Raises IdempotencyConflict: what is kept cannot be read."""
+    try:
+        head, _, result = claim.body.partition(b"\n")
+        execution_id, tool_id, status, error, run_s, overhead_s, finished_at, attempts, trace_id, cached = orjson.loads(
+            head
+        )
+        texts_hold = all(isinstance(text, str) for text in (execution_id, trace_id))
+        numbers_hold = all(isinstance(number, int | float) for number in (run_s, overhead_s, finished_at, attempts))
+        if not (texts_hold and numbers_hold) or tool_id != call.tool_id or status not in STATUSES:
+            raise ValueError
+        if status == "success":
+            orjson.loads(result)
+        cause = None if error is None else Failure(*error)
+        if (cause is None) != (status == "success") or (cause is not None and not isinstance(cause.category, str)):
+            raise ValueError
+    except (ValueError, TypeError):
+        logger.error("what is kept of an idempotency key cannot be read", extra={"tool_id": call.tool_id})
+        raise IdempotencyConflict.outcome_unknown(None) from None
+    return Execution(
+        execution_id,
+        tool_id,
+        status,
+        result if status == "success" else None,
+        cause,
+        None,
+        run_s,
+        overhead_s,
+        finished_at,
+        attempts,
+        trace_id,
+        bool(cached),
+        Aside(),
+        replayed=True,
+    )
