@@ -16,6 +16,7 @@ import platform
 import queue
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,7 +38,7 @@ from app.settings import read_settings
 from load.client import REFUSED, RIGHT, Outcome, Plan
 from load.machine import cores, cpu_s, pin_self, pin_server, rss_mb, settle
 from load.run import ROOT, CannotRun, end, own_service
-from tests.servers import PostgresServer, RedisServer
+from tests.servers import PostgresServer, RedisServer, ServerFailed
 
 PATH = "/api/v1/jsonrpc"
 LIMITS = """policies:
@@ -158,6 +159,23 @@ class Target:
         medians = {column: round(self.median(column), 3) for column in Round._fields if column != "errors"}
         shown = {"name": self.name, "connections": self.connections, "calls_per_request": self.asking.calls}
         return {**shown, **medians, "errors": self.errors, "rounds": [one._asdict() for one in self.rounds]}
+
+
+def command(main: Callable[[], None]) -> None:
+    """A benchmark's entry point: whatever ends it, what it started ends too. Exit 2: no run was possible."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        main()
+    except (CannotRun, ServerFailed) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _terminated(number: int, _: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 # Servers

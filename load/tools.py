@@ -1,4 +1,4 @@
-"""Tools that only loads call: the built-in ones do not wait."""
+"""Tools that only loads call: the built-in ones neither wait nor take 100 KB."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from typing import Annotated
 from pydantic import Field
 
 from app.tools.tool import tool
+
+
+@tool(read_only=True)
+async def reflect(message: str) -> dict[str, str]:
+    """Return the message, however long it is."""
+    return {"message": message}
 
 
 @tool(read_only=True)
