@@ -1,4 +1,4 @@
-"""Messages between replicas, by Redis publish and subscribe: a cancellation for whoever runs the call, results to forget.
+"""Messages between replicas, by Redis publish and subscribe: cancel a call wherever it runs, forget results.
 
 At most once: who is away misses what is said, and learns by `on_gap` that it may have. Knows no call and no tool.
 """
@@ -110,7 +110,7 @@ class RedisBus(Bus):
                     logger.warning("no word from other replicas", extra={"reason": str(error)[:200]})
             finally:
                 self.subscribed.clear()
-            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load, guards nothing
             wait_s = min(2 * wait_s, RETRY_S_MAX)
 
     async def _listen(self, subscription: Any) -> None:

@@ -242,8 +242,8 @@ class IdempotencyConflict(ToolServiceError):
     def outcome_unknown(cls, first: str | None) -> IdempotencyConflict:
         """Its process ended before it said what came of it."""
         conflict = cls(
-            "The first call with this idempotency_key was cut off: whether it had its effect is unknown. Look where the "
-            "effect would show, then use a new key",
+            "The first call with this idempotency_key was cut off: whether it had its effect is unknown. Look where it "
+            "would show, then use a new key",
             "outcome_unknown",
             first,
         )
@@ -287,6 +287,16 @@ class ToolError(Exception):
         self.code = code if _CODE.fullmatch(code) else TOOL_ERROR.code
         self.retryable = retryable
         self.retry_after_ms = retry_after_ms
+
+
+class UpstreamFailed(ToolError):
+    """A server that a tool asked gave no good answer. `host` is the one that the tool named, whatever it redirected to;
+    `asked` False: its breaker was open and nothing was sent."""
+
+    def __init__(self, message: str, host: str, *, code: str, asked: bool = True, **options: Any) -> None:
+        super().__init__(message, code=code, **options)
+        self.host = host
+        self.asked = asked
 
 
 class Failure(NamedTuple):

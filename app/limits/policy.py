@@ -100,7 +100,7 @@ class SlotRule(NamedTuple):
 class Bound:
     """Everything that one caller's calls of one tool must pass. Made once and kept, with what every call asks."""
 
-    __slots__ = ("_asks", "limits", "slots", "told")
+    __slots__ = ("_asks", "_rates", "limits", "slots", "told")
 
     def __init__(self, limits: tuple[Limit, ...], slots: tuple[SlotRule, ...]) -> None:
         self.limits = limits
@@ -110,6 +110,14 @@ class Bound:
         self.told = tuple(rates or enforced)
         """Places of the limits of which the tightest is told to the caller: rates, or else quotas."""
         self._asks: dict[int, Ask] = {}
+        self._rates: Bound | None = None
+
+    @property
+    def rates(self) -> Bound:
+        """What an answer that needed no run must pass: it spends rate and no quota."""
+        if self._rates is None:
+            self._rates = Bound(tuple(limit for limit in self.limits if limit.kind == RATE), ())
+        return self._rates
 
     def ask(self, cost: int) -> Ask:
         """The question of a call of this cost, one object for all calls: the store knows it again. A tool has one
