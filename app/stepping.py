@@ -28,7 +28,7 @@ IN_TASK = InTask()
 
 
 class Stepper:
-    """Steps one coroutine. `returned` or `raised` is called once, on the loop, unless its task is cancelled first."""
+    """Steps one coroutine. `returned` or `raised` is called once, on the loop; a cancelled task is a CancelledError."""
 
     __slots__ = ("_coroutine", "_loop", "_stepping_in", "_tasks")
 
@@ -40,6 +40,7 @@ class Stepper:
     ) -> None:
         self._loop = loop
         self._stepping_in = context
+        """Its own: what the coroutine sets stays there."""
         self._tasks = tasks
         """Where its task is kept, should it need one: who stops the loop cancels them."""
 
@@ -66,18 +67,22 @@ class Stepper:
                 self._go_on_in_task()
             elif awaited is None:
                 self._loop.call_soon(self._step, context=self._stepping_in)
-            else:
+            elif getattr(awaited, "_asyncio_future_blocking", None):
                 awaited._asyncio_future_blocking = False
                 awaited.add_done_callback(self._step, context=self._stepping_in)
+            else:
+                self._coroutine.close()
+                self.raised(RuntimeError(f"awaited a {type(awaited).__name__}, which is no future"))
 
     def _go_on_in_task(self) -> None:
-        task = asyncio.Task(_rest(self._coroutine), loop=self._loop, context=self._stepping_in.copy())
+        task = asyncio.Task(_rest(self._coroutine), loop=self._loop, name="stepped", context=self._stepping_in)
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if task.cancelled():
+            self._coroutine.close()  # it knows nothing of it yet when its task had not begun
             self.raised(asyncio.CancelledError())
         elif (error := task.exception()) is not None:
             self.raised(error)

@@ -7,6 +7,7 @@ doors answer without ASGI, by `reply`. Knows HTTP; knows no method and no tool.
 from __future__ import annotations
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter
@@ -16,12 +17,14 @@ import orjson
 
 from app.access.authenticator import Authenticator
 from app.access.credential import CredentialMissing
-from app.errors import UNAUTHENTICATED, BodyTooLarge, BodyTooSlow, ToolServiceError
+from app.errors import UNAUTHENTICATED, BodyTooLarge, BodyTooSlow, InternalError, ToolServiceError
 from app.telemetry.metrics import Histogram
 from app.telemetry.tracing import OFF, Tracing
 from app.transport.allowance import limit_lines, retry_after_s
 from app.transport.exchange import EXTENSION, Exchange
 from app.transport.jsonrpc import RequestContext
+
+logger = logging.getLogger("app.door")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -135,10 +138,23 @@ class RpcDoor(ABC):
                 return
         received_at = perf_counter() - authentication_s  # what a slow client took for its body is not ours
         context = RequestContext(caller, received_at, AsgiClient(receive, exchange), self.tracing.begin(headers))
-        reply = await self._reply_or_stream(body, context, scope, send)
-        if reply is not None and (exchange is None or reply.status == 503 or not exchange.answer(*reply)):
+        try:
+            reply = await self._reply_or_stream(body, context, scope, send)
+        except Exception as error:
+            reply = self.failed(error)
+        # A 500 and a 503 end the connection, which is the cycle's to do.
+        if reply is not None and (exchange is None or reply.status >= 500 or not exchange.answer(*reply)):
             await respond(send, reply.status, _as_headers(reply.lines), reply.body)
         self.tracing.request_ended(context, begin)
+
+    def failed(self, error: BaseException) -> Reply:
+        """What a bug in `reply` is answered with."""
+        logger.error("request failed", exc_info=error)
+        internal = InternalError()
+        self._count_error(internal.kind.error_type)
+        body = orjson.dumps({"jsonrpc": "2.0", "error": internal.as_error(), "id": None})
+        lines = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+        return Reply(500, lines + CLOSE_LINE, body)
 
     def is_plain(self, request: bytes) -> bool:
         """Whether `reply` can answer it: one whole response, nothing streamed before it."""

@@ -10,27 +10,23 @@ the lane off; docs/adr/0019-protocol-lane.md has the figures.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping
 from contextvars import Context, copy_context
 from time import perf_counter
 from typing import Any, ClassVar
 
-import orjson
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
 from app.access.authenticator import Presented
 from app.calls import Caller
-from app.errors import InternalError, ToolServiceError
+from app.errors import ToolServiceError
 from app.stepping import Stepper
 from app.transport.door import CLOSE_LINE, Reply, RpcDoor, Scope
 from app.transport.jsonrpc import RequestContext
 from app.transport.protocol import IDLE, BoundedHttpProtocol, is_open
 from app.transport.wire import Wire
-
-logger = logging.getLogger("app.lane")
 
 HEAD_BYTES_MAX = 2_048
 """Of a head that is remembered; a bearer token of some size fits."""
@@ -44,6 +40,7 @@ NOT_REMEMBERED = frozenset(
         b"forwarded",
         b"idempotency-key",
         b"origin",
+        b"proxy-connection",
         b"traceparent",
         b"tracestate",
         b"upgrade",
@@ -136,7 +133,7 @@ class LaneRequest(Stepper):
     _request: RequestContext | None = None
 
     def __init__(self, protocol: LaneProtocol, known: KnownHead, began: float) -> None:
-        super().__init__(protocol.loop, protocol.context, protocol.tasks)
+        super().__init__(protocol.loop, protocol.context.copy(), protocol.tasks)
         self._protocol = protocol
         self._known = known
         self._began = began
@@ -153,8 +150,9 @@ class LaneRequest(Stepper):
         return self.disconnected
 
     async def gone(self) -> None:
+        if self.message_event is _NOBODY:
+            self.message_event = asyncio.Event()  # of all who wait: a batch has several calls
         if not self.disconnected:
-            self.message_event = asyncio.Event()
             await self.message_event.wait()
 
     # Its end
@@ -178,14 +176,12 @@ class LaneRequest(Stepper):
             tracing.request_ended(request, self._began)
 
     def raised(self, error: BaseException) -> None:
-        """A bug, or the end of the loop: as uvicorn has it."""
+        """A bug, or the end of the loop."""
         if isinstance(error, asyncio.CancelledError):
+            self._request = None
             self._protocol.transport.close()
             return
-        logger.error("request failed", exc_info=error)
-        body = orjson.dumps({"jsonrpc": "2.0", "error": InternalError().as_error(), "id": None})
-        lines = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
-        self.returned(Reply(500, lines + CLOSE_LINE, body))
+        self.returned(self._known.door.failed(error))
 
 
 def lane_class(lane: Lane, wire: Wire) -> type[LaneProtocol]:
@@ -198,7 +194,7 @@ class LaneProtocol(BoundedHttpProtocol):
 
     lane: ClassVar[Lane]
 
-    __slots__ = ("_held", "_learns", "context")
+    __slots__ = ("_held", "context")
 
     def __init__(
         self,
@@ -210,39 +206,39 @@ class LaneProtocol(BoundedHttpProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._held = b""
         """A known head whose body did not come with it."""
-        self._learns = False
         self.context: Context = copy_context()
 
     def data_received(self, data: bytes) -> None:
         if self._phase != IDLE:
             super().data_received(data)
             return
-        if self._held:
-            data, self._held = self._held + data, b""
         begin = perf_counter()
+        held, self._held = self._held, b""
+        request = held + data
         cycle = self.cycle
-        end = data.find(b"\r\n\r\n") + 4
-        head = data[:end]
+        end = request.find(b"\r\n\r\n") + 4
+        head = request[:end]
         known = self.lane.heads.get(head) or self.lane.recall(head)
         if known is None or is_open(cycle):
-            self._receive(data, head)
-        elif len(data) != end + known.body_bytes:
-            if len(data) == end:
-                self._held = data  # most clients send a head and its body apart
+            self._receive(request, head)
+        elif len(request) != end + known.body_bytes:
+            if len(request) == end:
+                self._held = request  # most clients send a head and its body apart
                 self._since = self.loop.time()
             else:
+                self._begin_body(held)
                 super().data_received(data)
-        elif self.wire.draining or self.flow.write_paused or not known.door.is_plain(data):
-            super().data_received(data)
+        elif self.wire.draining or self.flow.write_paused or not known.door.is_plain(request):
+            super().data_received(request)
         else:
             caller = known.door.access.again(known.presented)
             if caller is None:
-                super().data_received(data)
+                super().data_received(request)
                 return
             known.door.authentication.observe(perf_counter() - begin)
-            request = LaneRequest(self, known, begin)
-            self.cycle = request  # type: ignore[assignment]  # the part of a cycle that this class looks at
-            request.serve(data[end:], caller)
+            served = LaneRequest(self, known, begin)
+            self.cycle = served  # type: ignore[assignment]  # the part of a cycle that this class looks at
+            served.serve(request[end:], caller)
 
     def _receive(self, data: bytes, head: bytes) -> None:
         """By the parser and the application; what it turns out to be may be remembered."""
@@ -262,6 +258,12 @@ class LaneProtocol(BoundedHttpProtocol):
 
     def _give_up_waiting(self) -> None:
         """A head without its body is the parser's affair once it has waited for a while: there are its deadlines."""
-        if self._held:
-            data, self._held = self._held, b""
-            super().data_received(data)
+        held, self._held = self._held, b""
+        self._begin_body(held)
+
+    def _begin_body(self, held: bytes) -> None:
+        """The body's time runs since its head was there."""
+        if held:
+            since = self._since
+            super().data_received(held)
+            self._since = since
