@@ -66,14 +66,27 @@ overhead: $(READY)  ## what a call costs by stage, and docs/images/overhead.svg 
 profilers: $(READY)  ## py-spy and memray into .venv, for docs/profiling.md
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/profiling.txt
 
+CLIENTS := $(patsubst requirements/clients/%.txt,%,$(wildcard requirements/clients/*.txt))
+
+.PHONY: clients
+clients: $(READY) $(CLIENTS:%=$(VENV)/clients/%/.ready)  ## the client libraries of docs/clients.md, for their tests
+
+$(VENV)/clients/%/.ready: requirements/clients/%.txt
+	@echo "Installing $* into $(@D)"
+	@rm -rf $(@D) && $(BIN)/python -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes --no-deps -r $<
+	@touch $@
+
 .PHONY: lock
 lock:  ## write requirements/*.txt anew from pyproject.toml (needs uv)
 	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml \
 		-o requirements/runtime.txt
 	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml \
 		--extra load --group dev -c requirements/runtime.txt -o requirements/dev.txt
-	@for group in peers profiling; do uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	@for group in build audit peers profiling; do uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-header --group $$group -c requirements/dev.txt -o requirements/$$group.txt; done
+	@for client in $(CLIENTS); do uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-header --group client-$$client -o requirements/clients/$$client.txt; done
 
 .PHONY: clean
 clean:  ## remove the environment and every cache
