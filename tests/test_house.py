@@ -20,6 +20,7 @@ FLOORS = (
     {"migration"},
     {"telemetry", "egress", "bus"},
     {"clients"},
+    {"breaker"},
     {"calls", "settings", "stepping"},
     {"errors"},
 )
