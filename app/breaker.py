@@ -258,10 +258,6 @@ class BreakerTable(Generic[Key]):
 
     def enter(self, key: Key) -> Probe | None:
         """As of a breaker. Raises Overloaded."""
-        if not self._breakers:
-            return None
-        if self._clock() - self._swept_at >= CALM_S:
-            self.sweep()
         breaker = self._breakers.get(key)
         return None if breaker is None else breaker.enter()
 
@@ -289,6 +285,8 @@ class BreakerTable(Generic[Key]):
             self._forget(key)
 
     def _add(self, key: Key) -> Breaker:
+        if self._clock() - self._swept_at >= CALM_S:
+            self.sweep()
         if len(self._breakers) >= self._keys_max:
             self._forget(next(iter(self._breakers)))
         breaker = self._breakers[key] = Breaker(self._clock, self._chance)
@@ -330,24 +328,23 @@ class ToolBreaker:
         """Before a run: pass, with a probe when it is half open, whose end must be told. Raises Overloaded."""
         if self._for_all.state != CLOSED:
             return self._for_all.enter()
-        probe = self._of_tenants.enter(tenant)
-        self._settle()
-        return probe
+        return self._of_tenants.enter(tenant)
 
     def ended(
         self, tenant: str, began_s: float, outcome: Outcome, probe: Probe | None = None, abandoned: int = 0
     ) -> None:
         """After a run. `abandoned`: how many runs of the tool were given up and still live."""
+        if outcome == SUCCEEDED and self._streak:
+            self._streak = 0
+            self._tenants_in_streak.clear()
         if probe is not None:
             probe.breaker.ended(began_s, outcome, probe)
+            self._settle()
         elif self._for_all.state == CLOSED and began_s >= self._for_all.changed_at:
             self._of_tenants.ended(tenant, began_s, outcome)
             if outcome == FAILED:
                 self._failed(tenant, abandoned)
-        if outcome == SUCCEEDED:
-            self._streak = 0
-            self._tenants_in_streak.clear()
-        self._settle()
+                self._settle()
 
     def _failed(self, tenant: str, abandoned: int) -> None:
         self._streak += 1
