@@ -224,12 +224,12 @@ def _refusal(wait_s: float) -> Overloaded:
 class BreakerTable(Generic[Key]):
     """A breaker for each key that has failed lately, at most `keys_max`. A key without one is closed."""
 
-    __slots__ = ("_breakers", "_chance", "_clock", "_keys_max", "_opened", "_swept_at")
+    __slots__ = ("_breakers", "_chance", "_keys_max", "_opened", "_swept_at", "clock")
 
     def __init__(
         self, clock: Clock = perf_counter, chance: Callable[[], float] = random.random, keys_max: int = KEYS_MAX
     ) -> None:
-        self._clock = clock
+        self.clock = clock
         self._chance = chance
         self._keys_max = keys_max
         self._breakers: OrderedDict[Key, Breaker] = OrderedDict()
@@ -276,7 +276,7 @@ class BreakerTable(Generic[Key]):
 
     def sweep(self) -> None:
         """Forget those that nothing has happened to for long."""
-        now = self._swept_at = self._clock()
+        now = self._swept_at = self.clock()
         for key in [key for key, breaker in self._breakers.items() if breaker.is_forgettable(now)]:
             self._forget(key)
 
@@ -285,11 +285,11 @@ class BreakerTable(Generic[Key]):
             self._forget(key)
 
     def _add(self, key: Key) -> Breaker:
-        if self._clock() - self._swept_at >= CALM_S:
+        if self.clock() - self._swept_at >= CALM_S:
             self.sweep()
         if len(self._breakers) >= self._keys_max:
             self._forget(next(iter(self._breakers)))
-        breaker = self._breakers[key] = Breaker(self._clock, self._chance)
+        breaker = self._breakers[key] = Breaker(self.clock, self._chance)
         return breaker
 
     def _forget(self, key: Key) -> None:

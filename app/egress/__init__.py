@@ -5,7 +5,7 @@ Every hop is parsed (`targets`), resolved once, judged at every address (`rules`
 text names neither host nor address.
 """
 
-from app.egress.client import EgressClient, EgressResponse
+from app.egress.client import EgressClient, EgressResponse, OriginBreakers
 from app.egress.rules import EgressAllow, parse_egress_allow
 
-__all__ = ["EgressAllow", "EgressClient", "EgressResponse", "parse_egress_allow"]
+__all__ = ["EgressAllow", "EgressClient", "EgressResponse", "OriginBreakers", "parse_egress_allow"]
