@@ -20,7 +20,13 @@ from app import __version__
 from app.access.authenticator import Authenticator, Mode
 from app.access.jwt import JwtVerifier, jwt_rules
 from app.access.store import KeyStore
-from app.clients import close_engine, create_engine, pool_states, redis_locator
+from app.bus import Bus, RedisBus
+from app.cache.file_store import FileStore
+from app.cache.idempotency import Idempotency
+from app.cache.redis_store import RedisStore
+from app.cache.results import ResultCache
+from app.cache.store import CacheStore, StoreAway
+from app.clients import close_engine, create_engine, create_redis, pool_states, redis_locator
 from app.egress import EgressAllow, EgressClient, parse_egress_allow
 from app.execution_log.history import ExecutionHistory
 from app.execution_log.journal import BufferedLog, Journal, JournalError
@@ -30,6 +36,7 @@ from app.execution_log.record import Recorder
 from app.execution_log.store import ExecutionStore
 from app.execution_log.writer import LogWriter
 from app.executor.executor import Executor
+from app.executor.reuse import Reuse
 from app.executor.runner import Runner
 from app.executor.threads import ThreadPool
 from app.limits.admission import Admission
@@ -38,7 +45,7 @@ from app.limits.limit import KEY_PREFIX
 from app.limits.limits_file import read_policies
 from app.limits.memory_store import MemoryStore
 from app.limits.policy import Policies, Policy, settings_policies, tool_policies
-from app.limits.redis_store import RedisStore
+from app.limits.redis_store import RedisStore as RedisLimits
 from app.migration import MigrationError, migrate
 from app.settings import Settings, SettingsError, has_jwt, is_loopback
 from app.telemetry.metrics import Metrics
@@ -54,9 +61,11 @@ from app.tools.tool import Tool
 logger = logging.getLogger("app.service")
 
 
-NOT_ENFORCED_YET = frozenset({"retries", "cache_ttl", "cache_shared"})
+NOT_ENFORCED_YET = frozenset({"retries"})
 """Declarations that are kept and have no effect yet: said once at start, so that nobody relies on them."""
 
+
+IDEMPOTENCY_FILE = "idempotency.db"
 
 LOG_DRAIN_S = 5.0
 """At the end, for rows that the database does not have yet; what is left then stays in the journal."""
@@ -113,8 +122,14 @@ class Service:
     metrics: Metrics
     tracing: Tracing
     scraper: Scraper
+    results: ResultCache
+    bus: Bus
     lifecycle: Lifecycle
     load_problems: tuple[LoadProblem, ...]
+
+    async def forget_results(self, tool_id: str) -> None:
+        """Kept results of a tool, on every replica. Raises StoreAway."""
+        await self.bus.tell("forget", tool_id=tool_id, epoch=await self.results.forget(tool_id))
 
 
 @contextlib.asynccontextmanager
@@ -161,12 +176,19 @@ async def open_service(
         log = _open_log(settings, registry, database.engine, supervisor, stack) if keep_log else None
         if log is not None:
             log.observe_s = metrics.stages["log"].observe
+        store = _open_cache_store(settings, stack)
+        results = await _open_results(settings, store, supervisor)
+        bus = _open_bus(settings, results, supervisor, stack)
+        reuse = Reuse(Idempotency(store), results)
+        stack.push_async_callback(reuse.close)
         executor = Executor(
             registry,
             Runner(threads, settings.max_result_bytes, metrics.count_abandoned),
             slots,
             admission,
             log,
+            reuse,
+            bus,
             http,
             metrics,
             timeout_ceiling_s=settings.tool_execution_timeout,
@@ -188,6 +210,8 @@ async def open_service(
             metrics,
             tracing,
             Scraper(metrics),
+            results,
+            bus,
             lifecycle,
             tuple(loaded.problems),
         )
@@ -362,11 +386,54 @@ async def _open_admission(
         locate = redis_locator(settings.redis_url, KEY_PREFIX, timeout_s)
     except ValueError as error:
         raise SettingsError(f"REDIS_URL: {error}") from None
-    store = RedisStore(locate, timeout_s)
+    store = RedisLimits(locate, timeout_s)
     supervisor.start("limit-store", store.run())
     stack.push_async_callback(store.close)
     await store.settled()
     return Admission(admission_policies, store)
+
+
+def _open_cache_store(settings: Settings, stack: contextlib.AsyncExitStack) -> CacheStore:
+    """Redis where there is one; else a file beside the journal. Opens nothing yet. Raises SettingsError."""
+    store: CacheStore
+    if settings.redis_url is None:
+        store = FileStore(settings.journal_dir / IDEMPOTENCY_FILE)
+    else:
+        size = settings.redis_pool_size
+        try:
+            client = create_redis(settings.redis_url, size, "agentcore-tools:cache")
+        except ValueError as error:
+            raise SettingsError(f"REDIS_URL: {error}") from None
+        store = RedisStore(client, size, settings.limits_timeout_ms / 1e3)
+    stack.push_async_callback(store.close)
+    return store
+
+
+async def _open_results(settings: Settings, store: CacheStore, supervisor: Supervisor) -> ResultCache:
+    results = ResultCache(
+        None if settings.redis_url is None else store,
+        settings.result_cache_bytes,
+        settings.max_result_bytes,
+        compress=settings.enable_result_compression,
+    )
+    with contextlib.suppress(StoreAway):  # the bus tries again
+        await results.catch_up()
+    supervisor.start("result-cache", results.run())
+    return results
+
+
+def _open_bus(
+    settings: Settings, results: ResultCache, supervisor: Supervisor, stack: contextlib.AsyncExitStack
+) -> Bus:
+    """Word from and to other replicas, where they have a Redis in common."""
+    if settings.redis_url is None:
+        return Bus()
+    bus = RedisBus(settings.redis_url)
+    bus.listeners["forget"] = results.hear
+    bus.on_gap = results.catch_up
+    stack.push_async_callback(bus.close)
+    supervisor.start("bus", bus.run())
+    return bus
 
 
 def _warn_of_unenforced(tool: Tool) -> None:

@@ -127,6 +127,9 @@ class Settings(BaseModel):
         None,
         description="Limits of all replicas together: redis://, redis+sentinel:// or redis+cluster://; rediss for TLS",
     )
+    redis_pool_size: int = Field(
+        50, ge=1, le=10_000, description="Connections to Redis for idempotency keys and kept results; limits have one"
+    )
     keys_stale_s: float = Field(
         600.0, ge=0, le=86_400, description="Seconds that known API keys stay good while the database is away"
     )
@@ -181,6 +184,12 @@ class Settings(BaseModel):
     max_result_bytes: int = Field(
         1_048_576, ge=1024, le=67_108_864, description="Bytes of a tool's result as JSON; over it the run failed"
     )
+    result_cache_bytes: int = Field(
+        67_108_864, ge=0, le=68_719_476_736, description="Bytes of kept results of tools in this process; 0 keeps none"
+    )
+    enable_result_compression: bool = Field(
+        False, description="true: results of 2 KB and more are compressed on their way to Redis"
+    )
     max_batch_size: int = Field(100, ge=1, le=10_000, description="Requests of a JSON-RPC batch, calls of a plan")
     request_read_timeout_s: float = Field(
         10.0, gt=0, le=300, description="Seconds in which a request's headers, then its body, must arrive"
@@ -225,7 +234,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "default": {},
     "high-throughput": {"http_connection_pool_size": 100, "tool_execution_timeout": 30.0},
     "low-latency": {"enable_parameter_validation_cache": True, "enable_registry_cache": True},
-    "constrained": {"max_concurrent_executions": 500, "http_connection_pool_size": 20},
+    "constrained": {"max_concurrent_executions": 500, "http_connection_pool_size": 20, "result_cache_bytes": 8_388_608},
 }
 """Defaults by profile; only what differs, or what the profile promises to hold, is named."""
 

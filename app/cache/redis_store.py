@@ -1,13 +1,14 @@
 """Records and results in Redis, for all replicas together.
 
-One key a command, tagged by tenant. A command that had no answer in time is not sent again: it may have been carried
-out. Once one had none, others are refused at once for a moment, so that a dead Redis costs one budget and not one
-each.
+One key a command, tagged by tenant. A command that has no answer in time goes on by itself, is not sent again, and is
+undone when it was carried out after all. Once one had none, others are refused at once for a moment, so that a dead
+Redis costs one budget and not one each.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
@@ -28,6 +29,8 @@ AWAY_S = 1.0
 """After a command without an answer, nothing is asked for this long."""
 
 EPOCHS_KEY = "agentcore:cache:epochs"
+
+CLOSE_S = 1.0
 
 STATES = frozenset(("begun", "running", "done", "unknown", "other"))
 
@@ -50,25 +53,26 @@ BEGIN, FINISH = Script("begin"), Script("finish")
 
 
 class RedisStore:
-    """`at_once` commands are under way at most, each for at most `timeout_s`."""
+    """`at_once` commands are under way at most; nobody waits for one longer than `timeout_s`."""
 
     def __init__(self, client: Redis | RedisCluster, at_once: int, timeout_s: float) -> None:
         self._client: Any = client
         self._places = asyncio.Semaphore(at_once)
         self._timeout_s = timeout_s
         self._away_until = 0.0
+        self._under_way: set[asyncio.Task[Any]] = set()
 
     async def begin(self, key: str, fingerprint: str, token: str, lease_ms: int, *, take_over: bool) -> Claim:
         arguments = fingerprint, token, lease_ms, max(KEPT_MS, lease_ms), int(take_over)
-        said = await self._ask(lambda: BEGIN(self._client, key, *arguments))
-        try:
-            state, first, left_ms, body = said
-            state = state.decode()
-            if state not in STATES:
-                raise ValueError
-            return Claim(state, first.decode("ascii", "replace"), int(left_ms), body)
-        except (ValueError, TypeError, AttributeError):
-            raise StoreAway("Redis gave an answer that cannot be read") from None
+
+        async def claim() -> Claim:
+            return _claim(await BEGIN(self._client, key, *arguments))
+
+        async def give_up(claim: Claim) -> None:
+            if claim.state == "begun":
+                await FINISH(self._client, key, token, b"", 0)
+
+        return await self._ask(claim, give_up)
 
     async def finish(self, key: str, token: str, body: bytes) -> bool:
         return bool(await self._ask(lambda: FINISH(self._client, key, token, body, KEPT_MS)))
@@ -94,24 +98,86 @@ class RedisStore:
         return int(await self._ask(lambda: self._client.hincrby(EPOCHS_KEY, tool_id, 1)))
 
     async def close(self) -> None:
-        await self._client.aclose()
+        for task in self._under_way:
+            task.cancel()
+        if self._under_way:
+            await asyncio.wait(self._under_way, timeout=CLOSE_S)
+        with contextlib.suppress(RedisError, OSError, TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self._client.aclose()
 
-    async def _ask(self, command: Callable[[], Awaitable[T]]) -> T:
+    async def _ask(
+        self, command: Callable[[], Awaitable[T]], if_late: Callable[[T], Awaitable[None]] | None = None
+    ) -> T:
+        """What the command came to. Raises StoreAway; `if_late` is told of what came when nobody waited any more."""
         if monotonic() < self._away_until:
             raise StoreAway("Redis is away")
+        ends = monotonic() + self._timeout_s
         try:
-            async with asyncio.timeout(self._timeout_s), self._places:
-                return await command()
+            async with asyncio.timeout(self._timeout_s):
+                await self._places.acquire()
+        except TimeoutError:
+            raise StoreAway("too many wait for Redis") from None
+        waited_for = _Waited()
+        # A task of its own: a connection that takes longer than the budget to open is there for the next command.
+        task = asyncio.get_running_loop().create_task(
+            self._carry_out(command, if_late, waited_for), name="cache-command"
+        )
+        self._under_way.add(task)
+        task.add_done_callback(self._ended)
+        try:
+            await asyncio.wait({task}, timeout=max(0.0, ends - monotonic()))
+        finally:
+            waited_for.ended = not task.done()
+        if not task.done():
+            self._stay_away("no answer in time")
+            raise StoreAway("no answer in time")
+        return task.result()
+
+    async def _carry_out(
+        self,
+        command: Callable[[], Awaitable[T]],
+        if_late: Callable[[T], Awaitable[None]] | None,
+        waited_for: _Waited,
+    ) -> T:
+        try:
+            said = await command()
+            if waited_for.ended and if_late is not None:
+                await if_late(said)
         except (RedisError, OSError, TimeoutError) as error:
-            if monotonic() >= self._away_until:
-                logger.warning("Redis did not answer", extra={"reason": _reason(error)})
-            self._away_until = monotonic() + AWAY_S
-            raise StoreAway(_reason(error)) from None
+            reason = str(error)[:200] or type(error).__name__
+            self._stay_away(reason)
+            raise StoreAway(reason) from None
+        return said
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        self._places.release()
+        if not task.cancelled():
+            task.exception()  # told to whoever waits, if somebody does
+
+    def _stay_away(self, reason: str) -> None:
+        if monotonic() >= self._away_until:
+            logger.warning("Redis did not answer", extra={"reason": reason})
+        self._away_until = monotonic() + AWAY_S
+
+
+class _Waited:
+    """Whether whoever asked has gone."""
+
+    ended = False
+
+
+def _claim(said: Any) -> Claim:
+    try:
+        state, token, left_ms, body = said
+        claim = Claim(state.decode(), token.decode("ascii", "replace"), int(left_ms), body)
+    except (ValueError, TypeError, AttributeError):
+        raise StoreAway("Redis gave an answer that cannot be read") from None
+    if claim.state not in STATES:
+        raise StoreAway("Redis gave an answer that cannot be read")
+    return claim
 
 
 def _number(text: bytes) -> int:
     return int(text) if text.isdigit() else 0
-
-
-def _reason(error: Exception) -> str:
-    return "no answer in time" if isinstance(error, TimeoutError) else str(error)[:200] or type(error).__name__

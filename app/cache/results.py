@@ -17,9 +17,9 @@ import struct
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -106,10 +106,16 @@ class ResultCache:
         self.refused = 0
         """Values from Redis that were not believed."""
         self._epochs: dict[str, int] = {}
+        self._caught_up = store is None
+        """Before, Redis may hold what was forgotten."""
         self._writes: asyncio.Queue[tuple[str, bytes, int]] = asyncio.Queue(WRITES_WAITING_MAX)
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def keeps_any(self) -> bool:
+        return self._bytes_max > 0
 
     def key(self, tool: CachedTool, tenant: str, parameters: bytes) -> str:
         """`parameters` as JSON with sorted names."""
@@ -131,7 +137,7 @@ class ResultCache:
 
     async def fetch(self, key: str, tool: CachedTool) -> Found | None:
         """In Redis; what is found there is kept here too."""
-        if self._store is None:
+        if self._store is None or not self._caught_up:
             return None
         try:
             value = await self._store.get(key)
@@ -170,23 +176,33 @@ class ResultCache:
 
     # Forgetting
 
-    async def forget(self, tool_id: str) -> None:
-        """Every result of a tool, on all replicas that are told of it. Raises StoreAway."""
+    async def forget(self, tool_id: str) -> int:
+        """Every result of a tool; the number that other replicas are to be told. Raises StoreAway."""
         epoch = self._epochs.get(tool_id, 0) + 1 if self._store is None else await self._store.next_epoch(tool_id)
         self.forgotten(tool_id, epoch)
+        return epoch
 
     def forgotten(self, tool_id: str, epoch: int) -> None:
-        """Another replica forgot it."""
+        """It was, here or by another replica."""
         self._epochs[tool_id] = max(epoch, self._epochs.get(tool_id, 0))
         for key in [key for key, kept in self._kept.items() if kept.tool_id == tool_id]:
             self._drop(key)
 
+    def hear(self, message: Mapping[str, Any]) -> bool:
+        """Another replica says so."""
+        tool_id, epoch = message.get("tool_id"), message.get("epoch")
+        if isinstance(tool_id, str) and type(epoch) is int:
+            self.forgotten(tool_id, epoch)
+        return True
+
     async def catch_up(self) -> None:
         """After a time in which nobody could tell us: what was forgotten, we forget too. Raises StoreAway."""
         if self._store is not None:
+            self._caught_up = False
             for tool_id, epoch in (await self._store.epochs()).items():
                 if epoch > self._epochs.get(tool_id, 0):
                     self.forgotten(tool_id, epoch)
+            self._caught_up = True
 
     # Its own life
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 State = Literal["begun", "running", "done", "unknown", "other"]
 
 
-class StoreAway(Exception):
+class StoreAway(ConnectionError):
     """The store did not answer in its time, or not as it should. What it was asked may have happened."""
 
 

@@ -8,105 +8,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
-from time import perf_counter, time
+from collections.abc import Awaitable, Callable, Iterable
+from time import perf_counter
 from typing import Any
 
-from app.calls import Aside, Caller, Client, CurrentCall, Execution, Status, ToolCall, current_call
+from app.bus import Bus, Message
+from app.calls import Caller, Client, CurrentCall, Execution, ToolCall, current_call
 from app.egress import EgressClient
 from app.errors import (
-    TOOL_CANCELLED,
-    TOOL_TIMEOUT,
     Draining,
-    Failure,
     InternalError,
     InvalidParams,
     Overloaded,
     RunFailed,
     ToolServiceError,
 )
-from app.execution_log.commit import Commit
 from app.execution_log.log import NO_LOG, ExecutionLog, ToolLog
-from app.executor.runner import CANCELLED, Abandoned, Interrupt, Runner, cancelled_from_outside
+from app.executor.reuse import Replayed, Reuse, Wanted
+from app.executor.run import Run, ToolState
+from app.executor.runner import CANCELLED, Interrupt, Runner, cancelled_from_outside
 from app.limits.admission import Admission, Asked, Grant, status
 from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, SlotTable, release_all, take_all_now
 from app.limits.policy import Bound
 from app.stepping import IN_TASK
-from app.telemetry.metrics import Metrics, ToolSeries
+from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import OFF, Tracing
 from app.tools.registry import Registry
 from app.tools.tool import Tool, ToolContext
 
 logger = logging.getLogger("app.executor")
-
-_STATUS: dict[str, Status] = {TOOL_TIMEOUT.category: "timeout", TOOL_CANCELLED.category: "cancelled"}
-"""What an Execution's status says of a failure's category; any other failure is `failed`."""
-
-
-_execution = tuple.__new__
-"""A NamedTuple's own way to be made takes twice as long."""
-
-
-class ToolState:
-    """What the executor keeps for one tool between calls."""
-
-    __slots__ = ("abandoned", "cost", "in_place", "log", "series", "slots", "timeout_s", "tool")
-
-    def __init__(self, tool: Tool, series: ToolSeries, log: ToolLog, timeout_ceiling_s: float) -> None:
-        self.tool = tool
-        self.series = series
-        self.log = log
-        self.cost = tool.spec.cost
-        self.abandoned = Abandoned()
-        self.slots = None if tool.spec.max_concurrent is None else Slots(tool.spec.max_concurrent)
-        self.in_place = tool.never_waits and not tool.spec.cancel_on_disconnect
-        self.timeout_s = timeout_ceiling_s if tool.spec.timeout is None else min(tool.spec.timeout, timeout_ceiling_s)
-
-
-class Run(Aside):
-    """One call while it is on its way: what the epilogue needs, and the way to cancel it."""
-
-    commit: Commit | None = None
-    grant: Grant | None = None
-    state: ToolState | None = None
-    attempts = 0
-    found = validated = started = 0.0
-    run_s = 0.0
-
-    def __init__(self, call: ToolCall) -> None:
-        self.call = call
-        self.interrupt = Interrupt()
-
-    def ended(
-        self,
-        status: Status,
-        result: bytes | None = None,
-        error: Failure | None = None,
-        refusal: ToolServiceError | None = None,
-    ) -> Execution:
-        call = self.call
-        if refusal is not None:
-            refusal.execution_id = call.execution_id
-            refusal.forget_origin()
-        overhead_s = perf_counter() - call.received_at - self.run_s
-        return _execution(
-            Execution,
-            (
-                call.execution_id,
-                call.tool_id,
-                status,
-                result,
-                error,
-                refusal,
-                self.run_s,
-                overhead_s if overhead_s > 0 else 0.0,
-                time(),
-                self.attempts,
-                call.trace_id or call.execution_id.replace("-", ""),
-                False,
-                self,
-            ),
-        )
 
 
 class Executor:
@@ -119,6 +49,8 @@ class Executor:
         slots: Slots,
         admission: Admission,
         log: ExecutionLog | None,
+        reuse: Reuse,
+        bus: Bus,
         http: EgressClient,
         metrics: Metrics,
         *,
@@ -132,6 +64,10 @@ class Executor:
         self._slots = slots
         self._admission = admission
         self._log = log
+        self._reuse = reuse
+        reuse.fetch = self._fetch
+        self._bus = bus
+        bus.listeners["cancel"] = self._cancel_for
         self._policy_slots = SlotTable()
         self._http = http
         self._metrics = metrics
@@ -169,9 +105,12 @@ class Executor:
         """From now on every new call is refused as draining; what runs goes on."""
         self._accepting = False
 
-    async def execute(self, call: ToolCall) -> Execution:
-        """Run one call to its end. Raises nothing but CancelledError, when the whole request is cancelled."""
+    async def execute(self, call: ToolCall, *, fresh: bool = False) -> Execution:
+        """Run one call to its end, `fresh` whatever is kept of earlier ones. Raises nothing but CancelledError, when
+        the whole request is cancelled."""
         run = Run(call)
+        if fresh:
+            run.fresh = True
         current_call.set(tuple.__new__(CurrentCall, (call.execution_id, call.trace_id, call.trace)))
         try:
             self._enter(run)
@@ -181,18 +120,27 @@ class Executor:
                 execution = run.ended("cancelled", error=CANCELLED)
                 if not run.interrupt.requested or cancelled_from_outside():
                     self._finish(run, execution)
+                    if run.claimed is not None:
+                        await self._reuse.settle(run, execution)
                     raise
             finally:
                 self._leave(run)
         except RunFailed as failed:
-            execution = run.ended(_STATUS.get(failed.cause.category, "failed"), error=failed.cause)
+            execution = run.failed(failed)
+        except Replayed as replayed:
+            execution = replayed.execution
         except ToolServiceError as refusal:
             execution = run.ended("failed", refusal=refusal)
         except Exception:
             logger.exception("call failed inside", extra={"execution_id": call.execution_id})
             execution = run.ended("failed", refusal=InternalError())
         self._finish(run, execution)
+        if run.claimed is not None:
+            await self._reuse.settle(run, execution)
         return execution
+
+    async def _fetch(self, call: ToolCall) -> None:
+        await self.execute(call, fresh=True)
 
     async def _perform(self, call: ToolCall, run: Run) -> bytes:
         begin = perf_counter()
@@ -205,12 +153,38 @@ class Executor:
         self._metrics.lookup.observe(found - begin)
         self._registry_stage.observe(found - begin)
         arguments = self._arguments(call, tool)
-        if call.idempotency_key is not None:
-            _check_idempotency(tool)
         run.validated = validated = perf_counter()
         self._validation_stage.observe(validated - found)
         timeout_s = self._timeout_s(call, state)
         bound = self._bound(call)
+        if state.reused or call.idempotency_key is not None:
+            return await self._reused(call, run, state, arguments, timeout_s, bound)
+        return await self._performed(call, run, state, arguments, timeout_s, bound)
+
+    async def _reused(
+        self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], timeout_s: float, bound: Bound
+    ) -> bytes:
+        """By an earlier call or one beside it, where there is one."""
+        await IN_TASK
+
+        async def spend(bound: Bound) -> None:
+            if bound.limits:
+                outcome = self._admission.admit(bound, state.cost)
+                run.grant = await self._granted(outcome, run) if isinstance(outcome, Asked) else outcome
+
+        def perform() -> Awaitable[bytes]:
+            run.validated = perf_counter()  # what came before was no limit's time
+            return self._performed(call, run, state, arguments, timeout_s, bound)
+
+        wanted = Wanted(call, run, state, bound, timeout_s, spend, perform)
+        if call.idempotency_key is not None:
+            await self._reuse.claim(wanted)
+        return await (self._reuse.result(wanted) if state.reused else perform())
+
+    async def _performed(
+        self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], timeout_s: float, bound: Bound
+    ) -> bytes:
+        """The tool's own run, once slots and limits allow it."""
         if state.slots is None and not bound.slots and self._slots.take_now():
             release = self._slots.release
         else:
@@ -223,7 +197,7 @@ class Executor:
                     outcome = self._admission.admit(bound, state.cost)
                     run.grant = outcome if type(outcome) is Grant else await self._granted(outcome, run)  # type: ignore[arg-type]
                 run.started = started = perf_counter()
-                self._limits_stage.observe(started - validated)
+                self._limits_stage.observe(started - run.validated)
                 try:
                     if state.in_place:
                         value = self._run_in_place(call, run, state, arguments, started + timeout_s)
@@ -238,7 +212,7 @@ class Executor:
                     state.log.unreserve()
         finally:
             release()
-        result = self._runner.encode(tool, value)
+        result = self._runner.encode(state.tool, value)
         self._serialisation_stage.observe(perf_counter() - ended)
         return result
 
@@ -332,7 +306,8 @@ class Executor:
         log: ToolLog = NO_LOG
         if self._log is not None:
             log = self._log.for_tool(spec.version, spec.cost, spec.log_mode, spec.log_payloads)
-        state = ToolState(tool, self._metrics.for_tool(spec.id), log, self.timeout_ceiling_s)
+        cached = self._reuse.cached(tool)
+        state = ToolState(tool, self._metrics.for_tool(spec.id), log, self.timeout_ceiling_s, cached)
         before = self._states.get(tool.spec.id)
         if before is not None:  # the registry has another tool of this id now; what hangs of the old one still does
             state.abandoned = before.abandoned
@@ -392,16 +367,46 @@ class Executor:
             call.session_id,
             call.metadata,
         )
-        return context if call.on_progress is None else context._replace(on_progress=call.on_progress)
+        if call.on_progress is not None:
+            context = context._replace(on_progress=call.on_progress)
+        return context if call.idempotency_key is None else context._replace(idempotency_key=call.idempotency_key)
 
     def cancel(self, caller: Caller, execution_id: str | None, call_id: str | None) -> bool:
-        """Cancel a running call of the caller's own, or anyone's for an admin. False: there is none, or it has
+        """Cancel a call of the caller's own that runs here, or anyone's for an admin. False: there is none, or it has
         its outcome already."""
+        return self._cancel(caller.tenant, caller.subject, execution_id, call_id, is_admin="admin" in caller.scopes)
+
+    async def cancel_anywhere(self, caller: Caller, execution_id: str | None, call_id: str | None) -> bool:
+        """`cancel` on whichever replica runs it. False too where the others cannot be reached."""
+        if self.cancel(caller, execution_id, call_id):
+            return True
+        return await self._bus.ask(
+            "cancel",
+            tenant=caller.tenant,
+            subject=caller.subject,
+            is_admin="admin" in caller.scopes,
+            execution_id=execution_id,
+            call_id=call_id,
+        )
+
+    def _cancel_for(self, asked: Message) -> bool:
+        """Another replica's caller."""
+        texts = [asked.get(name) for name in ("tenant", "subject", "execution_id", "call_id")]
+        if not all(text is None or isinstance(text, str) for text in texts) or None in texts[:2]:
+            return False
+        return self._cancel(*texts, is_admin=asked.get("is_admin") is True)  # type: ignore[arg-type]
+
+    def _cancel(
+        self, tenant: str, subject: str, execution_id: str | None, call_id: str | None, *, is_admin: bool
+    ) -> bool:
         if execution_id is not None:
             run = self._running.get(execution_id)
         else:
-            run = self._call_ids.get((caller.tenant, caller.subject, call_id or ""))
-        if run is None or not _may_cancel(caller, run.call.caller):
+            run = self._call_ids.get((tenant, subject, call_id or ""))
+        if run is None:
+            return False
+        owner = run.call.caller
+        if not is_admin and (owner.tenant, owner.subject) != (tenant, subject):
             return False
         return run.interrupt.cancel()
 
@@ -426,23 +431,14 @@ class Executor:
             metrics.busy_s += run.run_s
             self._execution_stage.observe(run.run_s)
             run.commit = run.state.log.append(run.call, execution)
-        if execution.result is None:
+        elif run.cached and run.state is not None:
+            run.state.series.executions[execution.status] += 1
+            run.commit = run.state.log.append(run.call, execution)
+        if execution.result is None and not execution.replayed:
             metrics.count_outcome(execution)
         self._metrics_stage.observe(perf_counter() - begin)
-
-
-def _check_idempotency(tool: Tool) -> None:
-    """A key is a promise that nothing runs twice. Where a repeat is harmless it holds by itself; elsewhere a
-    store must remember the key, and while there is none the promise is refused rather than broken."""
-    if not (tool.spec.read_only or tool.spec.idempotent):
-        raise InvalidParams.at("idempotency_key", "Not supported for tools that are neither read_only nor idempotent")
 
 
 async def _cancel_when_gone(client: Client, interrupt: Interrupt) -> None:
     await client.gone()
     interrupt.cancel()
-
-
-def _may_cancel(caller: Caller, owner: Caller) -> bool:
-    own = caller.tenant == owner.tenant and caller.subject == owner.subject
-    return own or "admin" in caller.scopes

@@ -44,6 +44,10 @@ request, however many calls are in it. Reading a request and writing its answer 
 
 RUN_STATUSES: tuple[Status, ...] = tuple(status for status in STATUSES if status != "skipped")
 
+REUSES = ("hit", "stale", "miss", "joined", "replayed")
+"""How a call met what was there: a kept result, fresh or stale, or none where one might be; the run of an identical
+call; the outcome of the first call with its idempotency key."""
+
 LOG_OUTCOMES = ("written", "duplicate", "dead", "dropped")
 """What became of rows of the log."""
 
@@ -112,10 +116,12 @@ class Histogram:
 class ToolSeries:
     """The series of one tool, held by the executor beside the tool, never looked up by label."""
 
-    __slots__ = ("duration", "executions")
+    __slots__ = ("duration", "executions", "retries", "reuse")
 
     def __init__(self) -> None:
         self.executions: dict[Status, int] = dict.fromkeys(RUN_STATUSES, 0)
+        self.reuse = dict.fromkeys(REUSES, 0)
+        self.retries = 0
         self.duration = Histogram(DURATION_BUCKETS_S)
 
     @property

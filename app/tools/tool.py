@@ -76,6 +76,8 @@ class ToolContext(NamedTuple):
     session_id: str | None = None
     metadata: Mapping[str, Any] | None = None
     on_progress: Progress = _unheard
+    idempotency_key: str | None = None
+    """The caller's, for whoever does the work: a run with it is repeated with it."""
 
     def remaining_s(self) -> float:
         """Seconds until the deadline, never below 0."""
@@ -177,6 +179,10 @@ class Tool(Protocol):
     def never_waits(self) -> bool:
         """The coroutine has no `await`, so its first step is its last one."""
 
+    @property
+    def takes_context(self) -> bool:
+        """It may see who calls."""
+
     def invoke(self, arguments: dict[str, Any], context: ToolContext) -> Any: ...
     def rebuilt(self) -> Tool:
         """The same tool with its schemas built anew, for ENABLE_PARAMETER_VALIDATION_CACHE=false."""
@@ -204,6 +210,10 @@ class FunctionTool:
             raise ToolDeclarationError(f"tool {spec.id!r}: type hint {error.name!r} is not a global name") from error
         except Exception as error:  # pydantic and the hints' own types have many ways to refuse
             raise ToolDeclarationError(f"tool {spec.id!r}: {error}") from error
+
+    @property
+    def takes_context(self) -> bool:
+        return self._context_parameter is not None
 
     def _find_context(self) -> str | None:
         names = inspect.signature(self.function).parameters

@@ -235,7 +235,7 @@ class Methods:
     async def _cancel(self, context: RequestContext, params: shapes.CancelParams) -> bytes:
         if (params.execution_id is None) == (params.call_id is None):
             raise InvalidParams.at("", "Give either execution_id or call_id")
-        cancelled = self._executor.cancel(context.caller, params.execution_id, params.call_id)
+        cancelled = await self._executor.cancel_anywhere(context.caller, params.execution_id, params.call_id)
         return orjson.dumps({"cancelled": cancelled})
 
     async def _limit_status(self, context: RequestContext, params: shapes.LimitStatusParams) -> bytes:

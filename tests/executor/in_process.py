@@ -9,11 +9,18 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from app.bus import Bus
+from app.cache.file_store import FileStore
+from app.cache.idempotency import Idempotency
+from app.cache.results import ResultCache
+from app.cache.store import CacheStore
 from app.calls import LOCAL_CALLER, Caller, Execution, ToolCall, new_execution_id
 from app.egress import EgressClient, parse_egress_allow
 from app.executor.executor import Executor
+from app.executor.reuse import Reuse
 from app.executor.runner import Runner
 from app.executor.threads import ThreadPool
 from app.limits.admission import Admission
@@ -71,25 +78,34 @@ async def opened(
     result_bytes_max: int = 1_048_576,
     policies: Iterable[Policy] = (),
     store: LimitStore | None = None,
+    keys: CacheStore | None = None,
+    results: ResultCache | None = None,
+    bus: Bus | None = None,
 ) -> AsyncIterator[Rig]:
     """A rig; when it closes, no call may have left anything behind."""
     metrics = Metrics()
     slots = slots or Slots(100)
     threads = threads or ThreadPool()
     http = EgressClient(parse_egress_allow(""), 1, ssl_context=certificates())
+    reuse = Reuse(
+        Idempotency(keys or FileStore(Path(":memory:"))), results or ResultCache(None, 2**20, 2**20, compress=False)
+    )
     executor = Executor(
         Registry(tools, timeout_ceiling_s=ceiling_s),
         Runner(threads, result_bytes_max, metrics.count_abandoned),
         slots,
         Admission(Policies(policies), store or MemoryStore()),
         None,
+        reuse,
+        bus or Bus(),
         http,
         metrics,
         timeout_ceiling_s=ceiling_s,
     )
     rig = Rig(executor, metrics, slots, threads)
     yield rig
-    assert rig.is_quiet()
+    await reuse.close()
+    assert rig.is_quiet() and not len(reuse._flights)
     threads.close()
     await http.aclose()
 

@@ -1,0 +1,116 @@
+"""What the executor keeps: of a tool between its calls, and of a call while it is on its way."""
+
+from __future__ import annotations
+
+from time import perf_counter, time
+
+from app.cache.idempotency import Claimed
+from app.cache.results import CachedTool
+from app.calls import Aside, Execution, Status, ToolCall
+from app.errors import TOOL_CANCELLED, TOOL_TIMEOUT, Failure, RunFailed, ToolServiceError
+from app.execution_log.commit import Commit
+from app.execution_log.log import ToolLog
+from app.executor.runner import Abandoned, Interrupt
+from app.limits.admission import Grant
+from app.limits.concurrency import Slots
+from app.telemetry.metrics import ToolSeries
+from app.tools.tool import Tool
+
+_STATUS: dict[str, Status] = {TOOL_TIMEOUT.category: "timeout", TOOL_CANCELLED.category: "cancelled"}
+"""What an Execution's status says of a failure's category; any other failure is `failed`."""
+
+
+_execution = tuple.__new__
+"""A NamedTuple's own way to be made takes twice as long."""
+
+
+class ToolState:
+    """What the executor keeps for one tool between calls."""
+
+    __slots__ = (
+        "abandoned",
+        "cached",
+        "cost",
+        "harmless",
+        "in_place",
+        "log",
+        "reused",
+        "series",
+        "slots",
+        "timeout_s",
+        "tool",
+    )
+
+    def __init__(
+        self, tool: Tool, series: ToolSeries, log: ToolLog, timeout_ceiling_s: float, cached: CachedTool | None = None
+    ) -> None:
+        self.tool = tool
+        self.series = series
+        self.log = log
+        self.cost = tool.spec.cost
+        self.abandoned = Abandoned()
+        self.slots = None if tool.spec.max_concurrent is None else Slots(tool.spec.max_concurrent)
+        self.in_place = tool.never_waits and not tool.spec.cancel_on_disconnect
+        self.timeout_s = timeout_ceiling_s if tool.spec.timeout is None else min(tool.spec.timeout, timeout_ceiling_s)
+        self.harmless = tool.spec.read_only or tool.spec.idempotent
+        """A second run does what one did."""
+        self.cached = cached
+        """None: its results are not kept."""
+        self.reused = cached is not None or (tool.spec.read_only and not tool.never_waits)
+        """A call may be answered by another one's run. What never waits never runs beside another."""
+
+
+class Run(Aside):
+    """One call while it is on its way: what the epilogue needs, and the way to cancel it."""
+
+    commit: Commit | None = None
+    grant: Grant | None = None
+    state: ToolState | None = None
+    attempts = 0
+    cached = False
+    """Answered by a kept result, or by the run of an identical call."""
+    fresh = False
+    """Not to be answered by a kept result: it fetches a new one."""
+    claimed: Claimed | None = None
+    """The idempotency key that it runs under."""
+    found = validated = started = 0.0
+    run_s = 0.0
+
+    def __init__(self, call: ToolCall) -> None:
+        self.call = call
+        self.interrupt = Interrupt()
+
+    def ended(
+        self,
+        status: Status,
+        result: bytes | None = None,
+        error: Failure | None = None,
+        refusal: ToolServiceError | None = None,
+    ) -> Execution:
+        call = self.call
+        if refusal is not None:
+            refusal.execution_id = call.execution_id
+            refusal.forget_origin()
+        overhead_s = perf_counter() - call.received_at - self.run_s
+        return _execution(
+            Execution,
+            (
+                call.execution_id,
+                call.tool_id,
+                status,
+                result,
+                error,
+                refusal,
+                self.run_s,
+                overhead_s if overhead_s > 0 else 0.0,
+                time(),
+                self.attempts,
+                call.trace_id or call.execution_id.replace("-", ""),
+                self.cached,
+                self,
+                False,
+            ),
+        )
+
+    def failed(self, failed: RunFailed) -> Execution:
+        return self.ended(_STATUS.get(failed.cause.category, "failed"), error=failed.cause)
