@@ -20,6 +20,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import cast
 
 import orjson
 import uvloop
@@ -80,8 +81,7 @@ class Connection(asyncio.Protocol):
         self.ends_at = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
 
     def send(self, due: float, kind: int) -> None:
         self.due, self.kind, self.received, self.ends_at = due, kind, b"", 0
@@ -188,10 +188,17 @@ class Client:
         self.check_done()
 
     def send_due(self, sent: threading.Event) -> None:
+        try:
+            self.send_what_is_due()
+        finally:
+            sent.set()
+
+    def send_what_is_due(self) -> None:
         now = time.perf_counter()
         while self.schedule and self.schedule[0] <= now:
             due, kind = self.schedule.popleft(), next(self.kinds)
             if self.idle:
+                self.late.append(time.perf_counter() - due)
                 self.begin(self.idle.popleft(), due, kind)
             else:
                 self.waiting.append((due, kind))
@@ -199,11 +206,9 @@ class Client:
                     task = asyncio.get_running_loop().create_task(self.open())
                     self.opening.add(task)
                     task.add_done_callback(self.opening.discard)
-        sent.set()
 
     def begin(self, connection: Connection, due: float, kind: int) -> None:
         self.under_way += 1
-        self.late.append(time.perf_counter() - due)
         connection.send(due, kind)
 
     def answered(self, connection: Connection, received: bytes) -> None:
@@ -280,8 +285,6 @@ def arrivals(phases: Sequence[tuple[float, float]], began: float, seed: int) -> 
 
 def main() -> None:
     raw = orjson.loads(sys.stdin.buffer.read())
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         outcome = runner.run(_run(Plan(**raw)))
     sys.stdout.buffer.write(orjson.dumps(asdict(outcome)))

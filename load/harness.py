@@ -36,7 +36,7 @@ from app.access.keys import NewKey
 from app.service import open_service
 from app.settings import read_settings
 from load.client import REFUSED, RIGHT, Outcome, Plan
-from load.machine import cores, cpu_s, pin_self, pin_server, rss_mb, settle
+from load.machine import cores, cpu_s, pin_self, pin_server, raise_open_files, rss_mb, settle
 from load.run import ROOT, CannotRun, end, own_service
 from tests.servers import PostgresServer, RedisServer, ServerFailed
 
@@ -243,6 +243,12 @@ class Bench:
         """The yardstick: uvicorn with uvloop and httptools, orjson in, orjson out, nothing else."""
         return self.process(name, [sys.executable, "-m", "load.bare"])
 
+    def origin_design(self) -> Running:
+        """What the origin documents, on the same stores: `load/origin_design.py`."""
+        environ = {"DATABASE_URL": self.database, "REDIS_URL": self.redis.url}
+        environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = self.collector
+        return self.process("the origin's design", [sys.executable, "-m", "load.origin_design"], environ)
+
     def process(self, name: str, command: Sequence[str], environ: dict[str, str] | None = None) -> Running:
         """Any server that prints its port as its first line, on the server's core."""
         return self.stack.enter_context(_process(name, command, environ or {}))
@@ -252,6 +258,7 @@ class Bench:
 def bench() -> Iterator[Bench]:
     """Servers of one run. This process and the stores share the core of the load."""
     pin_self()
+    raise_open_files()
     with contextlib.ExitStack() as stack:
         yield Bench(stack)
 
@@ -417,14 +424,13 @@ def client_load(target: Target, seconds: float) -> Asked:
 def drive(plan: Plan) -> Outcome:
     """Run load/client.py in a process of its own, on this process's core."""
     longest = plan.seconds + sum(seconds for _, seconds in plan.phases) + START_S_MAX
-    done = subprocess.run(
-        [sys.executable, "-m", "load.client"],
-        check=False,
-        cwd=ROOT,
-        input=orjson.dumps(asdict(plan)),
-        stdout=subprocess.PIPE,
-        timeout=longest,
-    )
+    command = [sys.executable, "-m", "load.client"]
+    try:
+        done = subprocess.run(
+            command, check=False, cwd=ROOT, input=orjson.dumps(asdict(plan)), stdout=subprocess.PIPE, timeout=longest
+        )
+    except subprocess.TimeoutExpired:
+        raise CannotRun("the client did not end") from None
     if done.returncode:
         raise CannotRun("the client ended early")
     return Outcome(**orjson.loads(done.stdout))

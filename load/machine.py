@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,13 @@ def pin_self() -> None:
 def pin_server(pid: int) -> None:
     if (chosen := cores()) is not None:
         pin(pid, chosen[0])
+
+
+def raise_open_files() -> None:
+    """As many as are allowed, here and in what is started from now on: a connection takes one on each side."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def process_tree(pid: int) -> list[psutil.Process]:
