@@ -89,6 +89,8 @@ def mix(bench: Bench, users: int, seconds: float) -> list[Mixed]:
         for row in rows:
             share = row.right / max(row.calls, 1) * 100
             print(f"{row.tool_id:22}{row.calls:9,}{share:11.2f}{row.p50_ms:10.2f}{row.p95_ms:10.2f}{row.p99_ms:10.2f}")
+        if rows[-1].right < rows[-1].calls:
+            print(f"the first that went wrong: {outcome.first_wrong or 'no answer'}")
         print(f"{rss_mb(server.pid):.0f} MB; the origin reports 98.7 % and has over 95 % as its target\n", flush=True)
     return rows
 

@@ -37,6 +37,9 @@ END_S_MAX = 10.0
 OPENED_AT_ONCE = 128
 """Connections; more, and the listener's queue drops some, which come back after a second."""
 
+SHOWN_BYTES = 600
+"""Of a wrong answer."""
+
 Asked = tuple[str, str]
 """A whole HTTP request, and what a right answer to it holds."""
 
@@ -67,6 +70,8 @@ class Outcome:
     late_p99_us: int
     """How late the client itself sent: its share of the latencies."""
     cpu_s: float
+    first_wrong: str
+    """What the first call that did not end right was answered; empty when there was no answer."""
 
 
 class Connection(asyncio.Protocol):
@@ -121,6 +126,7 @@ class Client:
         self.due, self.took, self.late = array("d"), array("d"), array("d")
         self.ended, self.kind = array("b"), array("H")
         self.began = self.ends = 0.0
+        self.first_wrong = ""
         self.all_done = asyncio.Event()
         self.schedule: deque[float] = deque()
         self.opening: set[asyncio.Task[None]] = set()
@@ -220,6 +226,7 @@ class Client:
             ended = RIGHT
         else:
             ended = REFUSED if b'"error":{"code":-320' in received else FAILED
+            self.first_wrong = self.first_wrong or received[:SHOWN_BYTES].decode(errors="replace")
         self.note(connection, now, ended)
         if not self.plan.phases and now < self.ends:
             self.begin(connection, now, next(self.kinds))
@@ -271,6 +278,7 @@ class Client:
             self.kind.tolist() + [0] * unanswered,
             round(late[len(late) * 99 // 100] * 1e6),
             usage.ru_utime + usage.ru_stime,
+            self.first_wrong,
         )
 
 
