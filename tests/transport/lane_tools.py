@@ -1,0 +1,68 @@
+"""Tools that tell by which way a call came in, and wait until they are told to go on."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+from app.tools.tool import tool
+
+_gates: dict[str, asyncio.Event] = {}
+_inside: dict[str, int] = {}
+
+
+def _gate(name: str) -> asyncio.Event:
+    return _gates.setdefault(name, asyncio.Event())
+
+
+def _door_below() -> str:
+    """For a tool that runs in place: the request's own frames are below its own."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_filename.endswith("app/stepping.py"):
+            return "lane"
+    return "asgi"
+
+
+def _door_beside() -> str:
+    """For a tool with a task of its own, while no other request runs."""
+    return "lane" if any(task.get_name() == "stepped" for task in asyncio.all_tasks()) else "asgi"
+
+
+@tool(category="custom", read_only=True)
+async def which_door(tag: Any = None) -> str:
+    """Tell whether the protocol lane or ASGI brought this call."""
+    return _door_below()
+
+
+@tool(category="custom")
+async def held(gate: str) -> str:
+    """Return by which door this came, once the gate opens."""
+    _inside[gate] = _inside.get(gate, 0) + 1
+    door = _door_beside()
+    await _gate(gate).wait()
+    return door
+
+
+@tool(category="custom", cancel_on_disconnect=True)
+async def held_for_client(gate: str) -> str:
+    """The same, but only as long as the client is there."""
+    _inside[gate] = _inside.get(gate, 0) + 1
+    door = _door_beside()
+    await _gate(gate).wait()
+    return door
+
+
+@tool(category="custom")
+async def open_gate(gate: str) -> int:
+    """Let those go on that wait there, and those who come later; how many there were."""
+    _gate(gate).set()
+    return _inside.get(gate, 0)
+
+
+@tool(category="custom", read_only=True)
+async def inside(gate: str) -> int:
+    """How many calls have come to the gate."""
+    return _inside.get(gate, 0)
