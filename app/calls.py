@@ -108,6 +108,7 @@ class CurrentCall(NamedTuple):
     execution_id: str
     trace_id: str | None
     trace: Any
+    tenant: str = ""
 
 
 current_call: ContextVar[CurrentCall | None] = ContextVar("current_call", default=None)

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -44,11 +45,15 @@ MIGRATION_TIMEOUT_S = 3600.0
 
 ENDED_BY_INTERRUPT = 130
 ENDED_BY_PIPE = 141
-"""What a shell shows for a program that SIGINT or SIGPIPE ended."""
+ENDED_BY_TERM = 143
+"""What a shell shows for a program that SIGINT, SIGPIPE or SIGTERM ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `agentcore-tools`."""
+    # Process 1 of a container is not ended by a signal that it does not handle: before `serve` can drain, and in every
+    # other command, SIGTERM would be lost and the engine would wait for its grace.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(ENDED_BY_TERM))
     options = _parser().parse_args(arguments)
     try:
         settings = read_settings(os.environ, Path(".env"), profile=options.profile)
@@ -91,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     exporting = actions.add_parser("export", parents=[common], help="definitions of all tools for a model provider")
     exporting.add_argument("--format", choices=FORMATS, required=True, help="whose shape")
     exporting.set_defaults(run=_tools_export)
+    invalidating = actions.add_parser(
+        "invalidate", parents=[common], help="forget the kept results of a tool on every replica (needs REDIS_URL)"
+    )
+    invalidating.add_argument("tool", metavar="TOOL")
+    invalidating.set_defaults(run=_tools_invalidate)
 
     migrate = commands.add_parser("migrate", parents=[common], help="bring the database up to date")
     migrate.add_argument("revision", metavar="REVISION", nargs="?", default=NEWEST, help="the newest when not given")
@@ -233,6 +243,26 @@ def _tools_call(settings: Settings, options: argparse.Namespace) -> int:
         return 0 if execution.status == "success" and refusal is None else 1
 
     _run(called())
+
+
+def _tools_invalidate(settings: Settings, options: argparse.Namespace) -> int:
+    if settings.redis_url is None:
+        where = f"DELETE /api/v1/admin/cache/{options.tool}"
+        raise SettingsError(f"REDIS_URL: not set, so results are kept in the serving process alone; ask it: {where}")
+
+    async def invalidated() -> int:
+        async with open_service(settings, keep_log=False) as service:
+            if options.tool not in service.registry.snapshot.tools:
+                raise SettingsError(f"there is no tool {options.tool}; `agentcore-tools tools list` shows all")
+            try:
+                await service.forget_results(options.tool)
+            except ConnectionError:
+                print("agentcore-tools: Redis is away; nothing was forgotten", file=sys.stderr)
+                return 1
+        print(f"the kept results of {options.tool} are forgotten")
+        return 0
+
+    _run(invalidated())
 
 
 def _migrate(settings: Settings, options: argparse.Namespace) -> int:

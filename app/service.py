@@ -20,12 +20,14 @@ from app import __version__
 from app.access.authenticator import Authenticator, Mode
 from app.access.jwt import JwtVerifier, jwt_rules
 from app.access.store import KeyStore
+from app.breaker import BreakerTable
 from app.bus import Bus, RedisBus
 from app.cache.file_store import FileStore
 from app.cache.idempotency import Idempotency
 from app.cache.redis_store import RedisStore
 from app.cache.results import ResultCache
 from app.cache.store import CacheStore, StoreAway
+from app.calls import current_call
 from app.clients import close_engine, create_engine, create_redis, pool_states, redis_locator
 from app.egress import EgressAllow, EgressClient, parse_egress_allow
 from app.execution_log.history import ExecutionHistory
@@ -59,10 +61,6 @@ from app.tools.registry import Registry
 from app.tools.tool import Tool
 
 logger = logging.getLogger("app.service")
-
-
-NOT_ENFORCED_YET = frozenset({"retries"})
-"""Declarations that are kept and have no effect yet: said once at start, so that nobody relies on them."""
 
 
 IDEMPOTENCY_FILE = "idempotency.db"
@@ -153,6 +151,8 @@ async def open_service(
             settings.http_connection_pool_size,
             [listen] if listen else [],
             trace=tracing.outgoing,
+            whose=_tenant_at_work,
+            breakers=BreakerTable() if settings.enable_circuit_breakers else None,
         )
         stack.push_async_callback(http.aclose)
         loaded = load_tools(
@@ -193,10 +193,9 @@ async def open_service(
             metrics,
             timeout_ceiling_s=settings.tool_execution_timeout,
             rebuild_validators=not settings.enable_parameter_validation_cache,
+            breakers=settings.enable_circuit_breakers,
             tracing=tracing,
         )
-        for tool in registry.snapshot.tools.values():
-            _warn_of_unenforced(tool)
         service = Service(
             settings,
             database,
@@ -215,14 +214,14 @@ async def open_service(
             lifecycle,
             tuple(loaded.problems),
         )
-        _show(service, slots, supervisor)
+        _show(service, slots, http, supervisor)
         stack.push_async_callback(supervisor.close)
         if log is not None:
             stack.push_async_callback(log.drain, LOG_DRAIN_S)
         yield service
 
 
-def _show(service: Service, slots: Slots, supervisor: Supervisor) -> None:
+def _show(service: Service, slots: Slots, http: EgressClient, supervisor: Supervisor) -> None:
     """Hang into the metrics what other rooms count, and start what measures the process."""
     metrics, executor, admission, log = service.metrics, service.executor, service.admission, service.log
     watch, system = LoopWatch(), SystemWatch()
@@ -242,10 +241,14 @@ def _show(service: Service, slots: Slots, supervisor: Supervisor) -> None:
         tool_abandoned_runs_active=lambda: executor.abandoned,
         event_loop_lag_seconds=watch.lag_s,
         registered_tools=lambda: len(service.registry),
+        result_cache_bytes=lambda: service.results.bytes,
+        result_cache_entries=lambda: len(service.results),
+        egress_breakers_open=lambda: 0 if http.breakers is None else http.breakers.open_now,
         system_cpu_percent=system.cpu_percent,
         system_memory_percent=system.memory_percent,
         execution_log_journal_limit_bytes=lambda: service.settings.journal_max_bytes,
     )
+    metrics.counters["result_cache_refused_total"] = lambda: service.results.refused
     if log is not None:
         metrics.log_rows = lambda: log.rows
         metrics.gauges.update(
@@ -393,6 +396,11 @@ async def _open_admission(
     return Admission(admission_policies, store)
 
 
+def _tenant_at_work() -> str:
+    call = current_call.get()
+    return "" if call is None else call.tenant
+
+
 def _open_cache_store(settings: Settings, stack: contextlib.AsyncExitStack) -> CacheStore:
     """Redis where there is one; else a file beside the journal. Opens nothing yet. Raises SettingsError."""
     store: CacheStore
@@ -434,12 +442,6 @@ def _open_bus(
     stack.push_async_callback(bus.close)
     supervisor.start("bus", bus.run())
     return bus
-
-
-def _warn_of_unenforced(tool: Tool) -> None:
-    declared = sorted(tool.spec.declared & NOT_ENFORCED_YET)
-    if declared:
-        logger.warning("declared but not enforced yet", extra={"tool_id": tool.spec.id, "declared": declared})
 
 
 def _egress_allow(settings: Settings) -> EgressAllow:

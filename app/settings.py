@@ -184,6 +184,9 @@ class Settings(BaseModel):
     max_result_bytes: int = Field(
         1_048_576, ge=1024, le=67_108_864, description="Bytes of a tool's result as JSON; over it the run failed"
     )
+    enable_circuit_breakers: bool = Field(
+        True, description="false: tools and origins that fail again and again are asked all the same"
+    )
     result_cache_bytes: int = Field(
         67_108_864, ge=0, le=68_719_476_736, description="Bytes of kept results of tools in this process; 0 keeps none"
     )

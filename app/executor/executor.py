@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from time import perf_counter
 from typing import Any
 
+from app.breaker import NO_BREAKER, SAYS_NOTHING, SUCCEEDED, Outcome, Probe, ToolBreaker, outcome_of
 from app.bus import Bus, Message
 from app.calls import Caller, Client, CurrentCall, Execution, ToolCall, current_call
 from app.egress import EgressClient
@@ -23,6 +24,7 @@ from app.errors import (
     RunFailed,
     ToolServiceError,
 )
+from app.execution_log.commit import settle
 from app.execution_log.log import NO_LOG, ExecutionLog, ToolLog
 from app.executor.reuse import Replayed, Reuse, Wanted
 from app.executor.run import Run, ToolState
@@ -56,6 +58,7 @@ class Executor:
         *,
         timeout_ceiling_s: float,
         rebuild_validators: bool = False,
+        breakers: bool = True,
         tracing: Tracing = OFF,
     ) -> None:
         self.registry = registry
@@ -68,6 +71,7 @@ class Executor:
         reuse.fetch = self._fetch
         self._bus = bus
         bus.listeners["cancel"] = self._cancel_for
+        self._breakers = breakers
         self._policy_slots = SlotTable()
         self._http = http
         self._metrics = metrics
@@ -111,7 +115,7 @@ class Executor:
         run = Run(call)
         if fresh:
             run.fresh = True
-        current_call.set(tuple.__new__(CurrentCall, (call.execution_id, call.trace_id, call.trace)))
+        current_call.set(tuple.__new__(CurrentCall, (call.execution_id, call.trace_id, call.trace, call.caller.tenant)))
         try:
             self._enter(run)
             try:
@@ -184,7 +188,21 @@ class Executor:
     async def _performed(
         self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], timeout_s: float, bound: Bound
     ) -> bytes:
-        """The tool's own run, once slots and limits allow it."""
+        """The tool's own run, once its breaker, slots and limits allow it."""
+        breaker = state.breaker
+        probe = None if breaker.quiet else breaker.enter(call.caller.tenant)
+        try:
+            result = await self._let_run(call, run, state, arguments, timeout_s, bound)
+        except BaseException as error:
+            self._tell_breaker(call, run, state, timeout_s, probe, error)
+            raise
+        if not breaker.quiet:
+            breaker.ended(call.caller.tenant, run.started, SUCCEEDED, probe)
+        return result
+
+    async def _let_run(
+        self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], timeout_s: float, bound: Bound
+    ) -> bytes:
         if state.slots is None and not bound.slots and self._slots.take_now():
             release = self._slots.release
         else:
@@ -199,14 +217,18 @@ class Executor:
                 run.started = started = perf_counter()
                 self._limits_stage.observe(started - run.validated)
                 try:
-                    if state.in_place:
+                    if state.retries is not None:
+                        await IN_TASK
+                        value = await self._run_again(call, run, state, arguments, started + timeout_s)
+                    elif state.in_place:
                         value = self._run_in_place(call, run, state, arguments, started + timeout_s)
                     else:
                         await IN_TASK
                         value = await self._run(call, run, state, arguments, started + timeout_s)
                 finally:
                     ended = perf_counter()
-                    run.run_s = (ended - started) * run.attempts
+                    if run.attempts:
+                        run.run_s = ended - started - run.paused_s
             finally:
                 if not run.attempts:
                     state.log.unreserve()
@@ -216,11 +238,67 @@ class Executor:
         self._serialisation_stage.observe(perf_counter() - ended)
         return result
 
+    def _tell_breaker(
+        self, call: ToolCall, run: Run, state: ToolState, timeout_s: float, probe: Probe | None, error: BaseException
+    ) -> None:
+        """How a call ended that has no result."""
+        outcome: Outcome = SAYS_NOTHING
+        if isinstance(error, RunFailed):
+            cut_short = timeout_s < state.timeout_s
+            outcome = outcome_of(error.cause, error.__cause__, call.parameters, cut_short=cut_short)
+        if outcome is not SAYS_NOTHING or probe is not None:
+            state.breaker.ended(call.caller.tenant, run.started, outcome, probe, abandoned=state.abandoned.active)
+
+    async def _run_again(
+        self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float
+    ) -> Any:
+        """Up to as many attempts as the tool declares, where a failure says that another may help."""
+        retries = state.retries
+        assert retries is not None
+        if call.deadline is not None and call.deadline < deadline:
+            deadline = call.deadline
+        retries.begin()
+        last: RunFailed | None = None
+        while True:
+            try:
+                if state.in_place:
+                    return self._run_in_place(call, run, state, arguments, deadline)
+                return await self._run(call, run, state, arguments, deadline)
+            except Overloaded:
+                if last is None:
+                    raise
+                raise last from None
+            except RunFailed as failed:
+                wait_s = retries.wait_s(
+                    failed.cause,
+                    attempts=run.attempts,
+                    deadline=deadline,
+                    has_key=run.claimed is not None,
+                )
+                if wait_s is None:
+                    raise
+                last = failed
+            state.series.retries += 1
+            await self._pause(run, wait_s)
+
+    async def _pause(self, run: Run, wait_s: float) -> None:
+        """Between two attempts; a cancellation ends it."""
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(wait_s, settle, over)
+        run.interrupt.watch(over)
+        begin = perf_counter()
+        try:
+            await over
+        finally:
+            run.paused_s += perf_counter() - begin
+            timer.cancel()
+
     def _run_in_place(
         self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float
     ) -> Any:
         """A tool that never waits: no task, no timer, nothing that could be refused after all."""
-        run.attempts = 1
+        run.attempts += 1
         if call.deadline is not None and call.deadline < deadline:
             deadline = call.deadline
         return self._runner.run_in_place(state.tool, arguments, self._context(call, deadline))
@@ -229,7 +307,7 @@ class Executor:
         tool = state.tool
         watcher: asyncio.Task[None] | None = None
         try:
-            run.attempts = 1
+            run.attempts += 1
             if call.deadline is not None and call.deadline < deadline:
                 deadline = call.deadline  # a plan does not wait for what waited for its slot
             context = self._context(call, deadline)
@@ -238,9 +316,9 @@ class Executor:
                     _cancel_when_gone(call.client, run.interrupt), name=f"client-watch:{call.execution_id}"
                 )
             return await self._runner.run(tool, arguments, context, run.interrupt, state.abandoned)
-        except Overloaded:  # refused after all: nothing ran
-            run.attempts = 0
-            if run.grant is not None:
+        except Overloaded:  # refused after all: nothing ran, this time
+            run.attempts -= 1
+            if not run.attempts and run.grant is not None:
                 run.grant.give_back()
                 run.grant = None
             raise
@@ -307,7 +385,9 @@ class Executor:
         if self._log is not None:
             log = self._log.for_tool(spec.version, spec.cost, spec.log_mode, spec.log_payloads)
         cached = self._reuse.cached(tool)
-        state = ToolState(tool, self._metrics.for_tool(spec.id), log, self.timeout_ceiling_s, cached)
+        breaker = ToolBreaker() if self._breakers else NO_BREAKER
+        state = ToolState(tool, self._metrics.for_tool(spec.id), log, self.timeout_ceiling_s, cached, breaker)
+        state.series.breaker_state = lambda: breaker.state_now
         before = self._states.get(tool.spec.id)
         if before is not None:  # the registry has another tool of this id now; what hangs of the old one still does
             state.abandoned = before.abandoned

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from time import perf_counter, time
 
+from app.breaker import NO_BREAKER, ToolBreaker
 from app.cache.idempotency import Claimed
 from app.cache.results import CachedTool
 from app.calls import Aside, Execution, Status, ToolCall
 from app.errors import TOOL_CANCELLED, TOOL_TIMEOUT, Failure, RunFailed, ToolServiceError
 from app.execution_log.commit import Commit
 from app.execution_log.log import ToolLog
+from app.executor.attempts import Retries
 from app.executor.runner import Abandoned, Interrupt
 from app.limits.admission import Grant
 from app.limits.concurrency import Slots
@@ -29,11 +31,13 @@ class ToolState:
 
     __slots__ = (
         "abandoned",
+        "breaker",
         "cached",
         "cost",
         "harmless",
         "in_place",
         "log",
+        "retries",
         "reused",
         "series",
         "slots",
@@ -42,7 +46,13 @@ class ToolState:
     )
 
     def __init__(
-        self, tool: Tool, series: ToolSeries, log: ToolLog, timeout_ceiling_s: float, cached: CachedTool | None = None
+        self,
+        tool: Tool,
+        series: ToolSeries,
+        log: ToolLog,
+        timeout_ceiling_s: float,
+        cached: CachedTool | None = None,
+        breaker: ToolBreaker = NO_BREAKER,
     ) -> None:
         self.tool = tool
         self.series = series
@@ -52,6 +62,9 @@ class ToolState:
         self.slots = None if tool.spec.max_concurrent is None else Slots(tool.spec.max_concurrent)
         self.in_place = tool.never_waits and not tool.spec.cancel_on_disconnect
         self.timeout_s = timeout_ceiling_s if tool.spec.timeout is None else min(tool.spec.timeout, timeout_ceiling_s)
+        self.breaker = breaker
+        self.retries = Retries.of(tool.spec)
+        """None: a run that fails has failed."""
         self.harmless = tool.spec.read_only or tool.spec.idempotent
         """A second run does what one did."""
         self.cached = cached
@@ -75,6 +88,8 @@ class Run(Aside):
     """The idempotency key that it runs under."""
     found = validated = started = 0.0
     run_s = 0.0
+    paused_s = 0.0
+    """Of its run, the time between attempts."""
 
     def __init__(self, call: ToolCall) -> None:
         self.call = call

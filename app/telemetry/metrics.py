@@ -116,18 +116,20 @@ class Histogram:
 class ToolSeries:
     """The series of one tool, held by the executor beside the tool, never looked up by label."""
 
-    __slots__ = ("duration", "executions", "retries", "reuse")
+    __slots__ = ("breaker_state", "duration", "executions", "retries", "reuse")
 
     def __init__(self) -> None:
         self.executions: dict[Status, int] = dict.fromkeys(RUN_STATUSES, 0)
         self.reuse = dict.fromkeys(REUSES, 0)
         self.retries = 0
+        self.breaker_state: Callable[[], int] = int
+        """0 closed, 1 half open, 2 open; of the tenant for whom it is worst."""
         self.duration = Histogram(DURATION_BUCKETS_S)
 
     @property
     def ran(self) -> bool:
         """Whether there is a duration to show."""
-        return any(self.executions.values())
+        return any(self.duration.counts)
 
 
 def _zero() -> float:
@@ -248,9 +250,13 @@ GAUGES = {
     "tool_abandoned_runs_active": "Given-up runs that still hold a task or a thread",
     "event_loop_lag_seconds": "Worst delay of the event loop in the last 15 s",
     "registered_tools": "Tools in the registry",
+    "result_cache_bytes": "Bytes of kept results in this process",
+    "result_cache_entries": "Kept results in this process",
+    "egress_breakers_open": "Origins that one tenant's tools do not ask at this time",
 }
 
 COUNTERS = {
+    "result_cache_refused_total": "Kept results from Redis that could not be believed",
     "log_lines_dropped_total": "Log lines lost because nobody reads stdout",
 }
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from app.telemetry.metrics import DURATION_BUCKETS_S, RUN_STATUSES, Histogram, Metrics, Seen, ToolSeries
+from app.telemetry.metrics import DURATION_BUCKETS_S, REUSES, RUN_STATUSES, Histogram, Metrics, Seen, ToolSeries
 
 TOOLS_A_STEP = 100
 """Written between two turns of the loop: about half a millisecond. A thread would hold it for 5 ms at a time, which is
@@ -24,6 +24,9 @@ END = b"# EOF\n"
 _STATUS = [f'tool_executions_total{{status="{status}",tool_id="' for status in RUN_STATUSES]
 _BUCKET = [f'tool_execution_duration_seconds_bucket{{le="{bound}",tool_id="' for bound in (*DURATION_BUCKETS_S, "+Inf")]
 _COUNT = 'tool_execution_duration_seconds_count{tool_id="'
+_REUSE = [f'tool_reuse_total{{outcome="{outcome}",tool_id="' for outcome in REUSES]
+_RETRIES = 'tool_retries_total{tool_id="'
+_BREAKER = 'tool_breaker_state{tool_id="'
 _SUM = 'tool_execution_duration_seconds_sum{tool_id="'
 
 
@@ -49,25 +52,32 @@ class Scraper:
         return await asyncio.shield(task), content_type
 
     async def _text(self, encode: Callable[[Collector], bytes], is_openmetrics: bool) -> bytes:
-        runs, durations = await self._of_tools(with_exemplars=is_openmetrics)
+        runs, durations, reuses, retries, breakers = await self._of_tools(with_exemplars=is_openmetrics)
+        total = "" if is_openmetrics else "_total"
         own = encode(self._metrics)
         await asyncio.sleep(0)
         return b"".join(
             (
-                _head(f"tool_executions{'' if is_openmetrics else '_total'}", "counter", "Runs by tool and outcome"),
+                _head(f"tool_executions{total}", "counter", "Calls by tool and outcome"),
                 *runs,
                 _head("tool_execution_duration_seconds", "histogram", "The tool's own run"),
                 *durations,
+                _head(f"tool_reuse{total}", "counter", "Calls by what they met of earlier ones"),
+                *reuses,
+                _head(f"tool_retries{total}", "counter", "Runs after a failed one of the same call"),
+                *retries,
+                _head("tool_breaker_state", "gauge", "0 closed, 1 half open, 2 open; for whom it is worst"),
+                *breakers,
                 own.removesuffix(END),
                 encode(self._metrics.registry),
             )
         )
 
-    async def _of_tools(self, *, with_exemplars: bool) -> tuple[list[bytes], list[bytes]]:
+    async def _of_tools(self, *, with_exemplars: bool) -> tuple[list[bytes], ...]:
         """Lines of the tools, step by step: every count from 0 on, so that `increase` sees the first run; a histogram,
         most of the text, from the first run on."""
         series = list(self._metrics.tools.items())
-        runs, durations = [], []
+        runs, durations, reuses, retries, breakers = [], [], [], [], []
         for start in range(0, len(series), TOOLS_A_STEP):
             step = series[start : start + TOOLS_A_STEP]
             runs.append("".join(line for tool_id, one in step for line in _runs(tool_id, one)).encode())
@@ -75,8 +85,14 @@ class Scraper:
                 line for tool_id, one in step if one.ran for line in _durations(tool_id, one.duration, with_exemplars)
             )
             durations.append("".join(ran).encode())
+            used = [(tool_id, one) for tool_id, one in step if any(one.executions.values()) or any(one.reuse.values())]
+            reuses.append("".join(line for tool_id, one in used for line in _reuses(tool_id, one)).encode())
+            retries.append("".join(f'{_RETRIES}{tool_id}"}} {one.retries}\n' for tool_id, one in used).encode())
+            breakers.append(
+                "".join(f'{_BREAKER}{tool_id}"}} {one.breaker_state()}\n' for tool_id, one in used).encode()
+            )
             await asyncio.sleep(0)
-        return runs, durations
+        return runs, durations, reuses, retries, breakers
 
 
 def _head(name: str, kind: str, text: str) -> bytes:
@@ -87,6 +103,12 @@ def _runs(tool_id: str, series: ToolSeries) -> Iterable[str]:
     """An id needs no escapes: it is made of letters, digits, _ and -."""
     for prefix, count in zip(_STATUS, series.executions.values(), strict=True):
         yield f'{prefix}{tool_id}"}} {count}\n'
+
+
+def _reuses(tool_id: str, series: ToolSeries) -> Iterable[str]:
+    if any(series.reuse.values()):
+        for prefix, count in zip(_REUSE, series.reuse.values(), strict=True):
+            yield f'{prefix}{tool_id}"}} {count}\n'
 
 
 def _durations(tool_id: str, duration: Histogram, with_exemplars: bool) -> Iterable[str]:

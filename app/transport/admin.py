@@ -1,10 +1,11 @@
-"""REST for administrators: the keys of all callers. Scope `admin`, which no key has unless it was named.
+"""REST for administrators: the keys of all callers, kept results. Scope `admin`, which no key has unless it was named.
 
 Owns the shapes of these routes. A key's secret is in the answer that makes it and in no other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 import orjson
@@ -14,7 +15,8 @@ from pydantic import BaseModel, Field
 from app.access.authenticator import Authenticator
 from app.access.keys import SCOPE_ADMIN, NewKey, is_id
 from app.access.store import KeyStore
-from app.errors import InvalidParams, MethodNotFound
+from app.errors import DependencyUnavailable, InvalidParams, MethodNotFound
+from app.tools.registry import Registry
 from app.transport.door import ClientGone, read_body
 from app.transport.examples import Json
 from app.transport.gate import caller_with
@@ -52,6 +54,11 @@ class KeyShown(BaseModel):
 
 class KeyMade(KeyShown):
     key: str = Field(description="The credential. It is shown this once")
+
+
+class Forgotten(BaseModel):
+    tool_id: str
+    forgotten: bool
 
 
 class KeyPage(BaseModel):
@@ -102,6 +109,31 @@ class KeyRoutes:
             raise MethodNotFound("No such key; GET /api/v1/admin/keys lists them")
         self._access.forget(key.id)
         return _json(key.shown())
+
+
+class CacheRoutes:
+    """The endpoint under /api/v1/admin/cache."""
+
+    def __init__(self, registry: Registry, forget: Callable[[str], Awaitable[None]]) -> None:
+        self._registry = registry
+        self._forget = forget
+
+    def router(self) -> APIRouter:
+        routes = APIRouter(prefix="/api/v1/admin/cache", tags=["admin"], default_response_class=Response)
+        described = FORGET_RESULTS.described((*REFUSALS, 404))
+        routes.add_api_route("/{tool_id}", self.forget, methods=["DELETE"], **described)
+        return routes
+
+    async def forget(self, request: Request) -> Response:
+        caller = caller_with(request, SCOPE_ADMIN)
+        read_query(request, NoParams)
+        tool_id = self._registry.lookup(request.path_params["tool_id"], caller).spec.id
+        try:
+            await self._forget(tool_id)
+        except ConnectionError:
+            message = "Redis is away; other replicas could not be told"
+            raise DependencyUnavailable(message, retry_after_ms=1_000) from None
+        return _json({"tool_id": tool_id, "forgotten": True})
 
 
 def _json(value: Any, status: int = 200) -> Response:
@@ -179,6 +211,26 @@ REVOKE_KEY = Operation(
                 "required": True,
                 "description": "Id of the key: the part after act_, up to the next _",
                 "schema": {"type": "string", "pattern": "^[0-9a-f]{20}$"},
+            }
+        ]
+    },
+)
+FORGET_RESULTS = Operation(
+    "forgetResults",
+    "Forget the kept results of a tool",
+    "On every replica. The next call of the tool runs it. Needs the scope `admin`.",
+    response(
+        "They are forgotten", reference("Forgotten"), {"forgotten": {"tool_id": "wikipedia_search", "forgotten": True}}
+    ),
+    {
+        "parameters": [
+            {
+                "name": "tool_id",
+                "in": "path",
+                "required": True,
+                "description": "Id of the tool, as tools.list gives it",
+                "schema": {"type": "string"},
+                "example": "wikipedia_search",
             }
         ]
     },

@@ -23,7 +23,7 @@ from app.executor.plans import run_bounded
 from app.service import Service
 from app.settings import http_url, is_loopback
 from app.transport import documents, ops, rest
-from app.transport.admin import KeyRoutes
+from app.transport.admin import CacheRoutes, KeyRoutes
 from app.transport.door import CLOSE, Receive, RpcDoor, Scope, Send, json_headers, respond
 from app.transport.executions import ExecutionRoutes
 from app.transport.gate import Gate, open_paths
@@ -135,6 +135,7 @@ def create_fastapi(service: Service, methods: Methods) -> FastAPI:
     settings = service.settings
     bounds = settings.max_request_bytes, settings.request_read_timeout_s
     app.include_router(KeyRoutes(service.keys, service.access, *bounds).router())
+    app.include_router(CacheRoutes(service.registry, service.forget_results).router())
     documents.mount(app, methods.table(), settings.public_url, always_asks=service.access.always_asks)
     count_requests(app, service.metrics.registry)
     service.tracing.instrument(app, OWN_PATHS)

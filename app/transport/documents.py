@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from app.access.keys import NewKey
 from app.transport import shapes
-from app.transport.admin import CREATE_KEY, LIST_KEYS, REVOKE_KEY, KeyMade, KeyPage
+from app.transport.admin import CREATE_KEY, FORGET_RESULTS, LIST_KEYS, REVOKE_KEY, Forgotten, KeyMade, KeyPage
 from app.transport.examples import EXAMPLES, EXECUTION, OPENRPC, Json
 from app.transport.executions import EXPORT_EXECUTIONS, GET_EXECUTION, LIST_EXECUTIONS
 from app.transport.gate import open_paths, open_to_all
@@ -59,7 +59,7 @@ ANSWERS = {
     for each in (
         *(LIST_TOOLS, EXPORT_TOOLS, GET_TOOL, EXECUTE_TOOL, GET_LIMITS),
         *(LIST_EXECUTIONS, GET_EXECUTION, EXPORT_EXECUTIONS),
-        *(LIST_KEYS, CREATE_KEY, REVOKE_KEY),
+        *(LIST_KEYS, CREATE_KEY, REVOKE_KEY, FORGET_RESULTS),
     )
 }
 
@@ -153,7 +153,7 @@ def _say_who_may(document: Json, open_to_all: frozenset[str]) -> None:
 
 def _shapes(table: Sequence[MethodSpec]) -> Json:
     taken: list[type[BaseModel]] = [NewKey, shapes.RestExecuteBody, *(spec.params for spec in table)]
-    given: list[type[BaseModel]] = [KeyPage, KeyMade, shapes.ToolListing, shapes.ToolExport, shapes.Refused]
+    given: list[type[BaseModel]] = [KeyPage, KeyMade, Forgotten, shapes.ToolListing, shapes.ToolExport, shapes.Refused]
     return schemas_of(taken, [*given, *(spec.result for spec in table if spec.result)])
 
 

@@ -177,6 +177,14 @@ class RpcDoor(ABC):
         await respond(send, error.http_status, refusal_headers(error, answer), answer)
 
 
+def header_key(headers: Headers) -> str | None:
+    """The Idempotency-Key of a request, as it is: `methods.py` says whether it can be one."""
+    for name, value in headers:
+        if name == b"idempotency-key":
+            return value.decode("latin-1")
+    return None
+
+
 async def read_body(receive: Receive, bytes_max: int, timeout_s: float) -> bytes:
     """The whole body. Raises BodyTooLarge, BodyTooSlow, or ClientGone."""
     message = await receive()

@@ -126,6 +126,8 @@ class RequestContext:
     """What the answer says went wrong, of a request alone."""
     batch: int | None = None
     """Requests in the batch; None for one alone."""
+    idempotency_key: str | None = None
+    """Of the header, for the one call that the request makes."""
 
     def __init__(self, caller: Caller, received_at: float, client: Client | None = None, trace: Any = None) -> None:
         self.caller = caller
@@ -198,6 +200,9 @@ class Dispatcher:
     async def _dispatch_batch(self, requests: list[Any], context: RequestContext) -> bytes | None:
         if not 0 < len(requests) <= self._batch_max:
             wrong = f"a batch holds at most {self._batch_max} requests" if requests else "the batch is empty"
+            return self._refused(InvalidRequest(f"Invalid request: {wrong}"), b"null", context)
+        if context.idempotency_key is not None:
+            wrong = "Idempotency-Key is for one call; give each request its own idempotency_key"
             return self._refused(InvalidRequest(f"Invalid request: {wrong}"), b"null", context)
         context.batch = len(requests)
         answers: list[bytes | None] = [None] * len(requests)

@@ -175,7 +175,10 @@ class Methods:
 
     async def execute(self, context: RequestContext, tool_id: str, params: shapes.RestExecuteBody) -> bytes:
         """One call to its Execution, written. Raises the refusal when it did not run."""
-        execution = await self._executor.execute(tool_call(context, tool_id, params))
+        call = tool_call(context, tool_id, params)
+        if context.idempotency_key is not None:
+            call = _with_key(call, context.idempotency_key)
+        execution = await self._executor.execute(call)
         commit = settle(context, execution)
         if commit is not None:
             await commit.wait()
@@ -189,6 +192,7 @@ class Methods:
         return written
 
     async def _execute_batch(self, context: RequestContext, params: shapes.BatchParams) -> bytes:
+        _expect_no_key(context)
         began = time.perf_counter()
         calls = self._executor.admitted(tool_call(context, item.tool_id, item) for item in params.requests)
         executions = await run_batch(self._bounded_execute(context), calls, params.max_concurrent)
@@ -197,6 +201,7 @@ class Methods:
         )
 
     async def _execute_parallel(self, context: RequestContext, params: shapes.ParallelParams) -> bytes:
+        _expect_no_key(context)
         began = time.perf_counter()
         calls = self._executor.admitted(tool_call(context, item.tool_id, item) for item in params.tasks)
         tasks = [
@@ -217,6 +222,7 @@ class Methods:
         )
 
     async def _execute_with_fallback(self, context: RequestContext, params: shapes.FallbackParams) -> bytes:
+        _expect_no_key(context)
         began = time.perf_counter()
         calls = self._executor.admitted(
             tool_call(context, item.tool_id, item) for item in (params.primary, *params.fallback)
@@ -354,6 +360,21 @@ def tool_call(context: RequestContext, tool_id: str, params: shapes.RestExecuteB
         metadata=given.metadata,
         trace_label=label if trace is not None and label != trace.trace_id else None,
     )
+
+
+def _with_key(call: ToolCall, given: str) -> ToolCall:
+    """With the key of the header, which may stand in quotes: a draft of the IETF says so and few clients do it."""
+    key = given[1:-1] if len(given) > 1 and given[0] == given[-1] == '"' else given
+    if not 0 < len(key) <= shapes.LABEL_CHARACTERS_MAX or not key.isprintable():
+        raise InvalidParams.at("Idempotency-Key", f"Holds 1 to {shapes.LABEL_CHARACTERS_MAX} printable characters")
+    if call.idempotency_key not in (None, key):
+        raise InvalidParams.at("Idempotency-Key", "Differs from idempotency_key; give one of the two")
+    return call._replace(idempotency_key=key)
+
+
+def _expect_no_key(context: RequestContext) -> None:
+    if context.idempotency_key is not None:
+        raise InvalidParams.at("Idempotency-Key", "Is for one call; give each its own idempotency_key instead")
 
 
 _NO_CONTEXT = shapes.ExecutionContext.model_validate({})

@@ -25,7 +25,7 @@ from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import violations
 from app.transport import openapi
 from app.transport.allowance import limit_headers
-from app.transport.door import AsgiClient, ClientGone, read_body
+from app.transport.door import AsgiClient, ClientGone, header_key, read_body
 from app.transport.exchange import EXTENSION
 from app.transport.gate import caller_with
 from app.transport.jsonrpc import RequestContext, decode
@@ -120,6 +120,7 @@ class ToolRoutes:
         exchange = request.scope.get("extensions", {}).get(EXTENSION)
         trace = self._tracing.join(request.scope["headers"])
         context = RequestContext(caller, time.perf_counter(), AsgiClient(request.receive, exchange), trace=trace)
+        context.idempotency_key = header_key(request.scope["headers"])
         asked = validated(RestExecuteBody, decode(body) if body else {}, strict=True)
         written = await self._methods.execute(context, request.path_params["tool_id"], asked)
         await context.committed()

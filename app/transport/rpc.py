@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.transport.door import NO_CONTENT, Reply, RpcDoor, Scope, draining_reply, json_reply
+from app.transport.door import NO_CONTENT, Reply, RpcDoor, Scope, Send, draining_reply, header_key, json_reply
 from app.transport.jsonrpc import Dispatcher, RequestContext
 
 RPC_PATH = "/api/v1/jsonrpc"
@@ -16,6 +16,10 @@ class JsonRpcDoor(RpcDoor):
     def __init__(self, dispatcher: Dispatcher, *shared: Any) -> None:
         super().__init__(*shared)
         self._dispatcher = dispatcher
+
+    async def _reply_or_stream(self, body: bytes, context: RequestContext, scope: Scope, send: Send) -> Reply | None:
+        context.idempotency_key = header_key(scope["headers"])  # the lane takes no request that has one
+        return await self.reply(body, context, scope)
 
     async def reply(self, body: bytes, context: RequestContext, scope: Scope) -> Reply:
         answer = await self._dispatcher.dispatch(body, context)

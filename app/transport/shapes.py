@@ -85,7 +85,7 @@ CallId = Annotated[
 ]
 IdempotencyKey = Annotated[
     Annotated[str, Field(min_length=1, max_length=LABEL_CHARACTERS_MAX)] | None,
-    Field(description="Only for tools that are read_only or idempotent, where repeating is harmless"),
+    Field(description="A repeat with the same key is not run: it gets the first call's Execution, for 24 h"),
 ]
 
 
@@ -235,6 +235,8 @@ class ExecutionError(BaseModel):
 
 
 class Execution(BaseModel):
+    """`replayed` is there where it is true."""
+
     execution_id: str
     tool_id: str
     status: Status
@@ -244,8 +246,9 @@ class Execution(BaseModel):
     overhead_ms: float = Field(description="Everything but the tool's own run")
     timestamp: str
     attempts: int
-    cached: bool
+    cached: bool = Field(description="Answered by a kept result, or by the run of an identical call")
     trace_id: str
+    replayed: bool | None = Field(None, description="The first call with this idempotency_key, given again")
 
 
 class Violation(BaseModel):

@@ -50,6 +50,8 @@ def lookup_tools(wikipedia_url: str, searxng_url: str | None) -> list[FunctionTo
         timeout=15.0,
         read_only=True,
         idempotent=True,
+        cache_ttl=3600.0,
+        cache_shared=True,
     )
     async def wikipedia_search(
         context: ToolContext,
@@ -66,6 +68,8 @@ def lookup_tools(wikipedia_url: str, searxng_url: str | None) -> list[FunctionTo
         timeout=15.0,
         read_only=True,
         idempotent=True,
+        cache_ttl=300.0,
+        cache_shared=True,
     )
     async def web_search(
         context: ToolContext,
