@@ -170,7 +170,8 @@ class LaneRequest(Stepper):
             if closes:
                 protocol.transport.close()
             protocol.on_response_complete()
-        request, self._request = self._request, None  # it knows us: a circle is garbage for the collector
+        request = self._request
+        self._let_go()
         tracing = self._known.door.tracing
         if tracing.recording and request is not None:
             tracing.request_ended(request, self._began)
@@ -178,10 +179,16 @@ class LaneRequest(Stepper):
     def raised(self, error: BaseException) -> None:
         """A bug, or the end of the loop."""
         if isinstance(error, asyncio.CancelledError):
-            self._request = None
             self._protocol.transport.close()
+            self._let_go()
             return
         self.returned(self._known.door.failed(error))
+
+    def _let_go(self) -> None:
+        """Of the connection, which keeps its last request, and of the call, which knows us: circles are garbage for
+        the collector."""
+        self._request = None
+        del self._protocol
 
 
 def lane_class(lane: Lane, wire: Wire) -> type[LaneProtocol]:
