@@ -49,9 +49,14 @@ fix: $(READY)  ## format, and mend what lint can mend by itself
 	@$(BIN)/ruff check --fix .
 
 .PHONY: load
-load: $(READY)  ## headless Locust, against HOST=... or a service of its own (USERS, RATE, DURATION)
-	@$(BIN)/python -m load.run $(if $(HOST),--host $(HOST)) $(if $(USERS),--users $(USERS)) \
-		$(if $(RATE),--spawn-rate $(RATE)) $(if $(DURATION),--run-time $(DURATION)) $(ARGS)
+load: $(READY)  ## headless Locust, against HOST=... or a service of its own (SCENARIO, USERS, RATE, DURATION)
+	@$(BIN)/python -m load.run $(if $(SCENARIO),--scenario $(SCENARIO)) $(if $(HOST),--host $(HOST)) \
+		$(if $(USERS),--users $(USERS)) $(if $(RATE),--spawn-rate $(RATE)) \
+		$(if $(DURATION),--run-time $(DURATION)) $(ARGS)
+
+.PHONY: report
+report: $(READY)  ## the origin's tables with our figures, in Markdown (ARGS="--seconds 10" is a short form)
+	@$(BIN)/python -m load.origin $(ARGS)
 
 .PHONY: bench
 bench: $(READY)  ## what a call costs beside a bare uvicorn echo, in one run (wrk on the PATH makes it sharper)

@@ -1,27 +1,33 @@
-"""Locust users that call tools as agents do; see load/README.md for what each does.
+"""Locust users that call tools as agents do, and the verdict on a run; see load/README.md for what each does.
 
 `python -m load.run` runs this with a service and pages to scrape. By itself: `locust -f load/locustfile.py --headless
--u 1500 -r 100 -t 10m --host http://127.0.0.1:8001 [PlainUser …]`. Credentials: API_KEY. Pages: PAGES_URL.
+--host URL --scenario latency`, or with users, rate and time of its own. Credentials: API_KEY. Pages: PAGES_URL, else
+it serves them itself on the port that load/pages.py has.
 """
 
 from __future__ import annotations
 
+import atexit
 import itertools
-import json
 import os
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Container
-from pathlib import Path
 from typing import Any
 
 from gevent.pool import Group
-from locust import FastHttpUser, between, constant, events, task
+from locust import FastHttpUser, HttpUser, between, constant, events, task
 from locust.argument_parser import LocustArgumentParser
-from locust.env import Environment
-from locust.stats import StatsEntry, StatsError
+from locust.runners import WorkerRunner
 
+from load import tally
 from load.calls import (
+    PAGES_URL,
     QUOTA,
     RATE_LIMIT,
+    Call,
     Refused,
     Request,
     WrongAnswer,
@@ -34,6 +40,8 @@ from load.calls import (
     execute_parallel,
     execute_with_fallback,
 )
+from load.scenarios import ALL_KINDS, SCENARIOS
+from load.shapes import SHAPES
 
 DOOR = "/api/v1/jsonrpc"
 HEADERS = {"Content-Type": "application/json"}
@@ -43,6 +51,7 @@ if API_KEY := os.environ.get("API_KEY"):
 ANSWER_S_MAX = 40.0
 """TOOL_EXECUTION_TIMEOUT's default of 30 s, the queue's patience and some room: past it nobody answers."""
 
+PAUSE_S = 1.0
 BURST_CALLS = 20
 BATCH_CALLS = 10
 """The deck has ten cards, so each batch is the whole mix."""
@@ -76,11 +85,15 @@ class AgentUser(FastHttpUser):
         """Send, and count under the request's name. A refusal whose code is `expected` is counted by itself, as no
         failure, and returned."""
         request_id = next(_request_ids)
-        with self.client.post(DOOR, data=request.body(request_id), name=request.name, catch_response=True) as response:
+        body = request.body(request_id)
+        tally.count_sent(body)
+        with self.client.post(DOOR, data=body, name=request.name, catch_response=True) as response:
             if response.status_code == 0:
                 return None  # no answer: Locust counts its own exception, which says more
             try:
                 request.judge(response.status_code, response.content, request_id)
+                if request.method == "tools.execute":
+                    tally.count_overhead(response.content)
             except WrongAnswer as wrong:
                 if isinstance(wrong, Refused) and wrong.code in expected:
                     response.request_meta["name"] = f"{request.name} (limited)"
@@ -99,6 +112,58 @@ class PlainUser(AgentUser):
     @task
     def one(self) -> None:
         self.ask(execute(next(_calls), self.label))
+
+
+class EchoUser(AgentUser):
+    """`echo` every 2 s on average, whatever the answers take: 1,000 of them make 500 calls a second."""
+
+    due_s = 0.0
+
+    @task
+    def one(self) -> None:
+        self.ask(execute(echo(), self.label))
+
+    def wait_time(self) -> float:
+        """Uneven, because Locust starts users by the second and they would go on calling in step."""
+        now = time.monotonic()
+        self.due_s = max((self.due_s or now) + random.uniform(1, 3), now)
+        return self.due_s - now
+
+
+class PausingUser(AgentUser):
+    """Always one call under way: as many as there are users run at once. Needs TOOL_MODULES=load.tools."""
+
+    wait_time = constant(0)
+
+    @task
+    def one(self) -> None:
+        self.ask(execute(Call("pause", {"seconds": PAUSE_S}, lambda result: result == PAUSE_S), self.label))
+
+
+class TightUser(AgentUser):
+    """`echo` without a pause: as fast as Locust can."""
+
+    wait_time = constant(0)
+
+    @task
+    def one(self) -> None:
+        self.ask(execute(echo(), self.label))
+
+
+class TightRequestsUser(HttpUser):
+    """The same by Locust's other client, python-requests, for load/ceiling.py to compare."""
+
+    wait_time = constant(0)
+
+    @task
+    def one(self) -> None:
+        request, request_id = execute(echo(), type(self).__name__), next(_request_ids)
+        body = request.body(request_id)
+        with self.client.post(DOOR, body, name=request.name, headers=HEADERS, catch_response=True) as response:
+            try:
+                request.judge(response.status_code, response.content, request_id)
+            except WrongAnswer as wrong:
+                response.failure(str(wrong))
 
 
 class BurstUser(AgentUser):
@@ -163,37 +228,52 @@ class FallbackUser(AgentUser):
 
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
-def _add_report_argument(parser: LocustArgumentParser) -> None:
+def _add_arguments(parser: LocustArgumentParser) -> None:
+    parser.add_argument("--scenario", choices=sorted(SCENARIOS), help="Who, how many, how long, and what must hold")
+    parser.add_argument(
+        "--success-min",
+        type=float,
+        metavar="SHARE",
+        env_var="LOAD_SUCCESS_MIN",
+        help="Of each kind of request, such as 0.95",
+    )
+    parser.add_argument(
+        "--p95-max", type=float, metavar="MS", env_var="LOAD_P95_MAX", help="Of all requests, milliseconds"
+    )
     parser.add_argument("--report", metavar="FILE", help="Write the figures to this file as JSON")
 
 
-@events.test_stop.add_listener  # type: ignore[untyped-decorator]
-def _write_report(environment: Environment, **_: Any) -> None:
-    """All users have ended here. Locust's own files may lack the last second."""
-    if environment.parsed_options is None or not environment.parsed_options.report:
+@events.init.add_listener  # type: ignore[untyped-decorator]
+def _follow_scenario(environment: Any, **_: Any) -> None:
+    """What the command line leaves open is as the scenario says, and without one as Locust does by itself."""
+    if isinstance(environment.runner, WorkerRunner):
+        return  # the master says which users
+    options = environment.parsed_options
+    scenario = SCENARIOS.get(options.scenario)
+    if not options.user_classes:
+        kinds = scenario.classes if scenario else ALL_KINDS
+        environment.user_classes = [environment.available_user_classes[kind] for kind in kinds]
+    if scenario is None:
         return
-    assert environment.runner is not None
-    stats = environment.stats
-    report = {
-        "rows": [_row(stats.entries[key]) for key in sorted(stats.entries)],
-        "total": _row(stats.total),
-        "failures": [_failure(error) for error in stats.errors.values()],
-        "crashes": [crash["msg"] for crash in environment.runner.exceptions.values()],
-    }
-    Path(environment.parsed_options.report).write_text(json.dumps(report), encoding="utf-8")
+    options.num_users = options.num_users or scenario.users
+    options.spawn_rate = options.spawn_rate or scenario.spawn_rate
+    options.run_time = options.run_time or scenario.run_time_s
+    if shape := SHAPES.get(scenario.name):
+        environment.shape_class = shape()
+        environment.shape_class.runner = environment.runner
 
 
-def _row(entry: StatsEntry) -> dict[str, Any]:
-    percentiles = {f"p{p}": entry.get_response_time_percentile(p / 100) for p in (50, 95, 99)}
-    return {
-        "name": entry.name,
-        "requests": entry.num_requests,
-        "failures": entry.num_failures,
-        **percentiles,
-        "max": entry.max_response_time,
-        "rps": entry.total_rps,
-    }
+@events.init.add_listener  # type: ignore[untyped-decorator]
+def _serve_pages(environment: Any, **_: Any) -> None:
+    """Where nobody said who has the pages: a taken port has them already, from another run or by hand."""
+    if "PAGES_URL" in os.environ or isinstance(environment.runner, WorkerRunner):
+        return
+    pages = subprocess.Popen([sys.executable, "-m", "load.pages"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    atexit.register(pages.communicate)
+    atexit.register(pages.terminate)
+    assert pages.stdout is not None
+    pages.stdout.readline()  # once it serves, or is gone because the port is taken
+    print(f"pages to scrape: {PAGES_URL}; the service needs EGRESS_ALLOW={PAGES_URL.split('://')[1]}", file=sys.stderr)
 
 
-def _failure(error: StatsError) -> dict[str, Any]:
-    return {"name": error.name, "reason": str(error.error), "count": error.occurrences}
+tally.listen()

@@ -1,8 +1,8 @@
 """`python -m load.run`: one load test from start to finish, ending by itself. `make load` calls this.
 
 Without --host it starts a service of its own, in a scratch folder, and the pages that web_scrape reads. Locust runs
-as a process of its own because gevent patches the standard library. Exit 0: within the failure ratio; 1: not; 2: the
-run could not be made.
+as a process of its own because gevent patches the standard library. Exit 0: within the scenario's bounds; 1: not; 2:
+the run could not be made.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import queue
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +30,10 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from load.machine import pin_self, pin_server
 from load.pages import PORT_DEFAULT, serving_pages
+from load.report import html
+from load.scenarios import DEFAULT, SCENARIOS, Bounds, seconds
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,8 +58,6 @@ OPEN_FILES = 65_536
 WEIGHTS = 20
 """The sum of the user classes' weights: fewer users than that would leave some kinds out."""
 
-_UNITS = {"h": 3600, "m": 60, "s": 1}
-
 
 class CannotRun(Exception):
     """No run was possible; the text says why."""
@@ -62,26 +65,38 @@ class CannotRun(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the command line asks for."""
+    """What the command line asks for, or whoever runs Locust by `run_locust`."""
 
-    host: str | None
+    scenario: str
     users: int
     spawn_rate: float
     run_time_s: int
-    fail_ratio: float
-    pages_port: int | None
+    bounds: Bounds
     classes: tuple[str, ...]
+    host: str | None = None
+    pages_port: int | None = None
+    processes: int = 0
+    folder: Path | None = None
+
+    @property
+    def command(self) -> str:
+        """What makes such a run again."""
+        parts = ["python -m load.run --scenario", self.scenario, f"--users {self.users}"]
+        parts += [f"--spawn-rate {self.spawn_rate:g} --run-time {self.run_time_s}s"]
+        if self.processes:
+            parts.append(f"--processes {self.processes}")
+        return " ".join([*parts, *(self.classes if self.classes != SCENARIOS[self.scenario].classes else ())])
 
 
 def main() -> None:
     """Entry point."""
-    plan = _plan()
+    plan = parse()
     signal.signal(signal.SIGTERM, _terminated)
-    _raise_open_files()
+    raise_open_files()
     try:
         with ExitStack() as stack:
             pages_url = _pages(plan, stack)
-            host = plan.host or stack.enter_context(own_service(pages_url)).url
+            host = plan.host or _pinned_service(stack, pages_url).url
             _wait_until_ready(host)
             _announce(plan, host, pages_url)
             report = run_locust(plan, host, pages_url)
@@ -90,7 +105,9 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(0 if verdict(report, plan.fail_ratio) else 1)
+    print_figures(report)
+    _write_page(plan, report)
+    sys.exit(1 if report["broken"] else 0)
 
 
 def _terminated(signal_number: int, _: object) -> None:
@@ -99,28 +116,41 @@ def _terminated(signal_number: int, _: object) -> None:
     sys.exit(128 + signal_number)
 
 
-def _plan() -> Plan:
+def parse(arguments: Sequence[str] | None = None) -> Plan:
+    """Of the command line, or of these."""
     parser = argparse.ArgumentParser(prog="python -m load.run", description="Runs headless Locust and sums it up.")
+    parser.add_argument("--scenario", choices=SCENARIOS, default=DEFAULT, help="what is not said otherwise comes of it")
     parser.add_argument("--host", help="URL of a running service; without it one is started")
-    parser.add_argument("--users", type=_at_least(1), default=100)
-    parser.add_argument("--spawn-rate", type=float, default=20.0, help="users a second")
-    parser.add_argument("--run-time", type=seconds, default=30, help="such as 30s, 10m, 1h30m; ramp included")
-    parser.add_argument("--fail-ratio", type=_ratio, default=0.01, help="failures that any kind of request may have")
+    parser.add_argument("--users", type=_at_least(1))
+    parser.add_argument("--spawn-rate", type=float, help="users a second")
+    parser.add_argument("--run-time", type=seconds, help="such as 30s, 10m, 1h30m; ramp included")
+    parser.add_argument("--success-min", type=_share, help="of each kind of request, such as 0.95")
+    parser.add_argument("--p95-max", type=float, metavar="MS", help="of all requests")
+    parser.add_argument("--processes", type=_at_least(0), default=0, help="Locust workers; 0: one process does it all")
     parser.add_argument("--pages-port", type=_at_least(0), help=f"with --host {PORT_DEFAULT}, else any free one")
-    parser.add_argument("classes", nargs="*", metavar="USER_CLASS", help="PlainUser, BurstUser, …; all by weight")
-    given = parser.parse_args()
-    if given.spawn_rate <= 0:
+    parser.add_argument("--out", type=Path, help="folder for report.html and CSV files (var/load/SCENARIO)")
+    parser.add_argument("classes", nargs="*", metavar="USER_CLASS", help="PlainUser, BurstUser, …")
+    given = parser.parse_args(arguments)
+    scenario = SCENARIOS[given.scenario]
+    bounds = Bounds(
+        scenario.bounds.p95_ms_max if given.p95_max is None else given.p95_max,
+        scenario.bounds.success_min if given.success_min is None else given.success_min,
+    )
+    if given.spawn_rate is not None and given.spawn_rate <= 0:
         parser.error("--spawn-rate must be over 0")
     if given.host and not given.host.startswith(("http://", "https://")):
         parser.error("--host is a URL: http://… or https://…")
     return Plan(
+        scenario.name,
+        given.users or scenario.users,
+        given.spawn_rate or scenario.spawn_rate,
+        given.run_time or scenario.run_time_s,
+        bounds,
+        tuple(given.classes) or scenario.classes,
         given.host.rstrip("/") if given.host else None,
-        given.users,
-        given.spawn_rate,
-        given.run_time,
-        given.fail_ratio,
         given.pages_port,
-        tuple(given.classes),
+        given.processes,
+        (given.out or ROOT / "var" / "load" / scenario.name).resolve(),
     )
 
 
@@ -133,24 +163,13 @@ def _at_least(least: int) -> Any:
     return number
 
 
-def _ratio(text: str) -> float:
+def _share(text: str) -> float:
     if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError("must be 0..1, such as 0.01 for 1 %")
+        raise argparse.ArgumentTypeError("must be 0..1, such as 0.95 for 95 %")
     return float(text)
 
 
-def seconds(text: str) -> int:
-    """Locust's spelling of a duration, which must be bounded: `300`, `30s`, `10m`, `1h30m`."""
-    if text.isdecimal():
-        text += "s"
-    parts = re.findall(r"(\d+)([hms])", text)
-    total = sum(int(number) * _UNITS[unit] for number, unit in parts)
-    if total == 0 or "".join(number + unit for number, unit in parts) != text:
-        raise argparse.ArgumentTypeError("must be a duration such as 30s, 10m or 1h30m")
-    return total
-
-
-def _raise_open_files() -> None:
+def raise_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -263,10 +282,16 @@ def _wait_until_ready(host: str) -> None:
     raise CannotRun(f"{host}/readyz: {problem}, for {READY_S_MAX:.0f} s")
 
 
+def _pinned_service(stack: ExitStack, pages_url: str) -> OwnService:
+    """The service has a core by itself; Locust and the pages share another."""
+    pin_self()
+    service = stack.enter_context(own_service(pages_url))
+    pin_server(service.pid)
+    return service
+
+
 def _announce(plan: Plan, host: str, pages_url: str) -> None:
-    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    machine = f"{os.cpu_count()} CPUs, Python {sys.version.split()[0]}"
-    print(f"{when}: {plan.users} users at {plan.spawn_rate:g}/s for {plan.run_time_s} s on {host} ({machine})")
+    print(f"{heading()}: {plan.command}, on {host}")
     if plan.host:
         address = pages_url.split("://", 1)[1]
         print(f"web_scrape reads {pages_url}: the service must reach it and have EGRESS_ALLOW={address}")
@@ -274,8 +299,23 @@ def _announce(plan: Plan, host: str, pages_url: str) -> None:
     sys.stdout.flush()
 
 
+def heading() -> str:
+    """When, and on what."""
+    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return f"{when}, {os.cpu_count()} cores of {processor()}, Python {platform.python_version()}"
+
+
+def processor() -> str:
+    """Its name, where the system tells."""
+    with suppress(OSError):
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return " ".join(found[1].split())
+    return platform.processor() or platform.machine()
+
+
 def run_locust(plan: Plan, host: str, pages_url: str) -> dict[str, Any]:
-    """Run Locust to its end; the report that load/locustfile.py writes."""
+    """Run Locust to its end; the report that load/tally.py writes."""
     with tempfile.TemporaryDirectory(prefix="agentcore-load-") as folder:
         report = Path(folder, "report.json")
         process = subprocess.Popen(
@@ -290,7 +330,7 @@ def run_locust(plan: Plan, host: str, pages_url: str) -> dict[str, Any]:
             raise CannotRun("Locust did not end by itself") from None
         finally:
             end(process)
-        if code != 0 or not report.exists():
+        if code not in (0, 1) or not report.exists():
             raise CannotRun(f"Locust ended with code {code}")
         written: dict[str, Any] = json.loads(report.read_bytes())
         return written
@@ -298,29 +338,37 @@ def run_locust(plan: Plan, host: str, pages_url: str) -> dict[str, Any]:
 
 def _locust_command(plan: Plan, host: str, report: Path) -> list[str]:
     command = [sys.executable, "-m", "locust", "-f", "load/locustfile.py", "--headless", "--host", host]
-    command += ["--users", str(plan.users), "--spawn-rate", f"{plan.spawn_rate:g}", "--run-time", f"{plan.run_time_s}s"]
-    command += ["--stop-timeout", f"{FINISH_S_MAX:g}", "--report", str(report)]
-    # The figures are ours to judge and to print, once.
-    command += ["--exit-code-on-error", "0", "--only-summary", "--skip-log-setup"]
+    command += ["--scenario", plan.scenario, "--users", str(plan.users), "--spawn-rate", f"{plan.spawn_rate:g}"]
+    command += ["--run-time", f"{plan.run_time_s}s", "--stop-timeout", f"{FINISH_S_MAX:g}", "--report", str(report)]
+    command += ["--p95-max", str(plan.bounds.p95_ms_max), "--success-min", str(plan.bounds.success_min)]
+    command += ["--only-summary", "--skip-log-setup"]  # the figures are ours to print, once
+    if plan.folder:
+        command += ["--csv", str(plan.folder / "locust")]
+    if plan.processes:
+        port = str(_free_port())  # Locust's own would be open to the network, and one for all runs
+        command += ["--processes", str(plan.processes), "--master-bind-host", "127.0.0.1", "--master-bind-port", port]
+        command += ["--master-port", port]
     if plan.users < WEIGHTS:
         command.append("--equal-weights")
     return [*command, *plan.classes]
 
 
-def verdict(report: dict[str, Any], fail_ratio: float) -> bool:
-    """Print what came out, and whether the run was good.
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
-    No kind of request may pass the ratio: the many of one kind would hide that another never works.
-    """
+
+def print_figures(report: dict[str, Any]) -> None:
+    """What came out, and whether the run was good."""
     _print_table([*report["rows"], report["total"] | {"name": "all"}])
     for failure in report["failures"]:
         print(f"{failure['count']:>8} x {failure['name']}: {failure['reason']}")
-    for crash in report["crashes"]:
-        print(f"a user crashed: {crash}")
-    worst = max((row["failures"] / max(row["requests"], 1) for row in report["rows"]), default=1.0)
     total = report["total"]
-    print(f"{total['failures']} of {total['requests']} requests failed; worst kind {worst:.2%}, limit {fail_ratio:.2%}")
-    return worst <= fail_ratio and not report["crashes"]
+    print(f"{total['failures']} of {total['requests']} requests failed")
+    for broken in report["broken"]:
+        print(f"FAILED: {broken}")
+    if not report["broken"]:
+        print("PASSED")
 
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -329,6 +377,13 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         numbers = [f"{row[column]:.1f}" if column == "rps" else f"{row[column]:.0f}" for column in columns]
         print(f"{row['name']:<24}" + "".join(f"{number:>10}" for number in numbers))
+
+
+def _write_page(plan: Plan, report: dict[str, Any]) -> None:
+    assert plan.folder is not None
+    page = plan.folder / "report.html"
+    page.write_text(html(plan.scenario, heading(), plan.command, report, plan.bounds), encoding="utf-8")
+    print(f"written: {os.path.relpath(page)}, {os.path.relpath(plan.folder)}/locust_*.csv")
 
 
 if __name__ == "__main__":

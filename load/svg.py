@@ -102,7 +102,7 @@ def vertical(values: Sequence[float], logarithmic: bool, top: float) -> Scale:
         low, high = (10.0**edge for edge in (math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))))
     else:
         step = nice(max(values) / 4 or 1)
-        low, high = 0.0, step * math.ceil(max(values) / step)
+        low, high = 0.0, step * max(1, math.ceil(max(values) / step))
     return Scale(low, high, top + PANEL_HEIGHT, top, logarithmic)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import signal
@@ -21,8 +20,10 @@ import pytest
 
 from load.calls import Call, Request, WrongAnswer, deal, echo, execute, execute_batch, execute_parallel
 from load.pages import HOST, PageServer
-from load.run import seconds, verdict
+from load.run import print_figures
+from load.scenarios import Bounds, seconds
 from tests.conftest import ROOT, Serve, service_environ
+from tests.servers import make_folder
 
 RUN_S_MAX = 60.0
 """Not a claim about speed: past it the test fails instead of hanging."""
@@ -53,8 +54,9 @@ class Run:
 
 
 def start_load(*arguments: str, **environ: str) -> subprocess.Popen[str]:
+    out = () if "--out" in arguments else ("--out", str(make_folder("agentcore-load-")))
     return subprocess.Popen(
-        [sys.executable, "-m", "load.run", *arguments],
+        [sys.executable, "-m", "load.run", *arguments, *out],
         cwd=ROOT,
         env=service_environ(**environ),
         stdout=subprocess.PIPE,
@@ -64,7 +66,11 @@ def start_load(*arguments: str, **environ: str) -> subprocess.Popen[str]:
 
 
 def run_load(*arguments: str, **environ: str) -> Run:
-    process = start_load(*arguments, **environ)
+    return finished(start_load(*arguments, **environ))
+
+
+def finished(process: subprocess.Popen[str]) -> Run:
+    """Once it has ended by itself."""
     try:
         output, _ = process.communicate(timeout=RUN_S_MAX)
     except subprocess.TimeoutExpired:
@@ -254,23 +260,48 @@ def _row(name: str, requests: int, failures: int) -> dict[str, Any]:
     return {"name": name, "requests": requests, "failures": failures, "p50": 1, "p95": 2, "p99": 3, "max": 4, "rps": 5}
 
 
-def test_a_kind_that_never_works_fails_the_run_however_often_the_others_do(capsys: pytest.CaptureFixture[str]) -> None:
+LOOSE = Bounds(p95_ms_max=1000)
+
+
+def _report(**more: Any) -> dict[str, Any]:
+    figures = {"rows": [_row("echo", 1, 0)], "total": _row("Aggregated", 1, 0), "failures": [], "crashes": []}
+    return {**figures, **more}
+
+
+def test_a_kind_that_never_works_fails_the_run_however_often_the_others_do() -> None:
     rows = [_row("echo", 9_990, 0), _row("execute_parallel", 10, 10)]
-    report = {"rows": rows, "total": _row("Aggregated", 10_000, 10), "failures": [], "crashes": []}
-    assert not verdict(report, fail_ratio=0.01)
-    assert "10 of 10000 requests failed; worst kind 100.00%, limit 1.00%" in capsys.readouterr().out
-    assert verdict(report | {"rows": rows[:1]}, fail_ratio=0.01)
+    report = _report(rows=rows, total=_row("Aggregated", 10_000, 10))
+    assert LOOSE.broken(report) == ["execute_parallel: 0.00% succeeded, at least 95.00% must"]
+    assert LOOSE.broken(report | {"rows": rows[:1]}) == []
 
 
-@pytest.mark.parametrize("nothing", [{"rows": []}, {"crashes": ["KeyError"]}])
+@pytest.mark.parametrize(("failures", "good"), [(50, True), (51, False)])
+def test_success_is_judged_at_its_bound(failures: int, good: bool) -> None:
+    report = _report(rows=[_row("echo", 1000, failures)])
+    assert (LOOSE.broken(report) == []) is good
+
+
+@pytest.mark.parametrize(("p95", "good"), [(1000, True), (1001, False)])
+def test_p95_is_judged_at_its_bound(p95: int, good: bool) -> None:
+    report = _report(total=_row("Aggregated", 1, 0) | {"p95": p95})
+    assert (LOOSE.broken(report) == []) is good
+
+
+@pytest.mark.parametrize("nothing", [{"total": _row("Aggregated", 0, 0)}, {"crashes": ["KeyError"]}])
 def test_a_run_that_asked_nothing_or_lost_a_user_is_not_good(nothing: dict[str, Any]) -> None:
-    report = {"rows": [_row("echo", 1, 0)], "total": _row("Aggregated", 1, 0), "failures": [], "crashes": []}
-    assert verdict(report, fail_ratio=0.01)
-    assert not verdict(report | nothing, fail_ratio=0.01)
+    assert LOOSE.broken(_report()) == []
+    assert len(LOOSE.broken(_report(**nothing))) == 1
+
+
+def test_every_broken_bound_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_figures(_report(broken=["this", "that"]))
+    assert "FAILED: this\nFAILED: that" in capsys.readouterr().out
+    print_figures(_report(broken=[]))
+    assert "PASSED" in capsys.readouterr().out
 
 
 def test_a_run_time_is_spelled_as_locust_spells_it_and_bounded() -> None:
     assert [seconds(text) for text in ("45", "30s", "10m", "1h30m")] == [45, 30, 600, 5400]
     for text in ("", "0s", "10 m", "5x", "m", "-3s"):
-        with pytest.raises(argparse.ArgumentTypeError):
+        with pytest.raises(ValueError, match="30s"):
             seconds(text)
