@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 PYTEST_ARGS ?=
+DOCKER ?= docker
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+IMAGE ?= agentcore-tools:$(VERSION)
 
 $(READY): requirements/dev.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -81,6 +84,19 @@ $(VENV)/clients/%/.ready: requirements/clients/%.txt
 	@rm -rf $(@D) && $(BIN)/python -m venv $(@D)
 	@$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes --no-deps -r $<
 	@touch $@
+
+.PHONY: image
+image:  ## build the container image (IMAGE=name:tag; needs a Docker engine)
+	@DOCKER_BUILDKIT=1 $(DOCKER) build --build-arg VERSION=$(VERSION) --tag $(IMAGE) \
+		--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) $(ARGS) .
+
+.PHONY: audit
+audit: $(READY)  ## known vulnerabilities of the image's packages; fails when it could not look at all of them
+	@.ci/supply-chain audit
+
+.PHONY: sbom
+sbom: $(READY)  ## the image's packages for programs (CycloneDX), in dist/sbom.cdx.json
+	@.ci/supply-chain sbom
 
 .PHONY: lock
 lock:  ## write requirements/*.txt anew from pyproject.toml (needs uv)
