@@ -1,8 +1,8 @@
 """`python -m tests.deploy.supply_chain audit|sbom FOLDER`: the packages of the image's lock, audited or listed.
 
-Called by `.ci/supply-chain`, which installs both programs into FOLDER. They exit 0 when they looked at nothing: pip-audit
-says "No known vulnerabilities found" of packages that its database did not answer for. So what they looked at is counted,
-and anything that the lock names and they did not look at makes this exit 1.
+Called by `.ci/supply-chain`, which installs both programs into FOLDER. They exit 0 when they looked at nothing:
+pip-audit says "No known vulnerabilities found" of packages that its database did not answer for. So what they looked
+at is counted, and anything that the lock names and they did not look at makes this exit 1.
 """
 
 from __future__ import annotations
