@@ -59,7 +59,7 @@ load: $(READY)  ## headless Locust, against HOST=... or a service of its own (SC
 
 .PHONY: report
 report: $(READY)  ## the origin's tables with our figures, in Markdown (ARGS="--seconds 10" is a short form)
-	@$(BIN)/python -m load.origin $(ARGS)
+	@$(BIN)/python -m load.tables $(ARGS)
 
 .PHONY: bench
 bench: $(READY)  ## what a call costs beside a bare uvicorn echo, in one run (wrk on the PATH makes it sharper)

@@ -11,8 +11,8 @@ import sys
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from load.machine import cpu_s, pin_self, pin_server
-from load.run import CannotRun, Plan, heading, own_service, raise_open_files, run_locust
+from load.machine import cpu_s, pin_self, pin_server, raise_open_files
+from load.run import CannotRun, Plan, heading, own_service, run_locust
 from load.scenarios import Bounds, seconds
 
 USERS = 32

@@ -13,7 +13,6 @@ import os
 import platform
 import queue
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from load.machine import pin_self, pin_server
+from load.machine import pin_self, pin_server, raise_open_files
 from load.pages import PORT_DEFAULT, serving_pages
 from load.report import html
 from load.scenarios import DEFAULT, SCENARIOS, Bounds, seconds
@@ -51,9 +50,6 @@ END_S_MAX = 15.0
 WARNINGS_MAX = 20
 WARNING_CHARACTERS_MAX = 300
 """A service that warns on every call, or with a stack, would bury the table."""
-
-OPEN_FILES = 65_536
-"""A connection for each user here, and one more in the service; many shells allow 1,024."""
 
 WEIGHTS = 20
 """The sum of the user classes' weights: fewer users than that would leave some kinds out."""
@@ -167,13 +163,6 @@ def _share(text: str) -> float:
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError("must be 0..1, such as 0.95 for 95 %")
     return float(text)
-
-
-def raise_open_files() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _pages(plan: Plan, stack: ExitStack) -> str:
@@ -314,14 +303,14 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def run_locust(plan: Plan, host: str, pages_url: str) -> dict[str, Any]:
-    """Run Locust to its end; the report that load/tally.py writes."""
+def run_locust(plan: Plan, host: str, pages_url: str, **environ: str) -> dict[str, Any]:
+    """Run Locust to its end; the report that load/tally.py writes. API_KEY may be among `environ`."""
     with tempfile.TemporaryDirectory(prefix="agentcore-load-") as folder:
         report = Path(folder, "report.json")
         process = subprocess.Popen(
             _locust_command(plan, host, report),
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "PAGES_URL": pages_url},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PAGES_URL": pages_url} | environ,
             stdin=subprocess.DEVNULL,
         )
         try:
