@@ -2,7 +2,8 @@
 
 Starts PostgreSQL, Redis, the replicas and a haproxy that tries nothing again, sends calls at a steady rate over
 connections that are kept, restarts every replica, and compares the ids of all answers with the rows. `--end kill` and
-`--drain 0` are what it looks like without a drain. Exit 1 where a call failed or a row is missing.
+`--drain 0` are what it looks like without a drain; `--before CHECKOUT` begins with that version, migrates under load
+and restarts each replica as this one. Exit 1 where a call failed or a row is missing.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Calls:
     ledger: Ledger = field(default_factory=Ledger)
     failures: Counter[str] = field(default_factory=Counter)
     connections: int = 0
+    _slow_sent: int = 0
     _ended: threading.Event = field(default_factory=threading.Event)
     _failed: list[BaseException] = field(default_factory=list)
     _thread: threading.Thread | None = None
@@ -119,7 +121,7 @@ class Calls:
 
     async def _call(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, slow: bool) -> bool:
         """One call; whether the connection can be used for another."""
-        params = {"tool_id": "wait", "parameters": {"seconds": SLOW_S}} if slow else ECHO
+        params = self._slow() if slow else ECHO
         body = orjson.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": params})
         began = time.monotonic()
         writer.write(HEAD % len(body) + body)
@@ -131,6 +133,11 @@ class Calls:
             self.ledger.times.append((began, time.monotonic() - began))
         self._note(int(head.split(b" ", 2)[1]), body)
         return b"connection: close" not in head.lower()
+
+    def _slow(self) -> dict[str, object]:
+        """Each with another value: equal ones that run at the same time would be one run."""
+        self._slow_sent += 1
+        return {"tool_id": "wait", "parameters": {"seconds": SLOW_S, "value": self._slow_sent}}
 
     def _note(self, status: int, body: bytes) -> None:
         if not body.startswith(b"{"):
@@ -171,15 +178,30 @@ class Outcome(NamedTuple):
         return not self.failures and self.rows.holds and not any(restart.code for restart in self.restarts)
 
 
+class Replica(Service):
+    """One whose code may be that of another checkout."""
+
+    def run_code_of(self, checkout: Path) -> None:
+        """From its next start on."""
+        self._environ |= code_of(checkout)
+
+
+def code_of(checkout: Path) -> dict[str, str]:
+    """Environment in which Python finds that package `app`, wherever it runs."""
+    return {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1"}
+
+
 class Replicas:
     """Several of the service on one database and one Redis, behind one proxy."""
 
-    def __init__(self, folder: Path, postgres: PostgresAt, redis: RedisAt, drains_s: Sequence[float]) -> None:
-        """A replica for each of these DRAIN_SECONDS."""
+    def __init__(
+        self, folder: Path, postgres: PostgresAt, redis: RedisAt, drains_s: Sequence[float], code: Path = ROOT
+    ) -> None:
+        """A replica for each of these DRAIN_SECONDS, of the version that this checkout has."""
         self.database = postgres.create_database()
-        migrate(self.database)
+        migrate(self.database, code)
         self.services = [
-            Service(
+            Replica(
                 made(folder / f"replica-{number}"),
                 self.database,
                 REDIS_URL=redis.url,
@@ -188,6 +210,8 @@ class Replicas:
             )
             for number, drain_s in enumerate(drains_s)
         ]
+        for service in self.services:
+            service.run_code_of(code)
         self._postgres = postgres
         self._opened = ExitStack()
 
@@ -203,8 +227,8 @@ class Replicas:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    def restart(self, service: Service, end: End) -> Restart:
-        """End it, start it again at its port, and wait until the proxy sends it calls."""
+    def restart(self, service: Replica, end: End) -> Restart:
+        """End it, start it again at its port, as this version, and wait until the proxy sends it calls."""
         began = time.monotonic()
         if end == "kill":
             service.kill()
@@ -212,6 +236,7 @@ class Replicas:
         else:
             code = service.terminate()
         ended = time.monotonic()
+        service.run_code_of(ROOT)
         service.start()
         self.proxy.wait_until_up(service.port)
         return Restart(code, ended - began, time.monotonic() - ended)
@@ -228,17 +253,18 @@ def made(folder: Path) -> Path:
     return folder
 
 
-def migrate(database: str) -> None:
+def migrate(database: str, code: Path = ROOT) -> None:
     """By the command, as before every rollout."""
-    environ = {**os.environ, "DATABASE_URL": database}
-    subprocess.run([sys.executable, "-m", "app", "migrate"], cwd=ROOT, env=environ, check=True)
+    environ = {**os.environ, "DATABASE_URL": database, **code_of(code)}
+    subprocess.run([sys.executable, "-m", "app", "migrate"], cwd=code, env=environ, check=True)
 
 
-def roll(replicas: Replicas, services: Sequence[Service], rate: float, end: End = "term") -> Outcome:
+def roll(replicas: Replicas, services: Sequence[Replica], rate: float, end: End = "term") -> Outcome:
     """Restart these of the replicas, one after another, while calls come to all."""
     with Calls(replicas.proxy.port, rate) as calls:
         time.sleep(WARM_S)
         began = time.monotonic()
+        migrate(replicas.database)
         restarts = []
         for service in services:
             restarts.append(replicas.restart(service, end))
@@ -253,6 +279,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=500.0, help="calls a second")
     parser.add_argument("--drain", type=float, default=5.0, help="DRAIN_SECONDS of the replicas")
     parser.add_argument("--end", choices=("term", "kill"), default="term", help="how a replica is told to end")
+    parser.add_argument("--before", type=Path, default=ROOT, metavar="CHECKOUT", help="of the version to begin with")
     options = parser.parse_args()
     if binary() is None:
         sys.exit("no haproxy here: .ci/haproxy fetches it, or: apt install haproxy")
@@ -260,7 +287,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="agentcore-rollout-") as folder,
         PostgresServer() as postgres,
         RedisServer() as redis,
-        Replicas(Path(folder), postgres, redis, [options.drain] * REPLICAS) as replicas,
+        Replicas(Path(folder), postgres, redis, [options.drain] * REPLICAS, options.before.resolve()) as replicas,
     ):
         outcome = roll(replicas, replicas.services, options.rate, options.end)
     _print(outcome, options)
@@ -270,6 +297,8 @@ def main() -> None:
 def _print(outcome: Outcome, options: argparse.Namespace) -> None:
     how = "SIGKILL" if options.end == "kill" else f"SIGTERM, DRAIN_SECONDS={options.drain:g}"
     print(f"{REPLICAS} replicas restarted by {how} under {options.rate:g} calls/s on {CLIENTS} connections")
+    if options.before != ROOT:
+        print(f"from the version in {options.before} to this one")
     for number, restart in enumerate(outcome.restarts):
         print(f"replica {number}: exit {restart.code} after {restart.ended_s:.1f} s, back after {restart.back_s:.1f} s")
     quantiles = statistics.quantiles(outcome.times_ms, n=100)
