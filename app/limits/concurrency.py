@@ -7,6 +7,7 @@ and no HTTP; the executor takes slots before a run and gives them back after it.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from time import monotonic
@@ -26,6 +27,9 @@ RETRY_SPREAD = 0.25
 PACE_WINDOW_S = 0.5
 """Over less, a few releases that happen to come together look like a trend."""
 
+PACE_SLOTS_MIN = 8
+"""Fewer slots since a queue formed are no pace to refuse anyone by."""
+
 Turn = asyncio.Future[None]
 """A place in a queue; done once a slot is its owner's."""
 
@@ -34,15 +38,17 @@ class Slots:
     """`limit` calls hold a slot, `queue_max` wait for one: each tenant's in order of arrival, tenants in turn.
 
     `take_now` decides without waiting; only when it says no is `wait` worth a future. Nobody waits while a slot is
-    free: `release` hands it on in the same step.
+    free: `release` hands it on in the same step. `limit` is changed by `resize` alone.
     """
 
-    __slots__ = ("__weakref__", "_freed", "_handed_on", "_pace", "_waiting", "limit", "queue_max", "running")
+    __slots__ = ("__weakref__", "_freed", "_handed_on", "_pace", "_waiting", "limit", "queue_max", "refused", "running")
 
     def __init__(self, limit: int, queue_max: int | None = None, clock: Callable[[], float] = monotonic) -> None:
         self.limit = limit
         self.queue_max = limit if queue_max is None else queue_max
         self.running = 0
+        self.refused = 0
+        """How many found no place or no slot in time."""
         self._waiting = FairQueue()
         self._freed = 0
         self._handed_on = 0
@@ -58,12 +64,29 @@ class Slots:
             return True
         return False
 
-    def wait(self, tenant: str = "") -> Turn:
+    def resize(self, limit: int) -> None:
+        """Let so many run, and as many wait. What runs beyond it runs to its end; what waits gets what is new."""
+        self.limit = self.queue_max = limit
+        while self.running < limit and self._waiting.turns:
+            turn = self._waiting.pop_next()
+            if turn is not None:
+                self.running += 1
+                self._handed_on += 1
+                turn.set_result(None)
+
+    def expected_wait_s(self, tenant: str = "") -> float:
+        """How long a call of this tenant that comes now would wait, at the pace of late; 0 where there is none yet."""
+        return self._waiting.ahead_of(tenant) * self._pace.seen_s(self._handed_on)
+
+    def wait(self, tenant: str = "", patience_s: float = math.inf) -> Turn:
         """A future that is done once a slot is ours, to be given to `take` at once. Raises Overloaded when the queue
-        is full, unless another tenant waits with so many more calls that its newest is refused instead."""
+        is full, unless another tenant waits with so many more calls that its newest is refused instead; and when the
+        slot would come after the patience: who is to be refused is told so on arrival."""
         waiting = self._waiting
         if not waiting.turns:
             self._pace.begin(self._freed, self._handed_on)
+        elif self.expected_wait_s(tenant) > patience_s:
+            raise self._overloaded("No slot would come free in time")
         if len(waiting.turns) >= self.queue_max and self.running >= self.limit:
             self._make_room(tenant)
         turn: Turn = asyncio.get_running_loop().create_future()
@@ -87,7 +110,7 @@ class Slots:
 
     def release(self) -> None:
         """Give the slot to the next in the queue, or back."""
-        if self._waiting.turns:
+        if self._waiting.turns and self.running <= self.limit:
             turn = self._waiting.pop_next()
             if turn is not None:
                 self._handed_on += 1
@@ -118,6 +141,7 @@ class Slots:
             self._waiting.discard(turn)
 
     def _overloaded(self, message: str) -> Overloaded:
+        self.refused += 1
         return Overloaded(message, retry_after_ms=self._pace.retry_after_ms(self.queued, self._handed_on))
 
 
@@ -185,6 +209,13 @@ class FairQueue:
         queue = self._queues.get(tenant)
         return 0 if queue is None else len(queue)
 
+    def ahead_of(self, tenant: str) -> int:
+        """How many get a slot up to and including one more call of the tenant: its own and, tenants being served in
+        turn, as many of each other one, as far as there are."""
+        own = self.length(tenant)
+        others = len(self._queues) - (own > 0)
+        return min(len(self.turns), own + (own + 1) * others) + 1
+
     def add(self, turn: Turn, tenant: str) -> None:
         """Behind the tenant's others; a tenant that had none is served after those who wait."""
         queue = self._queues.get(tenant)
@@ -249,7 +280,7 @@ class FairQueue:
 class Pace:
     """How fast slots come free while calls wait, and so when a refused client may come back. Works on refusals only."""
 
-    __slots__ = ("_clock", "_freed", "_handed_on", "_refused", "_since_s", "_slot_s")
+    __slots__ = ("_clock", "_freed", "_handed_on", "_refused", "_seen", "_since_s", "_slot_s")
 
     def __init__(self, slot_s: float, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -258,6 +289,8 @@ class Pace:
         self._freed = -1
         self._handed_on = 0
         self._since_s = 0.0
+        self._seen = False
+        """Whether `_slot_s` is of this queue."""
         self._refused = 0
 
     def begin(self, freed: int, handed_on: int) -> None:
@@ -266,7 +299,16 @@ class Pace:
         if freed != self._freed:
             self._freed = freed
             self._handed_on = handed_on
+            self._seen = False
             self._since_s = self._clock()
+
+    def seen_s(self, handed_on: int) -> float:
+        """Seconds between two slots of this queue; 0 until enough of them have come to say. What an earlier queue
+        showed is no reason to refuse anyone now."""
+        if self._seen:
+            return self._seconds_per_slot(handed_on)
+        slots = handed_on - self._handed_on
+        return 0.0 if slots < PACE_SLOTS_MIN else (self._clock() - self._since_s) / slots
 
     def retry_after_ms(self, queued: int, handed_on: int) -> int:
         """When those who wait now and one more have had their slots, bounded and spread.
@@ -286,6 +328,7 @@ class Pace:
             return max(self._slot_s, elapsed_s)
         if elapsed_s >= PACE_WINDOW_S:
             self._slot_s = elapsed_s / seen
+            self._seen = True
             self._since_s = now
             self._handed_on = handed_on
         return self._slot_s

@@ -1,0 +1,400 @@
+"""Limits that follow the load: the algorithm, what is made of it, and the whole of it under simulated overload."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.errors import Overloaded
+from app.limits.adaptive import (
+    DELAY_S_MAX,
+    DELAY_S_MIN,
+    QUICK_LATELY_WINDOWS,
+    QUICK_S,
+    RELIEF_WINDOWS,
+    RESERVE_PART,
+    STEPS,
+    TOLERANCE,
+    Gradient,
+    LoadControl,
+    Mode,
+)
+from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, release_all, take_all_now
+from tests.limits.virtual import VirtualLoop, run_virtually
+
+TOLERATED_S = TOLERANCE * DELAY_S_MIN
+
+
+# The algorithm
+
+
+def test_the_limit_starts_at_its_ceiling_and_stays_there_while_nothing_is_late() -> None:
+    gradient = Gradient(100)
+    assert {gradient.on_sample(0.0005, in_flight, False) for in_flight in range(101)} == {100}
+
+
+def test_delay_brings_the_limit_down_from_what_really_runs_and_never_below_the_floor() -> None:
+    gradient = Gradient(1500)
+    assert gradient.on_sample(0.1, 200, False) < 200
+    for _ in range(100):
+        gradient.on_sample(0.1, 200, True)
+    assert gradient.limit == gradient.floor == 75
+
+
+def test_a_limit_that_is_used_grows_back_to_its_ceiling_when_the_delay_is_gone() -> None:
+    gradient = Gradient(1500)
+    for _ in range(100):
+        gradient.on_sample(0.1, 200, True)
+    windows = 0
+    while gradient.limit < 1500:
+        gradient.on_sample(0.0005, gradient.limit, True)
+        windows += 1
+    assert windows <= 100, "10 s at ten windows a second"
+
+
+def test_a_limit_that_is_not_used_does_not_grow() -> None:
+    gradient = Gradient(1500)
+    for _ in range(20):
+        gradient.on_sample(0.1, 200, True)
+    before = gradient.limit
+    for _ in range(50):
+        gradient.on_sample(0.0005, before // 2, False)
+    assert gradient.limit == before
+
+
+def test_a_machine_that_is_always_a_little_late_is_not_throttled_for_it() -> None:
+    gradient = Gradient(1500)
+    for _ in range(1_000):
+        gradient.learn(1.5 * DELAY_S_MIN)
+    assert gradient.normal_s == pytest.approx(1.5 * DELAY_S_MIN, rel=0.01)
+    assert gradient.on_sample(2.5 * DELAY_S_MIN, 1500, False) == 1500
+
+
+def test_what_is_normal_has_bounds() -> None:
+    gradient = Gradient(1500)
+    for _ in range(10_000):
+        gradient.learn(0.5)
+    assert gradient.normal_s == DELAY_S_MAX
+    for _ in range(10_000):
+        gradient.learn(0.0)
+    assert gradient.normal_s == DELAY_S_MIN
+
+
+@given(st.integers(1, 5_000), st.lists(st.tuples(st.floats(0, 100), st.integers(0, 10_000), st.booleans())))
+def test_whatever_is_measured_the_limit_stays_between_floor_and_ceiling(
+    ceiling: int, samples: list[tuple[float, int, bool]]
+) -> None:
+    gradient = Gradient(ceiling)
+    for sample in samples:
+        assert 1 <= gradient.floor <= gradient.on_sample(*sample) <= ceiling
+
+
+# What is made of it
+
+
+@dataclass
+class Machine:
+    """Time and the loop's thread's part of it, as a test says."""
+
+    now: float = 1000.0
+    cpu_s: float = 0.0
+
+    def control(self, limit: int, mode: Mode = "shadow", **options: Any) -> LoadControl:
+        return LoadControl(Slots(limit), mode, clock=lambda: self.now, cpu=lambda: self.cpu_s, **options)
+
+    def window(
+        self,
+        control: LoadControl,
+        delay_s: float = 0.0,
+        *,
+        refused: int = 0,
+        running: int | None = None,
+        busy: float = 1.0,
+    ) -> None:
+        self.now += 0.1
+        self.cpu_s += 0.1 * busy
+        if running is not None:
+            control.slots.running = running
+        control.slots.refused += refused
+        control.look(delay_s)
+        control.decide()
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine()
+
+
+def test_what_is_normal_is_learned_while_there_is_little_to_do(machine: Machine) -> None:
+    """And not from low numbers of calls: those that never wait are not in flight and can still be too many."""
+    control = machine.control(1500)
+    for _ in range(1_000):
+        machine.window(control, 0.015, busy=0.9)
+    assert control.normal_s == DELAY_S_MIN
+    for _ in range(1_000):
+        machine.window(control, 0.015, busy=0.1)
+    assert control.normal_s == pytest.approx(0.015, rel=0.01)
+
+
+def test_in_shadow_everything_is_computed_and_nothing_holds(machine: Machine) -> None:
+    control = machine.control(1500, "shadow")
+    for _ in range(20):
+        machine.window(control, 0.1, refused=5, running=200)
+    assert control.limit < 200 and control.pressed and control.step < STEPS
+    assert (control.slots.limit, control.slow_slots.limit) == (1500, 1500)
+    assert control.patience_s(0.01, QUEUE_PATIENCE_S) == QUEUE_PATIENCE_S
+    assert not control.is_slow(10.0)
+
+
+def test_adaptive_concurrency_enforce_makes_the_limit_hold(machine: Machine) -> None:
+    control = machine.control(1500, "enforce")
+    for _ in range(20):
+        machine.window(control, 0.1, running=200)
+    assert control.slots.limit == control.limit < 200
+
+
+def test_slow_calls_leave_some_slots_to_quick_ones_as_long_as_there_are_any(machine: Machine) -> None:
+    control = machine.control(100, "enforce")
+    machine.window(control)
+    assert control.slow_slots.limit == 100
+    control.ran(0.0, QUICK_S / 2)
+    machine.window(control)
+    assert control.slow_slots.limit == 100 - int(100 * RESERVE_PART)
+    assert control.is_slow(2 * QUICK_S) and not control.is_slow(QUICK_S / 2) and not control.is_slow(0.0)
+    for _ in range(QUICK_LATELY_WINDOWS + 1):
+        machine.window(control)
+    assert control.slow_slots.limit == 100
+
+
+def test_under_pressure_nobody_waits_for_long_beside_what_calls_take(machine: Machine) -> None:
+    control = machine.control(100, "enforce")
+    assert control.patience_s(0.01, 1.0) == 1.0
+    machine.window(control, refused=1)
+    for _ in range(500):
+        control.ran(1.0, 1.0)
+    assert control.patience_s(0.01, 1.0) == pytest.approx(0.2 * QUICK_S)
+    assert control.patience_s(1.0, 1.0) == pytest.approx(0.2)
+    assert control.patience_s(1.0, 0.05) == 0.05, "never longer than the call itself allows"
+    for _ in range(RELIEF_WINDOWS + 1):
+        machine.window(control)
+    assert control.patience_s(0.01, 1.0) == 1.0
+
+
+def test_a_tool_that_load_makes_slow_is_known_as_quick_again_soon(machine: Machine) -> None:
+    control = machine.control(100, "enforce")
+    hold_s = 0.02
+    for _ in range(10):
+        hold_s = control.ran(hold_s, 0.1)
+    assert not control.is_slow(hold_s), "a few long runs do not make it slow"
+    for _ in range(1_000):
+        hold_s = control.ran(hold_s, 1.0)
+    assert control.is_slow(hold_s)
+    for _ in range(10):
+        hold_s = control.ran(hold_s, 0.02)
+    assert not control.is_slow(hold_s)
+
+
+def test_the_factor_follows_the_strain_in_steps_and_comes_back(machine: Machine) -> None:
+    steps: list[int] = []
+    control = machine.control(100, factor_changed=steps.append)
+    for _ in range(100):
+        machine.window(control, 4 * TOLERATED_S)
+    assert control.factor == pytest.approx(0.25, abs=0.02)
+    assert steps == sorted(steps, reverse=True) and steps[-1] in (2, 3)
+    down = len(steps)
+    for _ in range(100):
+        machine.window(control)
+    assert steps[down:] == sorted(steps[down:]) and control.step == STEPS
+    assert len(steps) <= 2 * STEPS
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, 3)), max_size=50))
+def test_the_factor_stays_between_a_tenth_and_one(windows: list[tuple[float, int]]) -> None:
+    machine, steps = Machine(), list[int]()
+    control = machine.control(100, factor_changed=steps.append)
+    for delay_s, refused in windows:
+        machine.window(control, delay_s, refused=refused)
+        assert 1 / STEPS <= control.factor <= 1.0
+    assert all(1 <= step <= STEPS for step in steps)
+    assert all(one != other for one, other in zip([STEPS, *steps], steps, strict=False))
+
+
+def test_a_factor_at_the_edge_of_a_step_does_not_flutter(machine: Machine) -> None:
+    steps: list[int] = []
+    control = machine.control(100, factor_changed=steps.append)
+    for number in range(400):
+        machine.window(control, TOLERATED_S * (2.1 if number % 2 else 1.9))
+    assert len(steps) <= STEPS / 2
+
+
+def test_calls_that_are_refused_for_want_of_a_slot_tighten_rates_too(machine: Machine) -> None:
+    control = machine.control(100)
+    for _ in range(100):
+        machine.window(control, refused=1)
+    assert control.factor == pytest.approx(0.5, abs=0.02)
+
+
+# All of it, under simulated load
+
+
+@dataclass
+class Kind:
+    """A tool: what it burns of the loop, and how long it waits."""
+
+    name: str
+    burns_s: float
+    waits_s: float
+    hold_s: float = 0.0
+
+
+REFUSAL_BURNS_S = 2e-6
+"""A model: a five-hundredth of a call. What it is for the service, `load/` measures."""
+
+CAPACITY = 1000.0
+"""Calls a second, at 1 ms each."""
+
+
+@dataclass
+class World:
+    """Calls that come whether or not the earlier ones are done, half of them quick and half of them slow; does with
+    slots what the executor does."""
+
+    loop: VirtualLoop
+    control: LoadControl
+    random: random.Random = field(default_factory=lambda: random.Random(8))
+    ended: list[tuple[float, str, float]] = field(default_factory=list)
+    """When, of which kind, how long after it came."""
+    refused: list[float] = field(default_factory=list)
+    limits: list[tuple[float, int]] = field(default_factory=list)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.began = self.loop.time()
+        self.kinds = [Kind("quick", 0.001, 0.04), Kind("slow", 0.001, 0.8)]
+
+    async def call(self, kind: Kind, came: float) -> None:
+        control, loop = self.control, self.loop
+        slots = [control.slow_slots, control.slots] if control.is_slow(kind.hold_s) else [control.slots]
+        if not take_all_now(slots) and not await self.wait_for(slots, control.patience_s(kind.hold_s, 1.0)):
+            self.refused.append(loop.time() - self.began)
+            return
+        began = loop.time()
+        loop.burn(kind.burns_s / 2)
+        await asyncio.sleep(kind.waits_s * self.random.uniform(0.8, 1.2))
+        loop.burn(kind.burns_s / 2)
+        kind.hold_s = control.ran(kind.hold_s, loop.time() - began)
+        release_all(slots)
+        self.ended.append((loop.time() - self.began, kind.name, loop.time() - came))
+
+    async def wait_for(self, slots: list[Slots], patience_s: float) -> bool:
+        self.loop.burn(REFUSAL_BURNS_S)
+        until, held = self.loop.time() + patience_s, []
+        try:
+            for each in slots:
+                left_s = max(0.0, until - self.loop.time())
+                if not each.take_now():
+                    await each.take(each.wait("", left_s if self.control.enforces else math.inf), left_s)
+                held.append(each)
+        except Overloaded:
+            release_all(held)
+            return False
+        return True
+
+    def arrivals(self, phases: tuple[tuple[float, float], ...]) -> Iterator[float]:
+        at = until = self.began
+        for per_s, seconds in phases:
+            at, until = until, until + seconds
+            while (at := at + self.random.expovariate(per_s)) < until:
+                yield at
+
+    async def run(self, phases: tuple[tuple[float, float], ...]) -> None:
+        watching = asyncio.create_task(self.control.run())
+        for at in self.arrivals(phases):
+            while at > self.loop.time():
+                self.limits.append((self.loop.time() - self.began, self.control.slots.limit))
+                await asyncio.sleep(at - self.loop.time())
+            task = asyncio.create_task(self.call(self.random.choice(self.kinds), at))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        while self.tasks:
+            await asyncio.sleep(0.1)
+        watching.cancel()
+
+    def goodput(self, since: float, until: float) -> float:
+        return sum(since <= at < until for at, _, _ in self.ended) / (until - since)
+
+    def p95_s(self, name: str, since: float, until: float) -> float:
+        took = sorted(took for at, kind, took in self.ended if kind == name and since <= at < until)
+        return took[int(0.95 * len(took))]
+
+
+@cache
+def simulated(mode: Mode, *phases: tuple[float, float]) -> World:
+    """What happened; phases are (calls a second, seconds)."""
+
+    async def main(loop: VirtualLoop) -> World:
+        world = World(loop, LoadControl(Slots(1500, clock=loop.time), mode, clock=loop.time, cpu=lambda: loop.burned_s))
+        await world.run(phases)
+        assert (world.control.slots.running, world.control.slots.queued) == (0, 0)
+        assert (world.control.slow_slots.running, world.control.slow_slots.queued) == (0, 0)
+        return world
+
+    return run_virtually(main)
+
+
+def unloaded_s(name: str) -> float:
+    return simulated("enforce", (0.3 * CAPACITY, 6)).p95_s(name, 1, 6)
+
+
+def peak() -> float:
+    """The most that it can serve, whatever the times."""
+    return simulated("off", (1.1 * CAPACITY, 6)).goodput(3, 6)
+
+
+def test_a_load_that_can_be_served_is_served() -> None:
+    world = simulated("enforce", (0.8 * CAPACITY, 6))
+    assert not world.refused
+    assert world.goodput(1, 6) == pytest.approx(0.8 * CAPACITY, rel=0.05)
+
+
+def test_without_it_overload_makes_quick_tools_slow() -> None:
+    """The simulation is worth something: what it shows to be mended does break."""
+    assert simulated("off", (2 * CAPACITY, 6)).p95_s("quick", 3, 6) > 10 * unloaded_s("quick")
+
+
+@pytest.mark.parametrize("times", [2, 10])
+def test_overload_keeps_nine_tenths_of_the_peak_and_quick_tools_quick(times: int) -> None:
+    world = simulated("enforce", (times * CAPACITY, 6))
+    assert world.goodput(4, 6) >= 0.9 * peak()
+    assert world.p95_s("quick", 4, 6) <= 2 * unloaded_s("quick")
+    assert world.p95_s("slow", 4, 6) <= 2 * unloaded_s("slow")
+
+
+def test_after_overload_all_is_as_before_within_ten_seconds() -> None:
+    world = simulated("enforce", (10 * CAPACITY, 4), (0.5 * CAPACITY, 14))
+    assert max(world.refused) < 4 + 10
+    assert world.p95_s("quick", 8, 18) <= 1.3 * unloaded_s("quick")
+    assert world.control.step == STEPS and not world.control.pressed
+
+
+def test_at_a_steady_overload_the_limit_is_steady() -> None:
+    world = simulated("enforce", (2 * CAPACITY, 12))
+    limits = [limit for at, limit in world.limits if at > 5]
+    mean = sum(limits) / len(limits)
+    assert 0.6 * mean < min(limits) and max(limits) < 1.5 * mean
+    by_second = [world.goodput(second, second + 1) for second in range(5, 12)]
+    assert min(by_second) >= 0.85 * peak()
+
+
+def test_adaptive_concurrency_off_and_shadow_let_everything_go_as_without() -> None:
+    phases = ((2 * CAPACITY, 4),)
+    assert simulated("shadow", *phases).ended == simulated("off", *phases).ended
