@@ -7,24 +7,41 @@ Survives SIGKILL; a power cut may lose the last ones.
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import logging
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import TypeVar
 
 from app.cache.store import KEPT_MS, Claim, StoreAway, StoreFull
 
+logger = logging.getLogger("app.cache")
+
 T = TypeVar("T")
 
-BUSY_S = 0.05
+SAID_EVERY_S = 10.0
+"""Between two lines of the log about a file that cannot be used."""
+
+BUSY_MS = 50
 """Another process writes; the loop stands still meanwhile."""
+
+OPEN_S_MAX = 2.0
+WAL_RETRY_S = 0.02
+
+MEMORY = Path(":memory:")
 
 FILE_BYTES_MAX = 268_435_456
 PAGE_BYTES = 4_096
 
 SWEEP_EVERY = 100
-"""Claims between two removals of what is past its day."""
+SWEPT_MAX = 500
+"""Claims between two removals of what is past its day, and how much one removes: some 2 ms on the loop, and more than
+comes meanwhile."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS records (
@@ -37,6 +54,8 @@ CREATE TABLE IF NOT EXISTS records (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS records_ends ON records (ends_ms);
 """
+
+_SWEEP = "DELETE FROM records WHERE key IN (SELECT key FROM records WHERE ends_ms <= ? ORDER BY ends_ms LIMIT ?)"
 
 
 def _now_ms() -> int:
@@ -51,11 +70,14 @@ class FileStore:
         self._clock_ms = clock_ms
         self._pages_max = bytes_max // PAGE_BYTES
         self._opened: sqlite3.Connection | None = None
+        self._opening = threading.Lock()
+        self._closed = False
         self._claims = 0
+        self._said_until = 0.0
         self._epochs: dict[str, int] = {}
 
     async def begin(self, key: str, fingerprint: str, token: str, lease_ms: int, *, take_over: bool) -> Claim:
-        return self._transaction(lambda file: self._begin(file, key, fingerprint, token, lease_ms, take_over))
+        return await self._transaction(lambda file: self._begin(file, key, fingerprint, token, lease_ms, take_over))
 
     def _begin(
         self, file: sqlite3.Connection, key: str, fingerprint: str, token: str, lease_ms: int, take_over: bool
@@ -63,7 +85,7 @@ class FileStore:
         now_ms = self._clock_ms()
         self._claims += 1
         if self._claims % SWEEP_EVERY == 1:
-            file.execute("DELETE FROM records WHERE ends_ms <= ?", (now_ms,))
+            file.execute(_SWEEP, (now_ms, SWEPT_MAX))
         found = file.execute("SELECT fp, token, lease_ms, ends_ms, body FROM records WHERE key = ?", (key,)).fetchone()
         if found is not None and found[3] > now_ms:
             first_fingerprint, first, lease_ends_ms, _, body = found
@@ -84,11 +106,11 @@ class FileStore:
     async def finish(self, key: str, token: str, body: bytes) -> bool:
         asked = (body, self._clock_ms() + KEPT_MS, key, token)
         statement = "UPDATE records SET body = ?, ends_ms = ? WHERE key = ? AND token = ? AND body IS NULL"
-        return self._transaction(lambda file: file.execute(statement, asked).rowcount > 0)
+        return await self._transaction(lambda file: file.execute(statement, asked).rowcount > 0)
 
     async def release(self, key: str, token: str) -> None:
         statement = "DELETE FROM records WHERE key = ? AND token = ? AND body IS NULL"
-        self._transaction(lambda file: file.execute(statement, (key, token)))
+        await self._transaction(lambda file: file.execute(statement, (key, token)))
 
     async def get(self, key: str) -> bytes | None:
         return None
@@ -107,38 +129,74 @@ class FileStore:
         return self._epochs[tool_id]
 
     async def close(self) -> None:
+        self._closed = True
         if self._opened is not None:
             self._opened.close()
             self._opened = None
 
-    def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            file = self._opened or self._open()
-            file.execute("BEGIN IMMEDIATE")
+            file = self._opened
+            if file is None:  # the one step that touches the disk for long: 20 ms and more
+                file = await asyncio.to_thread(self._open)
             try:
+                file.execute("BEGIN IMMEDIATE")
                 done = work(file)
+                file.execute("COMMIT")
             except BaseException:
-                file.execute("ROLLBACK")
+                if file.in_transaction:  # a full disk ends some by itself
+                    file.execute("ROLLBACK")
                 raise
-            file.execute("COMMIT")
             return done
         except sqlite3.Error as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
                 raise StoreFull("no room for idempotency keys") from None
-            raise StoreAway(str(error)) from None
+            reason = str(error)
         except OSError as error:
-            raise StoreAway(error.strerror or str(error)) from None
+            reason = error.strerror or str(error)
+        self._say(reason)
+        raise StoreAway(reason)
+
+    def _say(self, reason: str) -> None:
+        now_s = monotonic()
+        if now_s >= self._said_until:
+            logger.warning("the file of idempotency keys cannot be used", extra={"reason": reason})
+            self._said_until = now_s + SAID_EVERY_S
 
     def _open(self) -> sqlite3.Connection:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None)
+        """In a thread. Who is cancelled meanwhile leaves the file open for the next."""
+        with self._opening:
+            if self._closed:
+                raise OSError(errno.ESHUTDOWN, "the store is closed")
+            if self._opened is None:
+                self._opened = self._new_connection()
+            return self._opened
+
+    def _new_connection(self) -> sqlite3.Connection:
+        if self._path != MEMORY:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._path.touch(mode=0o600)  # results are in it; SQLite gives its other files the same mode
+        file = sqlite3.connect(self._path, timeout=OPEN_S_MAX, isolation_level=None, check_same_thread=False)
         try:
-            file.execute("PRAGMA journal_mode=WAL")
+            _turn_to_wal(file)
             file.execute("PRAGMA synchronous=OFF")
             file.execute(f"PRAGMA max_page_count={self._pages_max}")
             file.executescript(_SCHEMA)
+            file.execute(f"PRAGMA busy_timeout={BUSY_MS}")
         except BaseException:
             file.close()
             raise
-        self._opened = file
         return file
+
+
+def _turn_to_wal(file: sqlite3.Connection) -> None:
+    """SQLite does not wait, whatever its timeout, when several processes turn a new file to WAL at once."""
+    ends = monotonic() + OPEN_S_MAX
+    while True:
+        try:
+            file.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or monotonic() > ends:
+                raise
+            time.sleep(WAL_RETRY_S)

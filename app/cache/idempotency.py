@@ -68,12 +68,12 @@ class Idempotency:
         if claim.state == "begun":
             return Claimed(key, call.execution_id)
         if claim.state == "done":
-            return _first_execution(claim, call)
+            return _first_execution(claim, key, call)
         raise _conflict(claim)
 
     async def keep(self, claimed: Claimed, execution: Execution) -> None:
         """Before the answer leaves. What the store does not take now is offered again behind it."""
-        body = written(execution)
+        body = written(execution, claimed.key)
         try:
             if not await self._store.finish(claimed.key, claimed.token, body):
                 logger.warning("idempotency key was taken over", extra={"execution_id": execution.execution_id})
@@ -140,10 +140,10 @@ def _conflict(claim: Claim) -> IdempotencyConflict:
     return IdempotencyConflict.outcome_unknown(first)
 
 
-# What is kept of an Execution: a line of JSON, then the result as it is.
+# What is kept of an Execution: a check sum, a line of JSON, then the result as it is.
 
 
-def written(execution: Execution) -> bytes:
+def written(execution: Execution, key: str) -> bytes:
     """An Execution that is no refusal."""
     error = execution.error
     head = [
@@ -158,41 +158,53 @@ def written(execution: Execution) -> bytes:
         execution.trace_id,
         execution.cached,
     ]
-    return orjson.dumps(head) + b"\n" + (execution.result or b"")
+    body = orjson.dumps(head) + b"\n" + (execution.result or b"")
+    return _check_sum(key, body) + body
 
 
-def _first_execution(claim: Claim, call: ToolCall) -> Execution:
-    """The first call's, to be given again. Raises IdempotencyConflict: what is kept cannot be read."""
+def _first_execution(claim: Claim, key: str, call: ToolCall) -> Execution:
+    """The first call's, to be given again. Raises IdempotencyConflict: what is kept cannot be believed."""
     try:
-        head, _, result = claim.body.partition(b"\n")
-        execution_id, tool_id, status, error, run_s, overhead_s, finished_at, attempts, trace_id, cached = orjson.loads(
-            head
-        )
-        texts_hold = all(isinstance(text, str) for text in (execution_id, trace_id))
-        numbers_hold = all(isinstance(number, int | float) for number in (run_s, overhead_s, finished_at, attempts))
-        if not (texts_hold and numbers_hold) or tool_id != call.tool_id or status not in STATUSES:
-            raise ValueError
-        if status == "success":
-            orjson.loads(result)
-        cause = None if error is None else Failure(*error)
-        if (cause is None) != (status == "success") or (cause is not None and not isinstance(cause.category, str)):
-            raise ValueError
-    except (ValueError, TypeError):
-        logger.error("what is kept of an idempotency key cannot be read", extra={"tool_id": call.tool_id})
+        return _read(claim.body, key, call.tool_id)
+    except (ValueError, TypeError, KeyError):
+        logger.error("what is kept of an idempotency key cannot be believed", extra={"tool_id": call.tool_id})
         raise IdempotencyConflict.outcome_unknown(None) from None
+
+
+def _read(kept: bytes, key: str, tool_id: str) -> Execution:
+    """Raises ValueError, TypeError, KeyError for what this service did not write under this key."""
+    body = kept[CHECK_SUM_BYTES:]
+    if kept[:CHECK_SUM_BYTES] != _check_sum(key, body):
+        raise ValueError
+    head, _, result = body.partition(b"\n")
+    written_head = orjson.loads(head)
+    execution_id, kept_tool_id, status, error, run_s, overhead_s, finished_at, attempts, trace_id, cached = written_head
+    if kept_tool_id != tool_id or status not in STATUSES or (status == "success") != (error is None):
+        raise ValueError
+    if status == "success":
+        orjson.loads(result)
     return Execution(
         execution_id,
         tool_id,
         status,
         result if status == "success" else None,
-        cause,
+        None if error is None else Failure(*error),
         None,
         run_s,
         overhead_s,
         finished_at,
         attempts,
         trace_id,
-        bool(cached),
+        cached,
         Aside(),
         replayed=True,
     )
+
+
+CHECK_SUM_BYTES = 32
+
+
+def _check_sum(key: str, body: bytes) -> bytes:
+    """Bound to the key: an outcome that is copied to another tenant's key is none. It keeps mistakes out, not somebody
+    who may write to the store and knows this code."""
+    return digest("outcome", key, body)[:CHECK_SUM_BYTES].encode()

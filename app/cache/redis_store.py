@@ -1,8 +1,8 @@
 """Records and results in Redis, for all replicas together.
 
-One key a command, tagged by tenant. A command that has no answer in time goes on by itself, is not sent again, and is
-undone when it was carried out after all. Once one had none, others are refused at once for a moment, so that a dead
-Redis costs one budget and not one each.
+One key a command, tagged by tenant. A command that has no answer in time goes on by itself and is not sent again; a
+claim that nobody waits for any more, or that may have been made though its connection broke, is undone behind. Once a
+command had no answer, others are refused at once for a moment, so that a dead Redis costs one budget and not one each.
 """
 
 from __future__ import annotations
@@ -17,20 +17,33 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis, RedisCluster
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
 
 from app.cache.store import KEPT_MS, Claim, StoreAway
 
 logger = logging.getLogger("app.cache")
 
 T = TypeVar("T")
+Undo = Callable[[], Awaitable[None]]
 
 AWAY_S = 1.0
 """After a command without an answer, nothing is asked for this long."""
 
+LATE_S = 0.01
+"""Woken so much later than asked, it was the event loop that stood still: the answer may be there, unread."""
+
+UNDO_TRIES = 20
+UNDO_RETRY_S = 0.5
+"""A claim of which nobody knows would block its key for a day: about the time that a Redis takes to fail over."""
+
+UNDOING_MAX = 1_000
+
 EPOCHS_KEY = "agentcore:cache:epochs"
 
 CLOSE_S = 1.0
+
+FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
+"""What the library raises for a server that is away; that of Clusters is no RedisError."""
 
 STATES = frozenset(("begun", "running", "done", "unknown", "other"))
 
@@ -49,7 +62,7 @@ class Script:
             return await client.eval(self._text, 1, key, *arguments)
 
 
-BEGIN, FINISH = Script("begin"), Script("finish")
+BEGIN, FINISH, FORGET = Script("begin"), Script("finish"), Script("forget")
 
 
 class RedisStore:
@@ -60,7 +73,9 @@ class RedisStore:
         self._places = asyncio.Semaphore(at_once)
         self._timeout_s = timeout_s
         self._away_until = 0.0
+        self._said_until = 0.0
         self._under_way: set[asyncio.Task[Any]] = set()
+        self._undoing: set[asyncio.Task[None]] = set()
 
     async def begin(self, key: str, fingerprint: str, token: str, lease_ms: int, *, take_over: bool) -> Claim:
         arguments = fingerprint, token, lease_ms, max(KEPT_MS, lease_ms), int(take_over)
@@ -68,11 +83,10 @@ class RedisStore:
         async def claim() -> Claim:
             return _claim(await BEGIN(self._client, key, *arguments))
 
-        async def give_up(claim: Claim) -> None:
-            if claim.state == "begun":
-                await FINISH(self._client, key, token, b"", 0)
+        async def undo() -> None:  # of this token alone, and only while it has no outcome
+            await FINISH(self._client, key, token, b"", 0)
 
-        return await self._ask(claim, give_up)
+        return await self._ask(claim, undo)
 
     async def finish(self, key: str, token: str, body: bytes) -> bool:
         return bool(await self._ask(lambda: FINISH(self._client, key, token, body, KEPT_MS)))
@@ -95,21 +109,20 @@ class RedisStore:
         return {tool_id.decode("utf-8", "replace"): _number(count) for tool_id, count in found.items()}
 
     async def next_epoch(self, tool_id: str) -> int:
-        return int(await self._ask(lambda: self._client.hincrby(EPOCHS_KEY, tool_id, 1)))
+        return int(await self._ask(lambda: FORGET(self._client, EPOCHS_KEY, tool_id)))
 
     async def close(self) -> None:
-        for task in self._under_way:
+        tasks = self._under_way | self._undoing
+        for task in tasks:
             task.cancel()
-        if self._under_way:
-            await asyncio.wait(self._under_way, timeout=CLOSE_S)
-        with contextlib.suppress(RedisError, OSError, TimeoutError):
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_S)
+        with contextlib.suppress(*FAILURES):
             async with asyncio.timeout(CLOSE_S):
                 await self._client.aclose()
 
-    async def _ask(
-        self, command: Callable[[], Awaitable[T]], if_late: Callable[[T], Awaitable[None]] | None = None
-    ) -> T:
-        """What the command came to. Raises StoreAway; `if_late` is told of what came when nobody waited any more."""
+    async def _ask(self, command: Callable[[], Awaitable[T]], undo: Undo | None = None) -> T:
+        """What the command came to. Raises StoreAway; `undo` is called when it was carried out for nobody."""
         if monotonic() < self._away_until:
             raise StoreAway("Redis is away")
         ends = monotonic() + self._timeout_s
@@ -120,34 +133,40 @@ class RedisStore:
             raise StoreAway("too many wait for Redis") from None
         waited_for = _Waited()
         # A task of its own: a connection that takes longer than the budget to open is there for the next command.
-        task = asyncio.get_running_loop().create_task(
-            self._carry_out(command, if_late, waited_for), name="cache-command"
-        )
+        task = asyncio.get_running_loop().create_task(self._carry_out(command, undo, waited_for), name="cache-command")
         self._under_way.add(task)
         task.add_done_callback(self._ended)
         try:
             await asyncio.wait({task}, timeout=max(0.0, ends - monotonic()))
+            if not task.done() and monotonic() - ends > LATE_S:
+                await asyncio.wait({task}, timeout=self._timeout_s)
+        except BaseException:
+            if task.done() and undo is not None:  # cancelled in the tick in which the answer came
+                self._undo(undo)
+            raise
         finally:
             waited_for.ended = not task.done()
         if not task.done():
             self._stay_away("no answer in time")
             raise StoreAway("no answer in time")
+        if task.cancelled():
+            raise StoreAway("the store is closing")
         return task.result()
 
-    async def _carry_out(
-        self,
-        command: Callable[[], Awaitable[T]],
-        if_late: Callable[[T], Awaitable[None]] | None,
-        waited_for: _Waited,
-    ) -> T:
+    async def _carry_out(self, command: Callable[[], Awaitable[T]], undo: Undo | None, waited_for: _Waited) -> T:
         try:
             said = await command()
-            if waited_for.ended and if_late is not None:
-                await if_late(said)
-        except (RedisError, OSError, TimeoutError) as error:
+        except FAILURES as error:
             reason = str(error)[:200] or type(error).__name__
-            self._stay_away(reason)
+            if isinstance(error, ResponseError):  # it is there, and says no
+                self._say(reason)
+            else:
+                self._stay_away(reason)
+            if undo is not None:
+                self._undo(undo, after_s=UNDO_RETRY_S)
             raise StoreAway(reason) from None
+        if waited_for.ended and undo is not None:
+            self._undo(undo)
         return said
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
@@ -156,10 +175,30 @@ class RedisStore:
         if not task.cancelled():
             task.exception()  # told to whoever waits, if somebody does
 
+    def _undo(self, undo: Undo, after_s: float = 0.0) -> None:
+        if len(self._undoing) < UNDOING_MAX:
+            task = asyncio.get_running_loop().create_task(self._keep_undoing(undo, after_s), name="cache-undo")
+            self._undoing.add(task)
+            task.add_done_callback(self._undoing.discard)
+
+    async def _keep_undoing(self, undo: Undo, after_s: float) -> None:
+        for _ in range(UNDO_TRIES):
+            await asyncio.sleep(after_s)
+            with contextlib.suppress(*FAILURES):
+                async with self._places:
+                    await undo()
+                return
+            after_s = UNDO_RETRY_S
+
     def _stay_away(self, reason: str) -> None:
-        if monotonic() >= self._away_until:
-            logger.warning("Redis did not answer", extra={"reason": reason})
+        self._say(reason)
         self._away_until = monotonic() + AWAY_S
+
+    def _say(self, reason: str) -> None:
+        now = monotonic()
+        if now >= self._said_until:
+            logger.warning("Redis did not answer", extra={"reason": reason})
+        self._said_until = now + AWAY_S
 
 
 class _Waited:
