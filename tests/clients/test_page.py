@@ -1,0 +1,76 @@
+"""Every block of docs/clients.md, run as it stands there; only the address is that of the test's own service."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.clients import environments
+from tests.clients.conftest import Guarded
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "clients.md").read_text()
+ADDRESS = "http://127.0.0.1:8001"
+
+BLOCKS = [
+    (heading, language, code)
+    for heading, section in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    for language, code in re.findall(r"^```(\w+)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+]
+
+ENVIRONMENT_OF = {
+    "LangChain": "langchain",
+    "OpenAI Agents": "openai-agents",
+    "pydantic-ai": "pydantic-ai",
+    "Google ADK": "google-adk",
+}
+"""The others need nothing that is not in the environment of the tests."""
+
+
+def test_the_page_shows_the_ways_that_it_promises() -> None:
+    assert PAGE.count("```") == 2 * len(BLOCKS)
+    assert [heading for heading, _, _ in BLOCKS] == [
+        *["curl"] * 2,
+        "Python (httpx)",
+        "MCP SDK for Python",
+        *ENVIRONMENT_OF,
+        "TypeScript",
+    ]
+
+
+@pytest.mark.parametrize(("heading", "language", "code"), BLOCKS, ids=[block[0] for block in BLOCKS])
+def test_it_works_as_it_stands(guarded: Guarded, tmp_path: Path, heading: str, language: str, code: str) -> None:
+    assert ADDRESS in code
+    command = command_for(heading, language, code.replace(ADDRESS, guarded.service.url), tmp_path)
+    done = environments.run(command, AGENTCORE_KEY=guarded.key)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\bhi\b", done.stdout), done.stdout
+
+
+def command_for(heading: str, language: str, code: str, folder: Path) -> list[str]:
+    if language == "sh":
+        return ["bash", "-euc", code]
+    if language == "ts":
+        module = folder / "page.mjs"
+        module.write_text(code)
+        return environments.node_command(module)
+    name = ENVIRONMENT_OF.get(heading)
+    return [environments.python_of(name) if name else sys.executable, "-I", "-c", code]
+
+
+def test_the_versions_on_the_page_are_those_that_are_locked() -> None:
+    """Of every library that is tried; the environment of the tests has the SDK itself."""
+    tried = re.findall(r"^\| (`.*?) \| (.+?) \|", PAGE, re.MULTILINE)
+    told = set()
+    for names, versions in tried:
+        libraries = [name.partition("[")[0] for name in re.findall(r"`([^`]+)`", names)]
+        numbers = versions.split(", ")
+        told |= set(zip(libraries * (len(numbers) // len(libraries)), numbers, strict=True))
+    assert len(told) > len(environments.names())
+    npm = {tuple(package.rsplit("@", 1)) for package in environments.NODE_PACKAGES}
+    locks = {lock.stem: lock.read_text() for lock in environments.LOCKS.glob("*.txt")}
+    locked = {found for text in locks.values() for found in re.findall(r"^([\w-]+)==([\w.]+)", text, re.MULTILINE)}
+    assert told <= locked | npm, told - locked - npm
