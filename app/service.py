@@ -127,7 +127,8 @@ class Service:
 
     async def forget_results(self, tool_id: str) -> None:
         """Kept results of a tool, on every replica. Raises StoreAway."""
-        await self.bus.tell("forget", tool_id=tool_id, epoch=await self.results.forget(tool_id))
+        if not await self.bus.tell("forget", tool_id=tool_id, epoch=await self.results.forget(tool_id)):
+            raise StoreAway("other replicas could not be told")
 
 
 @contextlib.asynccontextmanager
@@ -228,8 +229,8 @@ def _show(service: Service, slots: Slots, http: EgressClient, supervisor: Superv
     supervisor.start("system-watch", system.measure())
     # Not before: start-up itself holds the loop for longer than a tool may.
     service.lifecycle.on_serving = lambda: supervisor.start("loop-watch", watch.measure())
-    for tool_id in service.registry.snapshot.tools:
-        metrics.for_tool(tool_id)
+    for tool_id, tool in service.registry.snapshot.tools.items():
+        metrics.for_tool(tool_id).keeps_results = tool.spec.cache_ttl is not None
     metrics.limit_decisions = admission.decisions
     metrics.trace_spans = lambda: service.tracing.outcomes
     metrics.database_pool = lambda: pool_states(service.database.engine)

@@ -92,7 +92,7 @@ def test_tool_execution_timeout_bounds_a_whole_plan(tuned: Running) -> None:
 
 def test_max_concurrent_executions_bounds_what_runs_at_once(tuned: Running) -> None:
     assert tuned.metric("tool_execution_limit") == 2
-    requests = [{"tool_id": "wait", "parameters": {"seconds": 0.3}} for _ in range(3)]
+    requests = [{"tool_id": "wait", "parameters": {"seconds": 0.3, "value": number}} for number in range(3)]
     result = tuned.rpc("tools.execute_batch", {"requests": requests, "max_concurrent": 3})["result"]
     waited = [item["overhead_ms"] for item in result["results"]]
     assert result["successful_count"] == 3 and sum(overhead > 200 for overhead in waited) == 1

@@ -16,7 +16,7 @@ from pydantic import Field
 from app.tools.tool import ToolContext, ToolError, tool
 
 
-@tool(category="custom", read_only=True)
+@tool(category="custom")
 async def wait(seconds: Annotated[float, Field(ge=0, le=60)], value: Any = None) -> Any:
     """Return the value after some seconds."""
     await asyncio.sleep(seconds)

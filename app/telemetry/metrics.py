@@ -116,10 +116,11 @@ class Histogram:
 class ToolSeries:
     """The series of one tool, held by the executor beside the tool, never looked up by label."""
 
-    __slots__ = ("breaker_state", "duration", "executions", "retries", "reuse")
+    __slots__ = ("breaker_state", "duration", "executions", "keeps_results", "retries", "reuse")
 
     def __init__(self) -> None:
         self.executions: dict[Status, int] = dict.fromkeys(RUN_STATUSES, 0)
+        self.keeps_results = False
         self.reuse = dict.fromkeys(REUSES, 0)
         self.retries = 0
         self.breaker_state: Callable[[], int] = int

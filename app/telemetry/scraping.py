@@ -86,7 +86,7 @@ class Scraper:
             )
             durations.append("".join(ran).encode())
             used = [(tool_id, one) for tool_id, one in step if any(one.executions.values()) or any(one.reuse.values())]
-            reuses.append("".join(line for tool_id, one in used for line in _reuses(tool_id, one)).encode())
+            reuses.append("".join(line for tool_id, one in step for line in _reuses(tool_id, one)).encode())
             retries.append("".join(f'{_RETRIES}{tool_id}"}} {one.retries}\n' for tool_id, one in used).encode())
             breakers.append(
                 "".join(f'{_BREAKER}{tool_id}"}} {one.breaker_state()}\n' for tool_id, one in used).encode()
@@ -106,7 +106,7 @@ def _runs(tool_id: str, series: ToolSeries) -> Iterable[str]:
 
 
 def _reuses(tool_id: str, series: ToolSeries) -> Iterable[str]:
-    if any(series.reuse.values()):
+    if series.keeps_results or any(series.reuse.values()):
         for prefix, count in zip(_REUSE, series.reuse.values(), strict=True):
             yield f'{prefix}{tool_id}"}} {count}\n'
 

@@ -143,6 +143,7 @@ ALERTS = [
              runs(800, 0) | refusals("quota", 200)),
     gauge("ConcurrencyHigh", "warning", 10, "tool_execution_concurrency", 1201, 1200, 0),
     gauge("AbandonedRuns", "warning", 10, "tool_abandoned_runs_active", 1, 0, 0),
+    gauge("ToolBreakerOpen", "warning", 5, "tool_breaker_state", 1, 0, 0),
     gauge("CpuHigh", "critical", 5, "system_cpu_percent", 90.1, 90, 1),
     gauge("CpuHigh", "warning", 10, "system_cpu_percent", 80.1, 80, 1),
     gauge("MemoryHigh", "critical", 5, "system_memory_percent", 90.1, 90, 5),

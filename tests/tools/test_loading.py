@@ -183,24 +183,6 @@ def test_an_interrupt_while_loading_ends_the_loading(module: Write) -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_declared_and_not_enforced_is_said_at_start(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    @tool(cost=5, retries=1, cache_ttl=1, log_mode="strict", read_only=True)
-    async def costly() -> None:
-        """Cost."""
-
-    @tool(cost=1, idempotent=True)
-    async def plain() -> None:
-        """Nothing that is not enforced."""
-
-    async with open_service(read_settings(places_in(tmp_path)), extra_tools=[costly, plain]):
-        pass
-    events = [vars(record) for record in caplog.records if record.name == "app.service"]
-    assert [(event["tool_id"], event["declared"]) for event in events] == [("costly", ["cache_ttl", "retries"])]
-
-
-@pytest.mark.anyio
 async def test_a_tool_whose_limits_cannot_hold_is_reported_and_the_others_are_there(tmp_path: Path) -> None:
     @tool(rate_limits=["10 per second"])
     async def misspelt() -> None:

@@ -267,7 +267,7 @@ def test_a_quota_tells_the_agent_when_it_ends(serve: Serve) -> None:
 
 def test_an_overload_is_a_result(serve: Serve) -> None:
     service = serve(MAX_CONCURRENT_EXECUTIONS="1", TOOL_MODULES="tests.tools_for_tests")
-    batch = [message("tools/call", {"name": "wait", "arguments": {"seconds": 1.5}}, request_id=n) for n in range(4)]
+    batch = [message("tools/call", {"name": "wait", "arguments": {"seconds": 1.5, "value": n}}, request_id=n) for n in range(4)]
     results = [each["result"] for each in send(service, batch).json]
     overloaded = [each for each in results if each["isError"]]
     assert overloaded
