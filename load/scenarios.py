@@ -81,7 +81,7 @@ SCENARIOS = {
         Scenario("latency", 100, 10, 300, Bounds(100), ("PlainUser",)),
         Scenario("capacity", 2000, 50, 300, Bounds(1000), ("PlainUser",)),
         Scenario("soak", 300, 10, 4 * 3600, Bounds(250), ALL_KINDS),
-        Scenario("spike", 1000, 200, 180, Bounds(1000), ("PlainUser",), SPIKE),
+        Scenario("spike", 1000, 100, 180, Bounds(1000), ("PlainUser",), SPIKE),
         Scenario("step", 1000, 50, 300, Bounds(500), ("PlainUser",), STEPS),
     )
 }

@@ -39,7 +39,8 @@ from load.scenarios import SCENARIOS, Bounds
 from load.watch import Seen, Watch
 
 LEVELS = (100, 500, 1000, 1500)
-RAMP_S_MAX = 10
+SPAWN_RATE = 100
+"""Locust warns of more."""
 IDLE_S_MAX = 10
 ROWS = 100_000
 BATCH_ROWS = 1_000
@@ -148,13 +149,12 @@ def _sections(servers: Bench, size: Size, folder: Path) -> Iterator[str]:
 
 def _plan(scenario: str, users: int, size: Size) -> Plan:
     named = SCENARIOS[scenario]
-    rate = max(named.spawn_rate, users / RAMP_S_MAX)
-    return Plan(scenario, users, rate, math.ceil(users / rate) + size.seconds, ANY, named.classes)
+    run_time_s = math.ceil(users / named.spawn_rate) + size.seconds
+    return Plan(scenario, users, named.spawn_rate, run_time_s, ANY, named.classes)
 
 
 def _level(level: int, size: Size) -> Plan:
-    rate = max(100.0, level / RAMP_S_MAX)
-    return Plan("mix", level, rate, math.ceil(level / rate) + size.seconds, ANY, ("PausingUser",))
+    return Plan("mix", level, SPAWN_RATE, math.ceil(level / SPAWN_RATE) + size.seconds, ANY, ("PausingUser",))
 
 
 def _visit(service: Service, plan: Plan) -> Visit:
