@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 from redis.asyncio import RedisCluster
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from app.clients import create_redis
 
@@ -39,6 +39,9 @@ RETRY_S_MIN, RETRY_S_MAX = 0.1, 2.0
 SILENCE_S_MAX = 10.0
 """Without a message the connection is tried with a ping."""
 
+FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
+"""What the library raises for a server that is away; that of Clusters is no RedisError."""
+
 Message = Mapping[str, Any]
 Listener = Callable[[Message], bool]
 """Whether it did what the message asks for."""
@@ -51,8 +54,9 @@ class Bus:
         self.listeners: dict[str, Listener] = {}
         self.on_gap: Callable[[], Awaitable[None]] = _nothing
 
-    async def tell(self, kind: str, **what: Any) -> None:
-        """To every other replica."""
+    async def tell(self, kind: str, **what: Any) -> bool:
+        """To every other replica. False: nobody can be told."""
+        return True
 
     async def ask(self, kind: str, **what: Any) -> bool:
         """Whether another replica did it."""
@@ -68,14 +72,16 @@ class RedisBus(Bus):
         self._client: Any = create_redis(url, CONNECTIONS_MAX, "agentcore-tools:bus")
         self._counts_listeners = not isinstance(self._client, RedisCluster)
         """A node of a Cluster counts its own subscribers alone."""
+        self._places = asyncio.Semaphore(CONNECTIONS_MAX - 1)
+        """One connection listens; the library refuses what is more than there are."""
         self._name = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._asked: dict[int, _Question] = {}
-        self._replies: set[asyncio.Task[None]] = set()
+        self._replies: set[asyncio.Task[int | None]] = set()
         self.subscribed = asyncio.Event()
 
-    async def tell(self, kind: str, **what: Any) -> None:
-        await self._publish(CHANNEL, {"kind": kind, "from": self._name, **what})
+    async def tell(self, kind: str, **what: Any) -> bool:
+        return await self._publish(CHANNEL, {"kind": kind, "from": self._name, **what}) is not None
 
     async def ask(self, kind: str, **what: Any) -> bool:
         if len(self._asked) >= ASKED_MAX or not self.subscribed.is_set():
@@ -105,7 +111,7 @@ class RedisBus(Bus):
                         await subscription.subscribe(CHANNEL, f"{CHANNEL}:{self._name}")
                     wait_s = RETRY_S_MIN
                     await self._listen(subscription)
-            except (RedisError, OSError, TimeoutError) as error:
+            except FAILURES as error:
                 if self.subscribed.is_set():
                     logger.warning("no word from other replicas", extra={"reason": str(error)[:200]})
             finally:
@@ -135,40 +141,46 @@ class RedisBus(Bus):
             message = orjson.loads(data) if len(data) <= MESSAGE_BYTES_MAX else None
         except ValueError:
             message = None
-        if not isinstance(message, dict) or message.get("from") == self._name:
+        if not isinstance(message, dict):
             return
-        if message.get("kind") == "answer":
-            question = self._asked.get(message.get("number", -1))
+        kind, sender, number = message.get("kind"), message.get("from"), message.get("number")
+        if not isinstance(kind, str) or not isinstance(sender, str) or sender == self._name:
+            return
+        if kind == "answer":
+            question = self._asked.get(number) if type(number) is int else None
             if question is not None:
                 question.take(message.get("done") is True)
             return
-        listener = self.listeners.get(str(message.get("kind")))
+        listener = self.listeners.get(kind)
         if listener is None:
             return
         done = listener(message)
-        if "number" in message and len(self._replies) < ASKED_MAX:
-            answer = {"kind": "answer", "from": self._name, "number": message["number"], "done": done}
+        if type(number) is int and len(self._replies) < ASKED_MAX:
+            answer = {"kind": "answer", "from": self._name, "number": number, "done": done}
             task = asyncio.get_running_loop().create_task(
-                self._answer(f"{CHANNEL}:{message.get('from')}", answer), name="bus-answer"
+                self._publish(f"{CHANNEL}:{sender}", answer), name="bus-answer"
             )
             self._replies.add(task)
             task.add_done_callback(self._replies.discard)
 
-    async def _answer(self, channel: str, answer: Message) -> None:
-        await self._publish(channel, answer)
-
     async def _publish(self, channel: str, message: Message) -> int | None:
-        """How many heard it; None: Redis did not take it."""
+        """How many heard it; None: Redis did not take it, or nobody could read it."""
         try:
-            async with asyncio.timeout(COMMAND_S_MAX):
-                return int(await self._client.publish(channel, orjson.dumps(message)))
-        except (RedisError, OSError, TimeoutError):
+            written = orjson.dumps(message)
+        except TypeError:  # a lone surrogate in a token's subject
+            return None
+        if len(written) > MESSAGE_BYTES_MAX:
+            return None
+        try:
+            async with asyncio.timeout(COMMAND_S_MAX), self._places:
+                return int(await self._client.publish(channel, written))
+        except FAILURES:
             return None
 
     async def close(self) -> None:
         for task in self._replies:
             task.cancel()
-        with contextlib.suppress(RedisError, OSError, TimeoutError):
+        with contextlib.suppress(*FAILURES):
             async with asyncio.timeout(COMMAND_S_MAX):
                 await self._client.aclose()
 

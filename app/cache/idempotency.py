@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from typing import Any, NamedTuple
 
 import orjson
@@ -45,6 +46,7 @@ class Idempotency:
 
     def __init__(self, store: CacheStore) -> None:
         self._store = store
+        self._settling: set[asyncio.Task[None]] = set()
         self._finishing: set[asyncio.Task[None]] = set()
 
     async def claim(self, call: ToolCall, lease_s: float, *, harmless: bool) -> Claimed | Execution | None:
@@ -78,18 +80,26 @@ class Idempotency:
             if not await self._store.finish(claimed.key, claimed.token, body):
                 logger.warning("idempotency key was taken over", extra={"execution_id": execution.execution_id})
         except (StoreAway, StoreFull):
-            if len(self._finishing) < FINISHING_MAX:
-                self._later(self._keep_trying(claimed, body))
+            self._later(claimed, body)
 
     async def release(self, claimed: Claimed) -> None:
         """Nothing came of it: the next call with this key may run."""
         try:
             await self._store.release(claimed.key, claimed.token)
         except (StoreAway, StoreFull):
-            if len(self._finishing) < FINISHING_MAX:
-                self._later(self._keep_trying(claimed, None))
+            self._later(claimed, None)
 
-    def _later(self, work: Any) -> None:
+    async def surely(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for it; it goes on when whoever waits is cancelled."""
+        task = asyncio.get_running_loop().create_task(work, name="idempotency-settling")
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+        await asyncio.shield(task)
+
+    def _later(self, claimed: Claimed, body: bytes | None) -> None:
+        if len(self._finishing) >= FINISHING_MAX:
+            return
+        work = self._keep_trying(claimed, body)
         task = asyncio.get_running_loop().create_task(work, name="idempotency-outcome")
         self._finishing.add(task)
         task.add_done_callback(self._finishing.discard)
@@ -108,10 +118,11 @@ class Idempotency:
         logger.error("outcome of an idempotency key was not kept", extra={"execution_id": claimed.token})
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait for outcomes that are offered again, bounded."""
-        if self._finishing:
-            await asyncio.wait(self._finishing, timeout=timeout_s)
-        for task in self._finishing:
+        """Wait for outcomes that are on their way, bounded."""
+        tasks = self._settling | self._finishing
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout_s)
+        for task in self._settling | self._finishing:
             task.cancel()
 
 

@@ -19,13 +19,15 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
 from app.cache.store import CacheStore, StoreAway, digest, key_of
 
 logger = logging.getLogger("app.cache")
+
+T = TypeVar("T")
 
 JITTER = 0.1
 """Of a life, either way: what was kept together must not end together."""
@@ -37,7 +39,17 @@ ENTRY_OVERHEAD_BYTES = 400
 """What an entry takes beside its result."""
 
 WRITES_WAITING_MAX = 1_000
-"""Results on their way to Redis; past it they are kept in this process alone."""
+WRITES_BYTES_MAX = 33_554_432
+"""Results on their way to Redis; past either they are kept in this process alone."""
+
+OFF_LOOP_BYTES = 65_536
+"""From this size packing and checking go to a thread: a megabyte would hold the loop for 10 ms."""
+
+TURN_PART = 0.8
+"""Of a result's life. One replica's turn to refresh it must be over when the next is due, or that one is missed."""
+
+EPOCH_MAX = 2**53
+"""Lua's numbers are exact below."""
 
 COMPRESS_FROM_BYTES = 2_048
 """Below, a header and a dictionary of zlib cost more than they save."""
@@ -64,6 +76,15 @@ class Kept(NamedTuple):
     fresh_until: float
     stale_until: float
     tool_id: str
+
+
+class Write(NamedTuple):
+    """On its way to Redis. `made_at` is Unix seconds."""
+
+    key: str
+    result: bytes
+    made_at: float
+    life_s: float
 
 
 class CachedTool:
@@ -108,7 +129,8 @@ class ResultCache:
         self._epochs: dict[str, int] = {}
         self._caught_up = store is None
         """Before, Redis may hold what was forgotten."""
-        self._writes: asyncio.Queue[tuple[str, bytes, int]] = asyncio.Queue(WRITES_WAITING_MAX)
+        self._writes: asyncio.Queue[Write] = asyncio.Queue(WRITES_WAITING_MAX)
+        self._writes_bytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -145,12 +167,13 @@ class ResultCache:
             return None
         if value is None:
             return None
-        read = _read(value, key, self._result_bytes_max)
+        read = await _off_loop(len(value), _read, value, key, self._result_bytes_max)
         if read is None or (tool.is_object and not read[0].startswith(b"{")):
             self.refused += 1
             logger.warning("a kept result cannot be believed", extra={"tool_id": tool.tool_id})
             return None
         result, age_s, life_s = read
+        life_s = min(life_s, tool.ttl_s * (1 + JITTER))  # what was kept while the tool declared more
         if age_s >= life_s + _stale_s(life_s):
             return None
         self._keep(key, tool.tool_id, result, life_s - age_s, _stale_s(life_s))
@@ -160,17 +183,21 @@ class ResultCache:
         """A result that was made just now."""
         life_s = tool.ttl_s * (1 + self._jitter(-JITTER, JITTER))
         self._keep(key, tool.tool_id, result, life_s, _stale_s(life_s))
-        if self._store is not None:
-            value = _written(result, key, life_s, compress=self._compress)
+        if self._store is not None and self._writes_bytes + len(result) <= WRITES_BYTES_MAX:
             with contextlib.suppress(asyncio.QueueFull):
-                self._writes.put_nowait((key, value, max(1, int((life_s + _stale_s(life_s)) * 1e3))))
+                self._writes.put_nowait(Write(key, result, time.time(), life_s))
+                self._writes_bytes += len(result)
 
-    async def may_refresh(self, key: str, within_s: float) -> bool:
-        """Whether this replica is the one to fetch a new result for a stale one."""
+    async def may_refresh(self, key: str, tool: CachedTool, timeout_s: float) -> bool:
+        """Whether this replica is the one to fetch a new result for a stale one: nobody has one, nobody is at it."""
         if self._store is None:
             return True
+        found = await self.fetch(key, tool)
+        if found is not None and not found.stale:
+            return False
         try:
-            return await self._store.take_turn(key + ":turn", max(1, int(within_s * 1e3)))
+            turn_s = min(timeout_s, tool.ttl_s * TURN_PART)
+            return await self._store.take_turn(key + ":turn", max(1, int(turn_s * 1e3)))
         except StoreAway:
             return True
 
@@ -191,7 +218,7 @@ class ResultCache:
     def hear(self, message: Mapping[str, Any]) -> bool:
         """Another replica says so."""
         tool_id, epoch = message.get("tool_id"), message.get("epoch")
-        if isinstance(tool_id, str) and type(epoch) is int:
+        if isinstance(tool_id, str) and type(epoch) is int and 0 < epoch < EPOCH_MAX:
             self.forgotten(tool_id, epoch)
         return True
 
@@ -209,10 +236,13 @@ class ResultCache:
     async def run(self) -> None:
         """For ever: write to Redis what was kept."""
         while True:
-            key, value, ttl_ms = await self._writes.get()
-            if self._store is not None:
+            write = await self._writes.get()
+            self._writes_bytes -= len(write.result)
+            left_s = write.made_at + write.life_s + _stale_s(write.life_s) - time.time()
+            if self._store is not None and left_s > 0:
+                value = await _off_loop(len(write.result), _written, write, self._compress)
                 with contextlib.suppress(StoreAway):
-                    await self._store.put(key, value, ttl_ms)
+                    await self._store.put(write.key, value, max(1, int(left_s * 1e3)))
 
     def _keep(self, key: str, tool_id: str, result: bytes, fresh_s: float, stale_s: float) -> None:
         if len(result) + ENTRY_OVERHEAD_BYTES > self._bytes_max:
@@ -234,16 +264,20 @@ def _stale_s(life_s: float) -> float:
     return min(life_s, STALE_S_MAX)
 
 
-def _written(result: bytes, key: str, life_s: float, *, compress: bool) -> bytes:
-    packed = result
-    if compress and len(result) >= COMPRESS_FROM_BYTES:
-        packed = zlib.compress(result, COMPRESSION_LEVEL)
-    compressed = len(packed) < len(result)
+async def _off_loop(size_bytes: int, work: Callable[..., T], *arguments: Any) -> T:
+    """Here, or in a thread where it would take long."""
+    return await asyncio.to_thread(work, *arguments) if size_bytes >= OFF_LOOP_BYTES else work(*arguments)
+
+
+def _written(write: Write, compress: bool) -> bytes:
+    packed = write.result
+    if compress and len(write.result) >= COMPRESS_FROM_BYTES:
+        packed = zlib.compress(write.result, COMPRESSION_LEVEL)
+    compressed = len(packed) < len(write.result)
     if not compressed:
-        packed = result
-    made_at = time.time()
-    head = _HEAD.pack(_MAGIC, compressed, made_at, life_s, _check_sum(key, compressed, made_at, life_s, packed))
-    return head + packed
+        packed = write.result
+    check_sum = _check_sum(write.key, compressed, write.made_at, write.life_s, packed)
+    return _HEAD.pack(_MAGIC, compressed, write.made_at, write.life_s, check_sum) + packed
 
 
 def _read(value: bytes, key: str, bytes_max: int) -> tuple[bytes, float, float] | None:

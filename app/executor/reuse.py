@@ -11,11 +11,11 @@ from collections.abc import Awaitable, Callable, Hashable
 from time import perf_counter
 from typing import NamedTuple
 
-from app.cache.idempotency import Idempotency, canonical_json
+from app.cache.idempotency import Claimed, Idempotency, canonical_json
 from app.cache.results import CachedTool, Found, ResultCache
 from app.cache.singleflight import Flight, Flights, Lead, Turn
 from app.calls import Execution, ToolCall, new_execution_id
-from app.errors import TOOL_CANCELLED, TOOL_ERROR, Failure, RunFailed
+from app.errors import TOOL_CANCELLED, TOOL_ERROR, TOOL_TIMEOUT, Failure, RunFailed
 from app.executor.run import Run, ToolState
 from app.executor.runner import TIMED_OUT
 from app.limits.policy import Bound
@@ -23,6 +23,8 @@ from app.tools.tool import Tool
 
 REFRESHES_MAX = 100
 """Stale results that are fetched anew at once; past it they are given as they are until they end."""
+
+CUT_OFF = frozenset({TOOL_TIMEOUT.category, TOOL_CANCELLED.category})
 
 CLOSE_S = 2.0
 """At the end, for outcomes of idempotency keys that the store has not taken yet."""
@@ -88,14 +90,18 @@ class Reuse:
         if isinstance(claimed, Execution):
             await wanted.spend(wanted.bound.rates)
             state.series.reuse["replayed"] += 1
-            raise Replayed(claimed)
+            raise Replayed(claimed._replace(aside=wanted.run))
         wanted.run.claimed = claimed
+        _end_if_cancelled(wanted.run)
 
     async def settle(self, run: Run, execution: Execution) -> None:
-        """After its row is kept and before its answer leaves: the key stands for this outcome, or is free again."""
+        """After its row is kept and before its answer leaves: the key stands for this outcome, or is free again. Goes
+        on when whoever waits for it is cancelled."""
         claimed, run.claimed = run.claimed, None
-        if claimed is None:
-            return
+        if claimed is not None:
+            await self._idempotency.surely(self._settled(claimed, run, execution))
+
+    async def _settled(self, claimed: Claimed, run: Run, execution: Execution) -> None:
         if run.commit is not None:
             await run.commit.wait()
         if _may_run_again(run, execution):
@@ -157,13 +163,15 @@ class Reuse:
             found = None if key is None else await self._fetched(wanted.state, key)
             if key is not None and found is not None:
                 landed = found.result  # theirs, whatever this caller's limits say
+            _end_if_cancelled(wanted.run)
+            if key is not None and found is not None:
                 return await self._give(wanted, key, found)
             if key is not None:
                 wanted.state.series.reuse["miss"] += 1
             landed = await self._performed(wanted, key)
             return landed
         except RunFailed as failed:
-            if failed.cause.category != TOOL_CANCELLED.category:  # that is its own caller's wish and no outcome
+            if not _by_own_wish(wanted, failed.cause):
                 landed = failed.cause
             raise
         finally:
@@ -188,6 +196,7 @@ class Reuse:
             run.interrupt.watch(turn)
             await asyncio.wait({turn}, timeout=max(0.0, ends - perf_counter()))
             outcome = turn.result() if turn.done() else TIMED_OUT
+            _end_if_cancelled(run)
         except BaseException:  # CancelledError, when this call was cancelled
             flight.leave(turn)
             log.unreserve()
@@ -218,17 +227,29 @@ class Reuse:
         task.add_done_callback(lambda _: self._refreshing.pop(key, None))
 
     async def _refreshed(self, call: ToolCall, state: ToolState, key: str) -> None:
-        if await self._results.may_refresh(key, state.timeout_s):
+        if state.cached is not None and await self._results.may_refresh(key, state.cached, state.timeout_s):
             await self.fetch(call)
+
+
+def _end_if_cancelled(run: Run) -> None:
+    """What was awaited was nothing that a cancellation could end."""
+    if run.interrupt.requested:
+        raise asyncio.CancelledError
+
+
+def _by_own_wish(wanted: Wanted, cause: Failure) -> bool:
+    """A cancellation, and a deadline that is shorter than the tool's own, are no outcome for others."""
+    if cause.category == TOOL_TIMEOUT.category:
+        return wanted.timeout_s < wanted.state.timeout_s
+    return cause.category == TOOL_CANCELLED.category
 
 
 def _identity(call: ToolCall, state: ToolState, parameters: bytes) -> Hashable:
     """What makes two calls of a tool identical for its author: everything that a run can see of its call."""
-    caller = call.caller
     seen: tuple[Hashable, ...] = ()
     if state.tool.takes_context:
-        seen = (caller.subject, call.agent_id, call.session_id, canonical_json(call.metadata))
-    return (call.tool_id, caller.tenant, parameters, call.timeout_override_s, call.deadline, *seen)
+        seen = (call.caller, call.agent_id, call.session_id, canonical_json(call.metadata))
+    return (call.tool_id, call.caller.tenant, parameters, call.timeout_override_s, call.deadline, *seen)
 
 
 def _again(call: ToolCall) -> ToolCall:
@@ -257,4 +278,4 @@ def _may_run_again(run: Run, execution: Execution) -> bool:
         return False
     if error.category == TOOL_ERROR.category:
         return error.retryable
-    return run.state is not None and run.state.harmless
+    return error.category in CUT_OFF and run.state is not None and run.state.harmless
