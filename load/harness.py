@@ -32,11 +32,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from app.access.keys import NewKey
-from app.service import open_service
-from app.settings import read_settings
 from load.client import REFUSED, RIGHT, Outcome, Plan
 from load.machine import cores, cpu_s, pin_self, pin_server, raise_open_files, rss_mb, settle
+from load.many import make_keys
 from load.run import ROOT, CannotRun, end, own_service
 from tests.servers import PostgresServer, RedisServer, ServerFailed
 
@@ -89,17 +87,28 @@ class Asking:
     calls: int = 1
     right: str = '"result"'
     credentials: tuple[str, ...] = ()
+    bodies: tuple[bytes, ...] = ()
+    """Instead of one body: they take turns, as credentials do."""
 
     def heads(self) -> Iterator[str]:
-        """All headers of a request, once for each credential."""
+        """All headers of each request; the body to the n-th is the n-th of `sent`, which begin anew when they end."""
         fixed = {"Host": "127.0.0.1", "Content-Type": "application/json", **dict(self.headers)}
-        for credential in self.credentials or ("",):
-            sent = {**fixed, **({"Authorization": f"Bearer {credential}"} if credential else {})}
-            lines = "".join(f"{name}: {value}\r\n" for name, value in sent.items())
-            yield f"POST {self.path} HTTP/1.1\r\n{lines}Content-Length: {len(self.body)}\r\n\r\n"
+        credentials = self.credentials or ("",)
+        for number in range(max(len(credentials), len(self.sent))):
+            credential = credentials[number % len(credentials)]
+            headers = {**fixed, **({"Authorization": f"Bearer {credential}"} if credential else {})}
+            lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            size = len(self.sent[number % len(self.sent)])
+            yield f"POST {self.path} HTTP/1.1\r\n{lines}Content-Length: {size}\r\n\r\n"
+
+    @property
+    def sent(self) -> tuple[bytes, ...]:
+        return self.bodies or (self.body,)
 
     def requests(self) -> list[tuple[str, str]]:
-        return [(head + self.body.decode(), self.right) for head in self.heads()]
+        """Whole requests, and what is in a right answer."""
+        bodies = [body.decode() for body in self.sent]
+        return [(head + bodies[number % len(bodies)], self.right) for number, head in enumerate(self.heads())]
 
 
 class Round(NamedTuple):
@@ -199,6 +208,9 @@ class Bench:
     @functools.cached_property
     def database(self) -> str:
         """URL of one with its tables."""
+        return self.new_database()
+
+    def new_database(self) -> str:
         url = self.postgres.create_database()
         command = [sys.executable, "-m", "app", "migrate"]
         subprocess.run(command, cwd=ROOT, env=os.environ | {"DATABASE_URL": url}, check=True, stdout=subprocess.DEVNULL)
@@ -207,7 +219,7 @@ class Bench:
     @functools.cached_property
     def credentials(self) -> tuple[str, ...]:
         """KEYS keys of the database."""
-        return tuple(asyncio.run(make_keys(self.database, KEYS)))
+        return tuple(asyncio.run(make_keys(self.database, KEYS, TENANTS)))
 
     @functools.cached_property
     def limits_file(self) -> Path:
@@ -291,16 +303,6 @@ def _process(name: str, command: Sequence[str], environ: dict[str, str]) -> Iter
         reader.join()
 
 
-async def make_keys(database: str, count: int) -> list[str]:
-    """Credentials that may call everything, of callers of their own."""
-    async with open_service(read_settings({"DATABASE_URL": database}), keep_log=False) as service:
-        made = []
-        for number in range(count):
-            new = NewKey(tenant=f"tenant-{number % TENANTS}", subject=f"subject-{number}")
-            made.append((await service.keys.create(new))[1])
-        return made
-
-
 @contextlib.contextmanager
 def collector() -> Iterator[str]:
     """Takes spans and forgets them."""
@@ -358,7 +360,7 @@ def probe(target: Target) -> None:
     headers = {"Content-Type": "application/json", **dict(asking.headers)}
     if asking.credentials:
         headers["Authorization"] = f"Bearer {asking.credentials[0]}"
-    request = urllib.request.Request(target.server.url + asking.path, asking.body, headers)
+    request = urllib.request.Request(target.server.url + asking.path, asking.sent[0], headers)
     with urllib.request.urlopen(request, timeout=START_S_MAX) as response:
         answer = response.read().decode()
     if asking.right not in answer or '"error":{"code"' in answer:
@@ -378,9 +380,9 @@ def client_name() -> str:
 
 
 SCRIPT = """
-local heads, body, made, turn = {%s}, [==[%s]==], {}, 0
+local heads, bodies, made, turn = {%s}, {%s}, {}, 0
 function init()
-  for number, head in ipairs(heads) do made[number] = head .. body end
+  for number, head in ipairs(heads) do made[number] = head .. bodies[(number - 1) %% #bodies + 1] end
 end
 function request()
   turn = turn %% #made + 1
@@ -392,7 +394,7 @@ end
 def wrk_load(wrk: str, target: Target, seconds: float) -> Asked:
     heads = ",".join(json.dumps(head) for head in target.asking.heads())
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        script.write(SCRIPT % (heads, target.asking.body.decode()))
+        script.write(SCRIPT % (heads, ",".join(f"[==[{body.decode()}]==]" for body in target.asking.sent)))
         script.flush()
         command = [wrk, "-t1", f"-c{target.connections}", f"-d{max(1, round(seconds))}s", "--latency"]
         command += ["--timeout", "30s", "-s", script.name, target.server.url]

@@ -24,6 +24,9 @@ from load.run import CannotRun
 
 CONNECTIONS = 32
 WARM_BURSTS = 6
+WARM_TRIES = 10
+TRY_AGAIN_S = 1.1
+"""A service that found its key store too slow says to come back after a second."""
 IDLE_S = 1.0
 ANSWER_S_MAX = 60.0
 CONTROL_S_MAX = 60.0
@@ -41,7 +44,7 @@ class Counted:
         self.server = server
         self.folder = folder
         self.dumps = 0
-        self.requests = [(head + body).encode() for head, body in split(asking)]
+        self.requests = [request.encode() for request, _ in asking.requests()]
         self.right = asking.right.encode()
         self.sockets = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(CONNECTIONS)]
         for one in self.sockets:
@@ -63,13 +66,28 @@ class Counted:
         took_s = time.perf_counter() - began
         return max(0.0, self.taken() - idle_per_s * took_s) / (bursts * CONNECTIONS)
 
+    def warm(self) -> None:
+        """A first look-up of a key may be too slow under valgrind for the service's own patience: ask until it is
+        known. Then count, and let caches and batches become as they stay."""
+        for request in self.requests:
+            for _ in range(WARM_TRIES):
+                self.sockets[0].sendall(request)
+                if self.right in (received := answer(self.sockets[0])):
+                    break
+                time.sleep(TRY_AGAIN_S)
+            else:
+                raise CannotRun(f"{self.server.name} under valgrind: {received[-300:]!r}")
+        self.control("--instr=on")
+        for _ in range(WARM_BURSTS):
+            self.burst()
+
     def burst(self) -> None:
         for one in self.sockets:
             self.turn += 1
             one.sendall(self.requests[self.turn % len(self.requests)])
         for one in self.sockets:
-            if self.right not in answer(one):
-                raise CannotRun(f"{self.server.name} gave a wrong answer under valgrind")
+            if self.right not in (received := answer(one)):
+                raise CannotRun(f"{self.server.name} under valgrind: {received[-300:]!r}")
 
     def taken(self) -> int:
         """Instructions since the last time."""
@@ -84,11 +102,6 @@ class Counted:
     def control(self, what: str) -> None:
         command = ["callgrind_control", *what.split(), str(self.server.pid)]
         subprocess.run(command, check=True, capture_output=True, timeout=CONTROL_S_MAX)
-
-
-def split(asking: Asking) -> Iterator[tuple[str, str]]:
-    body = asking.body.decode()
-    return ((head, body) for head in asking.heads())
 
 
 def answer(connection: socket.socket) -> bytes:
@@ -131,7 +144,5 @@ def counted(bench: Bench, wanted: Sequence[tuple[str, dict[str, str] | None, Ask
             os.sched_setaffinity(server.pid, range(os.cpu_count() or 1))
             one = found[server.name] = Counted(server, asking, folder)
             stack.callback(one.close)
-            one.control("--instr=on")
-            for _ in range(WARM_BURSTS):
-                one.burst()
+            one.warm()
         yield found

@@ -1,4 +1,4 @@
-"""Line charts as SVG text: panels above each other over one time axis. Knows nothing of what is drawn."""
+"""Line charts as SVG text: panels above each other over one axis. Knows nothing of what is drawn."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def nice(step: float) -> float:
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= step * 0.95)
 
 
-def picture(title: str, subtitle: str, time_title: str, panels: Sequence[Panel]) -> str:
+def picture(title: str, subtitle: str, x_title: str, panels: Sequence[Panel], *, logarithmic_x: bool = False) -> str:
     """A whole SVG file."""
     height = TOP + len(panels) * (PANEL_HEIGHT + GAP) - GAP + BOTTOM
-    ends = max(point[0] for panel in panels for line in panel.lines for point in line.points)
-    time = Scale(0, ends, LEFT, WIDTH - RIGHT)
+    places = [point[0] for panel in panels for line in panel.lines for point in line.points]
+    across = Scale(min(places) if logarithmic_x else 0, max(places), LEFT, WIDTH - RIGHT, logarithmic_x)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         'font-family="sans-serif" font-size="12" fill="#333">',
@@ -75,15 +75,16 @@ def picture(title: str, subtitle: str, time_title: str, panels: Sequence[Panel])
         text(LEFT, 42, subtitle, color="#666"),
     ]
     for number, panel in enumerate(panels):
-        parts += drawn_panel(panel, time, TOP + number * (PANEL_HEIGHT + GAP))
+        parts += drawn_panel(panel, across, TOP + number * (PANEL_HEIGHT + GAP))
     foot = height - BOTTOM
-    for tick in time.ticks():
-        parts.append(text(time.at(tick), foot + 18, f"{tick:g}", anchor="middle"))
-    parts.append(text((LEFT + WIDTH - RIGHT) / 2, foot + 36, time_title, anchor="middle"))
+    for tick in across.ticks():
+        shown = f"{tick:,.0f}" if logarithmic_x else f"{tick:g}"
+        parts.append(text(across.at(tick), foot + 18, shown, anchor="middle"))
+    parts.append(text((LEFT + WIDTH - RIGHT) / 2, foot + 36, x_title, anchor="middle"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def drawn_panel(panel: Panel, time: Scale, top: float) -> Iterator[str]:
+def drawn_panel(panel: Panel, across: Scale, top: float) -> Iterator[str]:
     values = [value for line in panel.lines for _, value in line.points]
     scale = vertical(values, panel.logarithmic, top)
     yield text(LEFT, top - 8, panel.title, weight="bold")
@@ -92,7 +93,7 @@ def drawn_panel(panel: Panel, time: Scale, top: float) -> Iterator[str]:
         yield f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
         yield text(LEFT - 8, y + 4, f"{tick:,g}", anchor="end")
     for line, color in zip(panel.lines, COLORS, strict=False):
-        points = " ".join(f"{time.at(at):.1f},{scale.at(value):.1f}" for at, value in line.points)
+        points = " ".join(f"{across.at(at):.1f},{scale.at(value):.1f}" for at, value in line.points)
         yield f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.6"/>'
     yield from names(panel.lines, scale)
 
