@@ -11,9 +11,10 @@ import asyncio
 import math
 from collections.abc import Callable
 from time import perf_counter, thread_time
-from typing import Final, Literal
+from typing import Literal
 
 from app.limits.concurrency import Slots
+from app.limits.limit import STEPS
 
 Mode = Literal["off", "shadow", "enforce"]
 
@@ -82,9 +83,6 @@ RELIEF_WINDOWS = 10
 HOLD_WEIGHT_UP, HOLD_WEIGHT_DOWN = 0.02, 0.3
 """Of one run in what a tool usually takes. A run that the load has made long says little about the tool, a short one
 much: without this, a quick tool would look slow under load and then wait with the slow ones, for good."""
-
-STEPS: Final = 10
-"""The factor of adaptive rates goes in tenths: 1 is all of the rate, 0.1 the least."""
 
 FACTOR_WEIGHT = 0.1
 """Of one window in the factor: from 1 to 0.2 takes 2 s."""
@@ -298,4 +296,5 @@ class LoadControl:
             step = min(STEPS, max(1, round(self.factor * STEPS)))
             if step != self.step:
                 self.step = step
-                self._factor_changed(step)
+                if self.enforces:
+                    self._factor_changed(step)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from app.calls import rfc3339
 from app.errors import DependencyUnavailable, QuotaExceeded, RateLimited, ToolServiceError
-from app.limits.limit import DAILY, KINDS, RATE, Limit
+from app.limits.limit import DAILY, KINDS, RATE, STEPS, Limit
 from app.limits.memory_store import DAY_US, MemoryStore
 from app.limits.policy import Bound, Policies
 from app.limits.store import REFUSES, WOULD_REFUSE, Ask, LimitStore, StoreAway, Verdict
@@ -120,6 +120,8 @@ class Admission:
         self._fallback = MemoryStore()
         self.decisions = {kind: dict.fromkeys(OUTCOMES, 0) for kind in KINDS}
         self._by_kind = tuple(self.decisions.values())
+        self.step = STEPS
+        """At how many tenths of their rates adaptive limits are held; whoever watches the load sets it."""
         self._said: dict[tuple[str, str], tuple[float, int]] = {}
 
     def bind(self, tenant: str, subject: str, limit_class: str, tool_id: str) -> Bound:
@@ -128,7 +130,7 @@ class Admission:
 
     def admit(self, bound: Bound, cost: int) -> Grant | Asked:
         """Spend `cost` at every limit. Raises RateLimited, QuotaExceeded, DependencyUnavailable: nothing was spent."""
-        ask = bound.ask(cost)
+        ask = bound.ask(cost) if self.step == STEPS or not bound.adaptive else bound.tightened_ask(cost, self.step)
         for limit in ask.limits:
             if limit.over is not None:
                 self._refuse_what_is_over(ask)
@@ -143,7 +145,7 @@ class Admission:
 
     async def look(self, limits: tuple[Limit, ...]) -> Grant:
         """What is left of each limit; costs nothing. Raises DependencyUnavailable."""
-        ask = Ask(limits, 0)
+        ask = Ask(tuple(limit.tightened(self.step, 1) for limit in limits), 0)
         if not limits:
             return Grant(ask, Verdict(0, ()), self.store)
         try:
@@ -346,6 +348,8 @@ def _shown(one: Allowance, now_us: int) -> dict[str, Any]:
     }
     if limit.kind == RATE:
         entry.update(window_seconds=limit.period_us / 1e6, burst=limit.burst)
+        if limit.step is not None:
+            entry["factor"] = limit.step / STEPS
     else:
         entry["used"] = one.used
     return entry

@@ -26,6 +26,9 @@ _WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 """A number of JSON and of YAML 1.2; YAML 1.1 reads some as texts."""
 
+_TRUTHS = {"true": True, "false": False}
+"""YAML 1.1 has twenty more spellings, of which some are names of countries."""
+
 _KINDS = {"bool": "true or false", "null": "nothing", "timestamp": "a date"}
 
 
@@ -38,7 +41,8 @@ class UnreadableDocument(ValueError):
 
 
 class Node(NamedTuple):
-    """One value: a text, an int, a list of nodes, or a mapping from a text to its entry; None for all else."""
+    """One value: a text, an int, true or false, a list of nodes, or a mapping from a text to its entry; None for all
+    else."""
 
     line: int
     kind: str
@@ -157,6 +161,8 @@ def _scalar(event: Any, line: int) -> Node:
     kind = tag.rpartition(":")[2]
     if kind == "str" and not (plain and _EXPONENT.fullmatch(event.value)):
         return Node(line, "a text", event.value)
+    if kind == "bool" and event.value in _TRUTHS:
+        return Node(line, _KINDS[kind], _TRUTHS[event.value])
     if kind == "int" and _WHOLE_NUMBER.fullmatch(event.value):
         return Node(line, "a number", int(event.value))
     return Node(line, _KINDS.get(kind, "a number"), None)

@@ -18,6 +18,9 @@ Kind = Literal[0, 1, 2]
 
 OnFailure = Literal["local", "open", "closed"]
 
+STEPS: Final = 10
+"""An adaptive rate is held at tenths of itself: few enough to keep, fine enough not to jump."""
+
 WINDOW_US_MAX = 366 * 86_400 * 1_000_000
 """The time in which a burst may come back whole: past a year nobody waits for it, and 2**53 is far away."""
 
@@ -38,10 +41,12 @@ class Limit:
     """What one counter may reach. Made once for a counter and kept; compared by identity.
 
     `amount` calls per `period_us` with bursts up to `burst`, or `amount` in a day or month. `cost` of a call counts
-    instead of 1. `on_failure` is the answer while the store is away: `local` means `fallback` in this process.
+    instead of 1. `on_failure` is the answer while the store is away: `local` means `fallback` in this process. `step`:
+    at how many tenths of its rate it is held; None for one that load does not change.
     """
 
     __slots__ = (
+        "_tightened",
         "amount",
         "burst",
         "fallback",
@@ -52,6 +57,7 @@ class Limit:
         "period_us",
         "rule",
         "shadow",
+        "step",
         "window",
     )
 
@@ -67,6 +73,7 @@ class Limit:
         shadow: bool = False,
         on_failure: OnFailure = "closed",
         replicas: int = 1,
+        step: int | None = None,
     ) -> None:
         self.key = key
         self.rule = rule
@@ -78,12 +85,39 @@ class Limit:
         self.on_failure = on_failure
         self.over: Any = None
         """Of admission: until when, from which cost on and with what it refuses without asking; None: ask."""
+        self.step = step
+        self._tightened: tuple[int, dict[int, Limit]] = (STEPS, {})
         self.window = self.span(burst)
         self.fallback = self if replicas == 1 else self._part(replicas)
 
     def span(self, cost: int) -> tuple[int, int]:
         """The time that `cost` calls take at this rate: microseconds, and parts of 1/`amount` of one."""
         return divmod(cost * self.period_us, self.amount)
+
+    def tightened(self, step: int, cost: int) -> Limit:
+        """This limit at so many tenths of its rate, for calls of this cost. The same counter: a longer period and a
+        smaller burst over the same amount, so that no store needs to know. What could pass at all still does, later."""
+        if self.step is None or step >= STEPS:
+            return self
+        kept_step, kept = self._tightened
+        if kept_step != step:
+            self._tightened = _, kept = step, {}
+        burst = max(-(-self.burst * step // STEPS), min(cost, self.burst))
+        limit = kept.get(burst)
+        if limit is None:
+            limit = kept[burst] = Limit(
+                self.key,
+                self.rule,
+                RATE,
+                self.amount,
+                period_us=self.period_us * STEPS // step,
+                burst=burst,
+                shadow=self.shadow,
+                on_failure=self.on_failure,
+                replicas=self.fallback.period_us // self.period_us,
+                step=step,
+            )
+        return limit
 
     def _part(self, replicas: int) -> Limit:
         """This limit as one of so many replicas keeps it alone; never 0, for that would be `closed`."""
@@ -99,4 +133,5 @@ class Limit:
             burst=max(1, self.burst // replicas),
             shadow=self.shadow,
             on_failure=self.on_failure,
+            step=self.step,
         )

@@ -69,7 +69,18 @@ def _document(path: Path) -> Node | None:
     return parse_json(text) if path.suffix == ".json" else parse_yaml(text)
 
 
-POLICY_KEYS = ("name", "match", "per", "rate", "burst", "quota", "max_concurrent", "on_store_failure", "mode")
+POLICY_KEYS = (
+    "name",
+    "match",
+    "per",
+    "rate",
+    "burst",
+    "adaptive",
+    "quota",
+    "max_concurrent",
+    "on_store_failure",
+    "mode",
+)
 MATCH_KEYS = ("tool", "tenant", "subject", "class")
 
 
@@ -104,6 +115,7 @@ class _Reading:
             max_concurrent=self._number(found.get("max_concurrent"), "max_concurrent", CONCURRENT_MAX),
             on_store_failure=self._one_of(found.get("on_store_failure"), "on_store_failure", get_args(OnFailure)),
             shadow=self._one_of(found.get("mode"), "mode", ("enforce", "shadow")) == "shadow",
+            adaptive=self._truth(found.get("adaptive"), "adaptive"),
         )
         if len(self.problems) == told:
             self._whole(node, found)
@@ -117,6 +129,8 @@ class _Reading:
             self._wrong(node, "a policy needs a rate, a quota or max_concurrent")
         elif "burst" in found and "rate" not in found:
             self._wrong(found["burst"], "burst needs a rate")
+        elif "adaptive" in found and "rate" not in found:
+            self._wrong(found["adaptive"], "adaptive needs a rate; quotas and slots do not follow the load")
         elif "max_concurrent" in found and "mode" in found and found["mode"].value == "shadow":
             self._wrong(found["mode"], "max_concurrent cannot be in shadow; give it a policy of its own")
         elif "on_store_failure" in found and not found.keys() & {"rate", "quota"}:
@@ -210,11 +224,16 @@ class _Reading:
     def _number(self, node: Node | None, what: str, highest: int) -> int | None:
         if node is None:
             return None
-        if isinstance(node.value, int) and 1 <= node.value <= highest:
+        if type(node.value) is int and 1 <= node.value <= highest:
             return node.value
         kind = "" if node.kind == "a number" else f"; it is {node.kind}"
         self._wrong(node, f"{what} must be a whole number from 1 to {highest} in plain digits{kind}")
         return None
+
+    def _truth(self, node: Node | None, what: str) -> bool:
+        if node is not None and not isinstance(node.value, bool):
+            self._wrong(node, f"{what} must be true or false, in these letters and without quotes")
+        return node is not None and node.value is True
 
     def _one_of(self, node: Node | None, what: str, allowed: Sequence[str]) -> Any:
         if node is None or node.value in allowed:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, get_args
 
-from app.limits.limit import DAILY, KINDS, MONTHLY, RATE, WINDOW_US_MAX, Kind, Limit, OnFailure, counter_key
+from app.limits.limit import DAILY, KINDS, MONTHLY, RATE, STEPS, WINDOW_US_MAX, Kind, Limit, OnFailure, counter_key
 from app.limits.store import Ask
 
 Dimension = Literal["tenant", "subject", "tool"]
@@ -87,6 +87,8 @@ class Policy:
     on_store_failure: OnFailure | None = None
     """None: rates `local`, quotas `closed`."""
     shadow: bool = False
+    adaptive: bool = False
+    """The rate tightens with the load of the process."""
 
 
 class SlotRule(NamedTuple):
@@ -100,7 +102,7 @@ class SlotRule(NamedTuple):
 class Bound:
     """Everything that one caller's calls of one tool must pass. Made once and kept, with what every call asks."""
 
-    __slots__ = ("_asks", "_rates", "limits", "slots", "told")
+    __slots__ = ("_asks", "_rates", "_tightened", "adaptive", "limits", "slots", "told")
 
     def __init__(self, limits: tuple[Limit, ...], slots: tuple[SlotRule, ...]) -> None:
         self.limits = limits
@@ -109,7 +111,9 @@ class Bound:
         rates = [place for place in enforced if limits[place].kind == RATE]
         self.told = tuple(rates or enforced)
         """Places of the limits of which the tightest is told to the caller: rates, or else quotas."""
+        self.adaptive = any(limit.step is not None for limit in limits)
         self._asks: dict[int, Ask] = {}
+        self._tightened: tuple[int, dict[int, Ask]] = (STEPS, {})
         self._rates: Bound | None = None
 
     @property
@@ -125,6 +129,16 @@ class Bound:
         ask = self._asks.get(cost)
         if ask is None:
             ask = self._asks[cost] = Ask(self.limits, cost)
+        return ask
+
+    def tightened_ask(self, cost: int, step: int) -> Ask:
+        """As `ask`, with adaptive limits at so many tenths of their rate."""
+        kept_step, asks = self._tightened
+        if kept_step != step:
+            self._tightened = _, asks = step, {}
+        ask = asks.get(cost)
+        if ask is None:
+            ask = asks[cost] = Ask(tuple(limit.tightened(step, cost) for limit in self.limits), cost)
         return ask
 
 
@@ -300,6 +314,7 @@ class _Rule:
             shadow=policy.shadow,
             on_failure=policy.on_store_failure or ("local" if rate else "closed"),
             replicas=replicas,
+            step=STEPS if policy.adaptive and rate else None,
         )
 
 

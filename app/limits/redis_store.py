@@ -317,6 +317,9 @@ def _encoded(ask: Ask, position: dict[str, int], counters: list[tuple[int, ...]]
         if index is None:
             counters.append((limit.kind, limit.amount, *limit.window))
             index = position[limit.key] = len(counters)
+        elif limit.step is not None and limit.window > counters[index - 1][2:]:
+            # Calls of one tick, of which one costs more or came after the load had changed: the wider window for all.
+            counters[index - 1] = (limit.kind, limit.amount, *limit.window)
         # What never passes is told as little over the limit: all numbers stay under 2**53.
         if limit.kind == RATE:
             x, y = limit.span(cost if cost <= limit.burst else limit.burst + 1)

@@ -428,6 +428,7 @@ class PolicyLeft(BaseModel):
     reset_at: str
     window_seconds: float | None = Field(None, description="Of a rate")
     burst: int | None = Field(None, description="Of a rate: calls that may come at once")
+    factor: float | None = Field(None, description="Of a rate that adapts: the part of it that holds at this time")
     used: int | None = Field(None, description="Of a quota")
 
 

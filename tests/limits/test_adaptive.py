@@ -108,7 +108,7 @@ class Machine:
     now: float = 1000.0
     cpu_s: float = 0.0
 
-    def control(self, limit: int, mode: Mode = "shadow", **options: Any) -> LoadControl:
+    def control(self, limit: int, mode: Mode = "enforce", **options: Any) -> LoadControl:
         return LoadControl(Slots(limit), mode, clock=lambda: self.now, cpu=lambda: self.cpu_s, **options)
 
     def window(

@@ -350,7 +350,7 @@ def test_every_json_value_reads_as_itself_with_the_lines_of_its_text(
 
 
 def check(node: object, value: object) -> None:
-    """Texts, whole numbers of up to 18 digits, lists and mappings come through; all else is told by its kind."""
+    """Texts, truths, whole numbers of up to 18 digits, lists and mappings come through; all else is told by its kind."""
     found = node.value  # type: ignore[attr-defined]
     if isinstance(value, dict):
         assert list(found) == list(value)
@@ -360,7 +360,7 @@ def check(node: object, value: object) -> None:
         assert len(found) == len(value)
         for each, inner in zip(found, value, strict=True):
             check(each, inner)
-    elif isinstance(value, str) or (type(value) is int and abs(value) < 10**18):
+    elif isinstance(value, str | bool) or (type(value) is int and abs(value) < 10**18):
         assert found == value and type(found) is type(value)
     else:
         assert found is None
