@@ -18,7 +18,7 @@ import pytest
 from app import __version__
 from tests.conftest import ROOT, Running
 from tests.deploy.dockerfile import stages
-from tests.deploy.engine import CLOSED, WAIT_S_MAX, container, docker, eventually, image, inspect, volume
+from tests.deploy.engine import CLOSED, WAIT_S_MAX, container, docker, eventually, image, inspect, port_of, volume
 
 OURS_BYTES_MAX = 200_000_000
 """All that the Dockerfile adds to its base, unpacked. Past it somebody should look at what came in."""
@@ -144,17 +144,14 @@ def test_rows_of_answered_calls_outlive_a_killed_container() -> None:
             docker("kill", "--signal=KILL", name)
             assert running.process.wait(WAIT_S_MAX) == 128 + signal.SIGKILL
         with container(volume=kept, AUTH_MODE="none") as (name, running):
-            assert eventually(lambda: rows(running) == answered)
+            assert eventually(lambda: rows(running.http) == answered)
             docker("restart", name)
-            running.url = f"http://{docker('port', name, '8001/tcp').split()[0]}"
-            again = httpx.Client(base_url=running.url, trust_env=False)
-            eventually(lambda: again.get("/readyz").status_code == 200)
-            found = again.get("/api/v1/executions", params={"limit": 100}).json()["executions"]
-            assert {row["execution_id"] for row in found} == answered
+            with httpx.Client(base_url=f"http://127.0.0.1:{port_of(name)}", trust_env=False) as again:
+                assert eventually(lambda: rows(again)) == answered
 
 
-def rows(running: Running) -> set[str]:
-    found = running.http.get("/api/v1/executions", params={"limit": 100}).json()["executions"]
+def rows(http: httpx.Client) -> set[str]:
+    found = http.get("/api/v1/executions", params={"limit": 100}).raise_for_status().json()["executions"]
     return {row["execution_id"] for row in found}
 
 
