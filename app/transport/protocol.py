@@ -121,6 +121,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         "_phase",
         "_running",
         "_segment_bytes",
+        "_shared_bytes",
         "_since",
         "_verdict",
     )
@@ -147,6 +148,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._host_checked: bytes | None = None
         self.url = b""
         self._segment_bytes = 0
+        self._shared_bytes = 0
+        """Of the segment in which this head began behind another message: at most so many are the head's."""
         self._head_bytes = 0
         self._body_bytes = 0
         self._framing_bytes = 0
@@ -206,7 +209,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     ) -> None:
         """A head or body goes on in a later segment: start its clock, count the bytes that the parser does not tell of.
 
-        A segment that ends one message and begins the next is not counted: it is one read, and a finished head is.
+        What begins behind another message in a segment is counted exactly once its head has ended, if that is near.
         """
         phase, same_request = self._phase, self.cycle is cycle_before
         if phase != phase_before or not same_request:
@@ -215,6 +218,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._head_bytes += segment_bytes
             if self._head_bytes > self._bounds.header_bytes_max:
                 self._refuse(self._head_too_large())
+        elif phase == HEAD:
+            self._shared_bytes = segment_bytes
         elif phase == BODY and self._declared_bytes == _CHUNKED and same_request:
             self._framing_bytes += segment_bytes - body_bytes
             if self._framing_bytes > self._bounds.header_bytes_max + self._body_bytes:
@@ -248,7 +253,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             waiting = f"More than {self._bounds.pipelined_max} requests wait on this connection"
             self._reject(Refusal(Reason.PIPELINE_FULL, Overloaded(waiting)))
         super().on_message_begin()
-        self._head_bytes = self._hosts = self._declared_bytes = 0
+        self._head_bytes = self._shared_bytes = self._hosts = self._declared_bytes = 0
         self._phase = HEAD
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -292,7 +297,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         bounds = self._bounds
         if self._hosts != 1 or self.parser.get_http_version() != "1.1":
             self._check_host_and_version(self.parser.get_http_version())
-        if self._head_bytes + self._segment_bytes > bounds.header_bytes_max or len(self.url) > bounds.url_bytes_max:
+        head_bytes = self._shared_bytes + self._head_bytes + self._segment_bytes
+        if head_bytes > bounds.header_bytes_max or len(self.url) > bounds.url_bytes_max:
             self._check_head_bytes()
         if self._declared_bytes > bounds.request_bytes_max:
             self._reject(self._body_too_large())

@@ -532,6 +532,15 @@ def test_the_head_bound_is_exact_also_when_a_body_follows(server: Served, over: 
     assert peer.response().status == status
 
 
+@pytest.mark.parametrize(("over", "status"), [(0, 200), (1, 431)])
+def test_the_head_bound_is_exact_also_behind_another_request(server: Served, over: int, status: int) -> None:
+    head = b"GET /x HTTP/1.1\r\nHost: a\r\nX: \r\n"
+    head = head.replace(b"X: ", b"X: " + b"x" * (32_768 - len(head) + over)) + b"\r\n"
+    peer = server.connect().send(GET % b"first" + head[:20_000])
+    assert peer.response().json["path"] == "/first"
+    assert peer.send(head[20_000:]).response().status == status
+
+
 @pytest.mark.parametrize(("count", "status"), [(99, 200), (100, 431), (5_000, 431)])
 def test_more_than_100_headers_get_431(server: Served, count: int, status: int) -> None:
     assert server.ask(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"a: b\r\n" * count + b"\r\n").status == status
