@@ -218,6 +218,13 @@ class SlotsMachine(RuleBasedStateMachine):
         self.tasks[self.waiting.pop(which % len(self.waiting))].cancel()
         self.run(turn())
 
+    @rule(limit=st.integers(1, 4))
+    def resize(self, limit: int) -> None:
+        """Calls that run beyond it run to their end; those that wait get what is new at once."""
+        self.slots.resize(limit)
+        self.model_grants()
+        self.run(turn())
+
     @precondition(lambda self: self.holding and self.waiting)
     @rule()
     def leave_and_give_up_in_one_tick(self) -> None:
@@ -336,6 +343,34 @@ async def test_what_is_told_is_bounded_and_spread_within_its_bounds(every_s: flo
     told = [await told_ms(slots) for _ in range(100)]
     assert bounds[0] <= min(told) and max(told) <= bounds[1]
     assert len(set(told)) >= 10, "refused together, not back together"
+
+
+async def test_who_would_wait_too_long_is_refused_on_arrival() -> None:
+    clock = Clock()
+    slots, _ = await filled(1, 100, clock)
+    slots.queue_max = 1000
+    await served_one_by_one(slots, 10, 0.01, clock)
+    assert slots.expected_wait_s() == pytest.approx(0.01 * (slots.queued + 1))
+    with pytest.raises(Overloaded) as refused:
+        slots.wait(patience_s=0.5)
+    assert "would" in str(refused.value) and refused.value.retry_after_ms
+    assert slots.wait(patience_s=1.5) in slots._waiting.turns
+    assert slots.wait("other tenant", patience_s=0.5) in slots._waiting.turns, "it is served in turn, not last"
+
+
+async def test_nobody_is_refused_on_arrival_by_a_guess() -> None:
+    """Neither before a pace is seen, nor by that of an earlier queue."""
+    clock = Clock()
+    slots, _ = await filled(1, 5, clock)
+    assert slots.expected_wait_s() == 0.0
+    await served_one_by_one(slots, 5, 2.0, clock)
+    assert slots.expected_wait_s() > 1.0
+    while slots.running:
+        slots.release()
+    assert slots.take_now()
+    slots.wait(patience_s=0.1)
+    slots.wait(patience_s=0.1)
+    assert slots.queued == 2
 
 
 def test_a_key_has_one_limit_of_its_own() -> None:

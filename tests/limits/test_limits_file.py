@@ -350,7 +350,7 @@ def test_every_json_value_reads_as_itself_with_the_lines_of_its_text(
 
 
 def check(node: object, value: object) -> None:
-    """Texts, truths, whole numbers of up to 18 digits, lists and mappings come through; all else is told by its kind."""
+    """Texts, truths, integers of up to 18 digits, lists and mappings come through; all else is told by its kind."""
     found = node.value  # type: ignore[attr-defined]
     if isinstance(value, dict):
         assert list(found) == list(value)
