@@ -28,7 +28,7 @@ PACE_WINDOW_S = 0.5
 """Over less, a few releases that happen to come together look like a trend."""
 
 PACE_SLOTS_MIN = 8
-"""Fewer slots since a queue formed are no pace to refuse anyone by."""
+"""Fewer slots in less time since a queue formed are no pace to refuse anyone by."""
 
 Turn = asyncio.Future[None]
 """A place in a queue; done once a slot is its owner's."""
@@ -307,8 +307,8 @@ class Pace:
         showed is no reason to refuse anyone now."""
         if self._seen:
             return self._seconds_per_slot(handed_on)
-        slots = handed_on - self._handed_on
-        return 0.0 if slots < PACE_SLOTS_MIN else (self._clock() - self._since_s) / slots
+        slots, elapsed_s = handed_on - self._handed_on, self._clock() - self._since_s
+        return elapsed_s / max(1, slots) if slots >= PACE_SLOTS_MIN or elapsed_s >= PACE_WINDOW_S else 0.0
 
     def retry_after_ms(self, queued: int, handed_on: int) -> int:
         """When those who wait now and one more have had their slots, bounded and spread.
