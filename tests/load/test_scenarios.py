@@ -76,7 +76,7 @@ def runs(service: Running, pages: str, tmp_path_factory: pytest.TempPathFactory)
     started = {}
     for scenario in LEVEL:
         folder = tmp_path_factory.mktemp(scenario.name)
-        arguments = ["--scenario", scenario.name, "--users", "20", "--spawn-rate", "20", "--run-time", "4s"]
+        arguments = ["--scenario", scenario.name, "--users", "20", "--spawn-rate", "20", "--run-time", "3s"]
         where = ["--p95-max", "60000", "--host", service.url, "--out", str(folder)]
         started[scenario.name] = start_load(*arguments, *where, PAGES_URL=pages), folder
     return {name: (finished(process), folder) for name, (process, folder) in started.items()}
@@ -192,7 +192,8 @@ def test_the_two_commands_of_the_origin_run_as_it_wrote_them(serve: Serve) -> No
         host: list[str] = []
     else:
         host = ["--host", serve(EGRESS_ALLOW=PAGES_HOST).url]
-    for run in [finished(each) for each in [start(command, "-u", "20", "-t", "4s", *host) for command in ORIGINS]]:
+    for command in ORIGINS:
+        run = locust(command, "-u", "20", "-t", "2s", *host)
         assert run.code == 0, run.output
         assert "PASSED" in run.output.splitlines()
         assert re.search(r"web_scrape +[1-9]\d* +0\(0.00%\)", run.output), run.output
@@ -206,24 +207,22 @@ def test_locust_alone_fails_as_well_when_calls_fail(serve: Serve) -> None:
     assert "web_scrape: 0.00% succeeded, at least 95.00% must" in run.output
 
 
-def test_workers_are_counted_by_their_master(service: Running, pages: str, tmp_path: Path) -> None:
-    arguments = ["--scenario", "headline", "--users", "20", "--spawn-rate", "20", "--run-time", "4s"]
-    out = ["--processes", "2", "--p95-max", "60000", "--host", service.url, "--out", str(tmp_path)]
-    before = service.metric("tool_executions_total", tool_id="echo")
-    run = run_load(*arguments, *out, PAGES_URL=pages)
-    assert run.code == 0, run.output
-    assert run.rows["echo"][0] == service.metric("tool_executions_total", tool_id="echo") - before
-    assert "overhead_ms" in (tmp_path / "report.html").read_text()
-
-
-def test_a_master_and_workers_started_by_hand_make_one_run(service: Running, pages: str) -> None:
+def test_workers_are_counted_by_their_master_whoever_started_them(service: Running, pages: str, tmp_path: Path) -> None:
+    """One run of `load.run` and one by the commands of the page, side by side."""
+    arguments = ["--scenario", "headline", "--processes", "2", "--p95-max", "60000", "--out", str(tmp_path)]
+    few = ["-u", "20", "-r", "20", "-t", "4s", "--host", service.url]
+    spelled = ["--users", "20", "--spawn-rate", "20", "--run-time", "4s", "--host", service.url]
+    by_run = start_load(*arguments, *spelled, PAGES_URL=pages)
     by_hand = next(command for command in LOCUST if "--master " in command)
     worker = next(command for command in LOCUST if "--worker" in command)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     workers = [start(worker, "--master-port", port, LOAD_MASTER="127.0.0.1", PAGES_URL=pages) for _ in range(2)]
-    bound = ["--master-bind-host", "127.0.0.1", "--master-bind-port", port]
-    run = locust(by_hand, *bound, "--host", service.url, "-u", "20", "-r", "20", "-t", "4s", PAGES_URL=pages)
+    run = locust(by_hand, "--master-bind-host", "127.0.0.1", "--master-bind-port", port, *few, PAGES_URL=pages)
+    other = finished(by_run)
+    assert other.code == 0, other.output
+    assert other.rows["echo"][0] > 0 and other.rows.keys() == {"echo", "all"}
+    assert "overhead_ms" in (tmp_path / "report.html").read_text()
     ended = [finished(process) for process in workers]
     assert run.code == 0, run.output
     assert re.search(r"web_scrape +[1-9]\d* +0\(0.00%\)", run.output), run.output
@@ -242,7 +241,11 @@ def planned(command: str) -> Any:
     """What a `make load` or `python -m load.run` of the page would run."""
     if command.startswith("make "):
         shown = subprocess.run(
-            ["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=True
+            ["make", "-n", "-o", ".venv/.ready", *shlex.split(command)[1:]],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         command = shown.replace("\\\n", " ").split("python", 1)[1]
         command = f"python{command}"
