@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+PART ?=
 PYTEST_ARGS ?=
 DOCKER ?= docker
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -62,9 +63,8 @@ report: $(READY)  ## the origin's tables with our figures, in Markdown (ARGS="--
 	@$(BIN)/python -m load.tables $(ARGS)
 
 .PHONY: bench
-bench: $(READY)  ## what a call costs beside a bare uvicorn echo, in one run (wrk on the PATH makes it sharper)
-	@$(BIN)/python -m load.echo $(ARGS)
-	@$(BIN)/python -m load.micro
+bench: $(READY)  ## the benchmark suite and its comparison with the baseline, 12 minutes (PART=wire,peers; ARGS="--rounds 1")
+	@$(BIN)/python -m load.bench $(PART) $(ARGS)
 
 .PHONY: overhead
 overhead: $(READY)  ## what a call costs by stage, and docs/images/overhead.svg (DATABASE_URL, REDIS_URL: else embedded)

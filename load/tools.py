@@ -17,6 +17,14 @@ async def reflect(message: str) -> dict[str, str]:
 
 
 @tool(read_only=True)
+async def spin(message: str, loops: Annotated[int, Field(ge=0, le=1_000_000)] = 0) -> dict[str, str]:
+    """Return the message after as many turns of an empty loop: a slowdown of known size."""
+    for _ in range(loops):
+        pass
+    return {"message": message}
+
+
+@tool(read_only=True)
 async def pause(seconds: Annotated[float, Field(ge=0, le=60)]) -> float:
     """Wait for so many seconds, and return them."""
     await asyncio.sleep(seconds)
