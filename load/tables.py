@@ -31,7 +31,8 @@ from app.tools.registry import Registry, ToolFilter
 from load.harness import Bench, Running, bench, command
 from load.history import TENANTS, record
 from load.machine import settle
-from load.micro import measured, tools
+from load.many import tools
+from load.micro import measured
 from load.overhead import ORIGIN_P95_MS, SERVICE_OVERHEAD, Buckets, Sample, grown, quantile_s, sample
 from load.pages import serving_pages
 from load.run import Plan, heading, run_locust
