@@ -84,7 +84,7 @@ class Door:
         """Returns when the server has read what was sent before."""
         assert self.running.http.get("/livez").status_code == 200
 
-    def answers(self, response: Response, request_id: Any = None) -> bool:
+    def answers(self, response: Response) -> bool:
         """Whether the answer to `which` came by this door."""
         return response.status == 200 and response.json["result"]["result"] == self.name
 
