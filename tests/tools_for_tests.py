@@ -23,6 +23,12 @@ async def wait(seconds: Annotated[float, Field(ge=0, le=60)], value: Any = None)
     return value
 
 
+@tool(category="custom", read_only=True, cache_ttl=60)
+async def remembered(text: str) -> str:
+    """Return the text; its results are kept."""
+    return text
+
+
 @tool(category="custom")
 async def stubborn(seconds: float) -> str:
     """Swallow every cancellation until the seconds have passed."""

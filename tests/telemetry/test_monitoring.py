@@ -244,6 +244,7 @@ class Load:
             ("wait", {"seconds": 0.1}),
             ("echo", {"message": "x"}),
             ("fail_clearly", {}),
+            ("remembered", {"text": "x"}),
             ("calculator", {"expression": "6 * 7"}),
         ):
             body = {"tool_id": tool_id, "parameters": parameters}
