@@ -32,11 +32,13 @@ LABEL org.opencontainers.image.title="agentcore-tools" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.name="python:3.13-slim-trixie"
 # The number is what k8s/base/deployment.yaml runs as; no name, home or shell is needed for it. Volumes take over the owner.
-RUN python -m pip uninstall --yes --root-user-action ignore pip \
+RUN python -B -m pip uninstall --yes --root-user-action ignore pip \
     && rm -r "$(python -c 'import ensurepip; print(ensurepip.__path__[0])')" \
     && install -d -o 10001 -g 10001 -m 0750 /var/lib/agentcore
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /srv/agentcore-tools /srv/agentcore-tools
+# The base has its modules uncompiled, and compiled they cannot be written at run time: those that a start imports are here.
+RUN DATABASE_URL=sqlite+aiosqlite:////tmp/trial.db /opt/venv/bin/agentcore-tools migrate && rm /tmp/trial.db*
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     DATABASE_URL=sqlite+aiosqlite:////var/lib/agentcore/agentcore.db \
