@@ -138,8 +138,8 @@ def guarded_pair() -> Iterator[Pair]:
 class Line:
     """One connection, opened anew when the service closed it."""
 
-    def __init__(self, service: Running) -> None:
-        self._port = service.port
+    def __init__(self, port: int) -> None:
+        self._port = port
         self._socket: socket.socket | None = None
         self._unread = b""
 
@@ -209,7 +209,7 @@ def check_same(pair: Pair, seed: int) -> None:
     chance = random.Random(seed)
     cases = list(itertools.product(HEADS, BODIES))
     chance.shuffle(cases)
-    lines = Line(pair.lane), Line(pair.asgi)
+    lines = Line(pair.lane.port), Line(pair.asgi.port)
     different, statuses = [], set()
     for head_name, body_name in cases:
         head, body = head_of(HEADS[head_name], pair.credential), body_of(BODIES[body_name])
@@ -233,7 +233,7 @@ def test_every_head_with_every_body_is_answered_alike_where_keys_are_asked_for(g
 
 
 def test_who_is_turned_away_is_so_alike(guarded_pair: Pair) -> None:
-    lines = Line(guarded_pair.lane), Line(guarded_pair.asgi)
+    lines = Line(guarded_pair.lane.port), Line(guarded_pair.asgi.port)
     some = {name: HEADS[name] for name in ("none", "echo", "list")}
     for head, credential in itertools.product(some.values(), [None, "Bearer act_wrong", "Basic eA=="]):
         asked = head_of(head, credential) + body_of(BODIES["modern echo"])
@@ -251,7 +251,7 @@ def test_what_is_asked_again_takes_the_lane(open_pair: Pair, era: str, apart: bo
     headers = [*CALL, ("Mcp-Name", "which_door")] if era == "modern" else [("MCP-Protocol-Version", "2025-11-25")]
     head = head_of([*headers, ("X-Test", f"{era} {apart}")], None)
     for service, last in ((open_pair.lane, "lane"), (open_pair.asgi, "asgi")):
-        line = Line(service)
+        line = Line(service.port)
         line.send(head + body)
         answer = json.loads(line.send(*((head, body) if apart else (head + body,))).partition(b"\r\n\r\n")[2])
         assert answer["result"]["content"][0]["text"] == last
