@@ -570,6 +570,13 @@ def test_what_is_not_named_is_closed_in_both_directions(objects: list[Object]) -
                 assert rule[peers] and rule["ports"], "an empty list means everybody"
 
 
+def test_no_peer_is_a_pod_of_whatever_namespace(objects: list[Object]) -> None:
+    for policy in of_kind(objects, "NetworkPolicy"):
+        rules = [*policy["spec"].get("ingress", ()), *policy["spec"].get("egress", ())]
+        for peer in (peer for rule in rules for peer in rule.get("from", rule.get("to"))):
+            assert peer.get("namespaceSelector") != {}, "anybody may give a pod a label"
+
+
 def test_only_the_service_takes_connections_and_only_on_its_port(objects: list[Object]) -> None:
     takes = [one for one in of_kind(objects, "NetworkPolicy") if one["spec"].get("ingress")]
     (policy,) = takes
@@ -582,6 +589,9 @@ def test_stores_in_the_cluster_are_reached_by_service_and_migration(production: 
     policy = the(production, "NetworkPolicy", "agentcore-tools-stores")["spec"]
     for owner in workloads(production):
         assert policy["podSelector"]["matchLabels"].items() <= pod_template(owner)["metadata"]["labels"].items()
+    for rule in policy["egress"]:
+        here, labelled = rule["to"]
+        assert labelled == {**here, "namespaceSelector": {"matchLabels": {"agentcore-tools/server": "true"}}}
     ports = {port["port"] for rule in policy["egress"] for port in rule["ports"]}
     assert {5432, 6432, 6379, 26379, 4317, 4318} == ports
 
