@@ -132,13 +132,18 @@ class Gradient:
             if rtt_s > self.tolerated_s:  # else it is over, and what was done about it may have been enough
                 self._shrink(max(GRADIENT_MIN, self.strain**-0.5), in_flight)
         elif dropped or in_flight >= IN_USE * self._limit:
-            self._limit = min(self.ceiling, self._limit + math.sqrt(self._limit))
+            self._grow()
         return self.limit
 
+    def _grow(self) -> None:
+        self._limit = min(self.ceiling, self._limit + math.sqrt(self._limit))
+
     def learn(self, rtt_s: float) -> None:
-        """A delay that was met while there was little to do."""
+        """A delay that was met while there was little to do: it is normal, and no reason to keep the limit down."""
         learned = self.normal_s + LEARNING * (rtt_s - self.normal_s)
         self.normal_s = min(DELAY_S_MAX, max(DELAY_S_MIN, learned))
+        if self.strain <= 1:
+            self._grow()
 
     def _shrink(self, gradient: float, in_flight: int) -> None:
         """From what really runs: a limit far above it would take long to mean anything."""

@@ -145,6 +145,17 @@ def test_what_is_normal_is_learned_while_there_is_little_to_do(machine: Machine)
     assert control.normal_s == pytest.approx(0.015, rel=0.01)
 
 
+def test_a_limit_comes_back_while_there_is_little_to_do(machine: Machine) -> None:
+    """Or the first burst after an idle night would meet the limit of yesterday's overload."""
+    control = machine.control(1500)
+    for _ in range(50):
+        machine.window(control, 0.1, running=200)
+    assert control.slots.limit == 75
+    for _ in range(100):
+        machine.window(control, 0.0005, running=0, busy=0.1)
+    assert control.slots.limit == 1500
+
+
 def test_in_shadow_everything_is_computed_and_nothing_holds(machine: Machine) -> None:
     control = machine.control(1500, "shadow")
     for _ in range(20):
