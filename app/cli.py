@@ -28,6 +28,7 @@ from app.doctor import examine
 from app.errors import ToolServiceError
 from app.execution_log.partitions import ensure_partitions
 from app.migration import NEWEST, MigrationError, is_current, migrate, version
+from app.reload import serve_reloading, watched_paths
 from app.service import Service, open_service
 from app.settings import Settings, SettingsError, check_bind, otel_variables, read_settings
 from app.telemetry.logging import log_to_stdout
@@ -82,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", parents=[common], help="run the service in the foreground")
     serve.add_argument("--host", default=DEFAULT_HOST)
     serve.add_argument("--port", type=_port, default=DEFAULT_PORT)
+    serve.add_argument(
+        "--reload", action="store_true", help="for development: drain and start anew when code, tools or .env change"
+    )
     serve.set_defaults(run=_serve)
 
     tools = commands.add_parser("tools", help="look at the registry, run a tool locally")
@@ -146,6 +150,16 @@ def _port(text: str) -> int:
 
 
 def _serve(settings: Settings, options: argparse.Namespace) -> int:
+    return _serve_reloading(settings, options) if options.reload else _serve_once(settings, options)
+
+
+def _serve_reloading(settings: Settings, options: argparse.Namespace) -> int:
+    profile = () if options.profile is None else ("--profile", options.profile)
+    paths = watched_paths(settings.tool_modules, (Path(".env"), settings.limits_file))
+    return serve_reloading(("--host", options.host, "--port", str(options.port), *profile), paths)
+
+
+def _serve_once(settings: Settings, options: argparse.Namespace) -> NoReturn:
     writer = log_to_stdout(settings.log_level)
 
     async def serve() -> int:

@@ -21,7 +21,7 @@ FLOORS = (
     {"telemetry", "egress", "bus"},
     {"clients"},
     {"breaker"},
-    {"calls", "settings", "stepping"},
+    {"calls", "settings", "stepping", "reload"},
     {"errors"},
 )
 """From top to bottom; what stands on one floor does not import one another."""
