@@ -1,7 +1,7 @@
 """The OpenAPI document of the whole service and the page that shows it, both built once.
 
-FastAPI contributes its routes; the shapes and the JSON-RPC door, which stands ahead of FastAPI, are added here from
-the method table.
+FastAPI contributes its routes; the shapes and the RPC doors, which stand ahead of FastAPI, are added here: JSON-RPC
+from the method table, MCP as `mcp_openapi.py` has it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from app.transport.admin import CREATE_KEY, FORGET_RESULTS, LIST_KEYS, REVOKE_KE
 from app.transport.examples import EXAMPLES, EXECUTION, OPENRPC, Json
 from app.transport.executions import EXPORT_EXECUTIONS, GET_EXECUTION, LIST_EXECUTIONS
 from app.transport.gate import open_paths, open_to_all
+from app.transport.mcp import MCP_PATH
+from app.transport.mcp_openapi import mcp_operation, mcp_schemas
 from app.transport.methods import MethodSpec
 from app.transport.openapi import (
     EXECUTE_TOOL,
@@ -37,6 +39,7 @@ from app.transport.rpc import RPC_PATH
 
 TAGS = [
     {"name": "json-rpc", "description": "The main door: every method, single or in a batch."},
+    {"name": "mcp", "description": "The same tools for clients of the Model Context Protocol."},
     {"name": "tools", "description": "Discovery and calls in REST shape, over the same registry and executor."},
     {"name": "limits", "description": "What is left of rates and quotas, for the caller."},
     {"name": "executions", "description": "The log of your tenant."},
@@ -111,7 +114,7 @@ def mount(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None, *, 
 
 
 def openapi_document(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None, *, always_asks: bool) -> Json:
-    """Every route of the application, and the JSON-RPC door of this table."""
+    """Every route of the application, and the RPC doors, the first of this table."""
     document = get_openapi(
         title=app.title,
         version=app.version,
@@ -126,9 +129,11 @@ def openapi_document(app: FastAPI, table: Sequence[MethodSpec], public_url: str 
             if operation["operationId"] in ANSWERS:  # get_openapi leaves out whatever is null, in examples too
                 answer = ANSWERS[operation["operationId"]]
                 operation["responses"][str(answer.status)] = answer.answer
-    document["paths"] = {RPC_PATH: {"post": _door(table)}, **document["paths"]}
+    doors = {RPC_PATH: {"post": _door(table)}, MCP_PATH: {"post": mcp_operation()}}
+    document["paths"] = {**doors, **document["paths"]}
     _say_who_may(document, open_paths(app.routes))
-    document["components"] = {"schemas": {**_shapes(table), **_envelopes(table)}, "securitySchemes": CREDENTIALS}
+    schemas = {**_shapes(table), **_envelopes(table), **mcp_schemas()}
+    document["components"] = {"schemas": schemas, "securitySchemes": CREDENTIALS}
     document["security"] = [*({name: []} for name in CREDENTIALS), *([] if always_asks else [{}])]
     return document
 

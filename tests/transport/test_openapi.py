@@ -22,6 +22,7 @@ from app import errors
 from app.service import open_service
 from app.settings import read_settings
 from app.transport.app import create_fastapi
+from app.transport.mcp import MCP_PATH
 from app.transport.methods import Methods
 from app.transport.rpc import RPC_PATH
 from tests.conftest import ROOT, Running, Serve, places_in
@@ -68,7 +69,7 @@ def test_every_route_is_documented_and_nothing_else(tmp_path: Path) -> None:
         return served, {(method, path) for method, path, _ in operations(document)}
 
     served, documented = asyncio.run(compared())
-    assert documented == served | {("post", RPC_PATH)}
+    assert documented == served | {("post", RPC_PATH), ("post", MCP_PATH)}
 
 
 def test_every_operation_says_what_it_is(document: Json) -> None:
@@ -76,6 +77,7 @@ def test_every_operation_says_what_it_is(document: Json) -> None:
     ids = [operation["operationId"] for _, _, operation in operations(document)]
     assert ids == [  # generated clients name their functions by these
         "callMethods",
+        "callMcp",
         "getLiveness",
         "getReadiness",
         "getMetrics",
@@ -103,10 +105,15 @@ def test_every_refusal_has_the_one_shape(document: Json) -> None:
         for status, answer in operation["responses"].items():
             if int(status) < 400 or (path, status) == ("/readyz", "503"):
                 continue
-            named = re.findall(r"schemas/(\w+)", str(media(answer)["schema"]))
-            door = path == RPC_PATH and status != "403"
-            assert set(named) == ({"RpcResponse"} if door else {"Refused"}), (path, status)
+            named = re.findall(r"schemas/(\w+)", str(media(answer).get("schema")))
+            assert set(named) == shapes_of_refusals(path, status), (path, status)
             assert ("Retry-After" in answer.get("headers", {})) == (status in ("429", "503"))
+
+
+def shapes_of_refusals(path: str, status: str) -> set[str]:
+    if path == MCP_PATH:
+        return {"401": set(), "403": {"Refused", "McpResponse"}}.get(status, {"McpResponse"})
+    return {"RpcResponse"} if path == RPC_PATH and status != "403" else {"Refused"}
 
 
 def test_every_status_that_a_refusal_can_have_is_documented(document: Json) -> None:
