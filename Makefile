@@ -106,6 +106,8 @@ lock:  ## write requirements/*.txt anew from pyproject.toml (needs uv)
 		--extra load --group dev -c requirements/runtime.txt -o requirements/dev.txt
 	@for group in build audit peers profiling; do uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-header --group $$group -c requirements/dev.txt -o requirements/$$group.txt; done
+	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --group checkov \
+		-o requirements/checkov.txt
 	@for client in $(CLIENTS); do uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-header --group client-$$client -o requirements/clients/$$client.txt; done
 
