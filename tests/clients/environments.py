@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
@@ -57,14 +58,16 @@ def _node_problem() -> str | None:
     told = subprocess.run([node, "--version"], capture_output=True, text=True, timeout=30).stdout
     if int(told.lstrip("v").split(".")[0] or 0) < NODE_MAJOR_MIN:
         return f"Node is older than {NODE_MAJOR_MIN}"
-    stamp = NODE_FOLDER / "installed"
-    if stamp.exists() and tuple(stamp.read_text().split()) == NODE_PACKAGES:
-        return None
-    return _install_node_packages(stamp)
+    NODE_FOLDER.mkdir(parents=True, exist_ok=True)
+    with (NODE_FOLDER / "lock").open("w") as lock:  # tests may run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stamp = NODE_FOLDER / "installed"
+        if stamp.exists() and tuple(stamp.read_text().split()) == NODE_PACKAGES:
+            return None
+        return _install_node_packages(stamp)
 
 
 def _install_node_packages(stamp: Path) -> str | None:
-    NODE_FOLDER.mkdir(parents=True, exist_ok=True)
     (NODE_FOLDER / "package.json").write_text('{"private": true}\n')
     command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error", *NODE_PACKAGES]
     try:

@@ -29,8 +29,9 @@ def commands(name: str) -> list[str]:
     return [step["run"] for step in jobs()[name]["steps"] if "run" in step]
 
 
-def test_there_is_a_job_for_tests_image_and_performance() -> None:
-    assert jobs().keys() == {"test", "image", "performance"}
+def test_there_is_a_job_for_tests_clients_image_and_performance() -> None:
+    assert jobs().keys() == {"test", "clients", "image", "performance"}
+    assert {"make clients", "make conformance"} <= set(commands("clients"))
     assert {"make check", "make test"} <= set(commands("test"))
     assert {"make image", "make audit", "make sbom", ".ci/image"} <= set(commands("image"))
     assert "make bench" in commands("performance")
