@@ -35,6 +35,10 @@ TOLERANCE = 2.0
 """Twice what is normal may be waited before the limit goes down (Netflix's gradient2 takes 1.5 of the whole time;
 here the tool's own run is not in it, so the noise is a larger part)."""
 
+DELAY_PART = 0.05
+"""Where all calls are slow, they may also be delayed by this part of what they take: nobody notices 40 ms of 800, and a
+limit so tight that nobody waits leaves the loop idle between them."""
+
 GRADIENT_MIN = 0.8
 """One window never takes away more than a fifth of what runs: the delay of a moment may be chance, and what was let in
 before goes on for a while."""
@@ -55,7 +59,7 @@ SAMPLE_S_MAX = 0.25
 IN_USE = 0.8
 """A limit goes up only while this part of it is in use: an unused one proves nothing."""
 
-FLOOR_PART = 0.05
+FLOOR_PART = 0.02
 FLOOR_MIN = 8
 """The limit never goes below this part of its ceiling, nor below 8: delay that the calls do not cause must not starve
 them."""
@@ -102,12 +106,14 @@ class Gradient:
     little over what is tolerated.
     """
 
-    __slots__ = ("_limit", "ceiling", "delay_s", "floor", "normal_s")
+    __slots__ = ("_limit", "allowed_s", "ceiling", "delay_s", "floor", "normal_s")
 
     def __init__(self, ceiling: int, floor: int | None = None) -> None:
         self.ceiling = ceiling
         self.floor = min(ceiling, max(FLOOR_MIN, int(ceiling * FLOOR_PART)) if floor is None else floor)
         self.normal_s = DELAY_S_MIN
+        self.allowed_s = 0.0
+        """A delay that does not matter to the calls there are, whatever is normal."""
         self._limit = float(ceiling)
         self.delay_s = 0.0
 
@@ -117,7 +123,7 @@ class Gradient:
 
     @property
     def tolerated_s(self) -> float:
-        return TOLERANCE * self.normal_s
+        return max(TOLERANCE * self.normal_s, self.allowed_s)
 
     @property
     def strain(self) -> float:
@@ -261,6 +267,7 @@ class LoadControl:
         dropped = refused != self._refused
         if self._is_calm() and not dropped:
             self._gradient.learn(delay_s)
+        self._gradient.allowed_s = self._allowed_s()
         limit = self._gradient.on_sample(delay_s, self._in_flight, dropped)
         self._feel_pressure(dropped)
         self._tighten(dropped)
@@ -270,6 +277,10 @@ class LoadControl:
         self._delays_s = self._lags_s = 0.0
         self._delays = self._lags = self._in_flight = 0
         self._waited = False
+
+    def _allowed_s(self) -> float:
+        quick = self._windows_without_quick < QUICK_LATELY_WINDOWS
+        return 0.0 if quick else min(TOLERANCE * DELAY_S_MAX, DELAY_PART * self._slow_hold_s)
 
     def _is_calm(self) -> bool:
         """Whether the loop's thread had little to compute in this window."""

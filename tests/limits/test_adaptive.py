@@ -22,13 +22,13 @@ from app.limits.adaptive import (
     QUICK_S,
     RELIEF_WINDOWS,
     RESERVE_PART,
-    STEPS,
     TOLERANCE,
     Gradient,
     LoadControl,
     Mode,
 )
 from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, release_all, take_all_now
+from app.limits.limit import STEPS
 from tests.limits.virtual import VirtualLoop, run_virtually
 
 TOLERATED_S = TOLERANCE * DELAY_S_MIN
@@ -47,7 +47,7 @@ def test_delay_brings_the_limit_down_from_what_really_runs_and_never_below_the_f
     assert gradient.on_sample(0.1, 200, False) < 200
     for _ in range(100):
         gradient.on_sample(0.1, 200, True)
-    assert gradient.limit == gradient.floor == 75
+    assert gradient.limit == gradient.floor == 30
 
 
 def test_a_limit_that_is_used_grows_back_to_its_ceiling_when_the_delay_is_gone() -> None:
@@ -150,7 +150,7 @@ def test_a_limit_comes_back_while_there_is_little_to_do(machine: Machine) -> Non
     control = machine.control(1500)
     for _ in range(50):
         machine.window(control, 0.1, running=200)
-    assert control.slots.limit == 75
+    assert control.slots.limit == 30
     for _ in range(100):
         machine.window(control, 0.0005, running=0, busy=0.1)
     assert control.slots.limit == 1500
@@ -276,11 +276,12 @@ CAPACITY = 1000.0
 
 @dataclass
 class World:
-    """Calls that come whether or not the earlier ones are done, half of them quick and half of them slow; does with
-    slots what the executor does."""
+    """Calls that come whether or not the earlier ones are done, as many of each kind; does with slots what the
+    executor does."""
 
     loop: VirtualLoop
     control: LoadControl
+    of: tuple[str, ...]
     random: random.Random = field(default_factory=lambda: random.Random(8))
     ended: list[tuple[float, str, float]] = field(default_factory=list)
     """When, of which kind, how long after it came."""
@@ -290,7 +291,8 @@ class World:
 
     def __post_init__(self) -> None:
         self.began = self.loop.time()
-        self.kinds = [Kind("quick", 0.001, 0.04), Kind("slow", 0.001, 0.8)]
+        kinds = [Kind("quick", 0.001, 0.04), Kind("slow", 0.001, 0.8)]
+        self.kinds = [kind for kind in kinds if kind.name in self.of]
 
     async def call(self, kind: Kind, came: float) -> None:
         control, loop = self.control, self.loop
@@ -349,11 +351,14 @@ class World:
 
 
 @cache
-def simulated(mode: Mode, *phases: tuple[float, float]) -> World:
+def simulated(
+    mode: Mode, *phases: tuple[float, float], of: tuple[str, ...] = ("quick", "slow"), slots: int = 1500
+) -> World:
     """What happened; phases are (calls a second, seconds)."""
 
     async def main(loop: VirtualLoop) -> World:
-        world = World(loop, LoadControl(Slots(1500, clock=loop.time), mode, clock=loop.time, cpu=lambda: loop.burned_s))
+        control = LoadControl(Slots(slots, clock=loop.time), mode, clock=loop.time, cpu=lambda: loop.burned_s)
+        world = World(loop, control, of)
         await world.run(phases)
         assert (world.control.slots.running, world.control.slots.queued) == (0, 0)
         assert (world.control.slow_slots.running, world.control.slow_slots.queued) == (0, 0)
@@ -388,6 +393,21 @@ def test_overload_keeps_nine_tenths_of_the_peak_and_quick_tools_quick(times: int
     assert world.goodput(4, 6) >= 0.9 * peak()
     assert world.p95_s("quick", 4, 6) <= 2 * unloaded_s("quick")
     assert world.p95_s("slow", 4, 6) <= 2 * unloaded_s("slow")
+
+
+@pytest.mark.parametrize("kind", ["quick", "slow"])
+def test_it_holds_for_tools_of_one_kind_too(kind: str) -> None:
+    world = simulated("enforce", (2 * CAPACITY, 6), of=(kind,))
+    assert world.goodput(4, 6) >= 0.9 * peak()
+    assert world.p95_s(kind, 4, 6) <= 2 * unloaded_s(kind)
+
+
+def test_where_slots_are_what_is_short_quick_tools_find_some() -> None:
+    """40 slots are full of slow calls at 50 a second; the loop has nothing to do with it."""
+    load = (150.0, 8)
+    without, world = simulated("off", load, slots=40), simulated("enforce", load, slots=40)
+    assert world.p95_s("quick", 3, 8) <= 2 * unloaded_s("quick") < without.p95_s("quick", 3, 8)
+    assert world.goodput(3, 8) >= 0.9 * without.goodput(3, 8)
 
 
 def test_after_overload_all_is_as_before_within_ten_seconds() -> None:
