@@ -2,18 +2,19 @@
 # docs/operations/container.md. The base gets its security updates under one tag: build anew, with --pull.
 
 FROM python:3.13-slim-trixie AS build
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1 PIP_ROOT_USER_ACTION=ignore
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /srv/agentcore-tools
 RUN python -m venv --without-pip /opt/venv
 COPY requirements/runtime.txt requirements/build.txt requirements/
 # Wheels only: nothing is compiled, so neither stage needs a compiler.
-RUN python -m pip --python /opt/venv/bin/python install --require-hashes --no-deps --only-binary :all: \
-        -r requirements/runtime.txt -r requirements/build.txt
+RUN python -m pip --python /opt/venv/bin/python install --require-hashes --no-deps --no-compile \
+        --only-binary :all: -r requirements/runtime.txt -r requirements/build.txt
 # The command and the project's name and version. Of the package only its first file: a change of code changes the small
 # layer of code alone. Editable, because the migrations are found beside the package.
 COPY pyproject.toml README.md ./
 COPY app/__init__.py app/
-RUN python -m pip --python /opt/venv/bin/python install --no-deps --no-build-isolation --editable . \
+RUN python -m pip --python /opt/venv/bin/python install --no-deps --no-compile --no-build-isolation \
+        --editable . \
     && python -m pip --python /opt/venv/bin/python uninstall --yes flit_core \
     && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
 COPY alembic.ini ./
