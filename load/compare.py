@@ -21,6 +21,7 @@ if not __package__:  # run as a file: modules of this folder would hide others o
 
 import argparse
 import platform
+import subprocess
 import time
 import urllib.request
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ from load.harness import (
 )
 from load.instructions import Counted, available, counted
 from load.overhead import Buckets, grown, quantile_s
+from load.run import CannotRun
 from load.wire import ASGI, BATCH, MCP_HEADERS
 
 BASELINE = Path(__file__).parent / "baseline.json"
@@ -58,7 +60,7 @@ GATES_MS = {"framework_overhead_seconds": 50.0, "registry_lookup_duration_second
 """The origin's, for the 95th percentile, at the rate of its headline test."""
 GATE_RATE, GATE_CONNECTIONS = 500.0, 64
 
-BURSTS = 10
+BURSTS = 8
 INSTRUCTION_CREDENTIALS = 4
 
 CALIBRATION_LOOPS = 2_000_000
@@ -121,11 +123,13 @@ def askings(credentials: tuple[str, ...], loops: int) -> dict[str, Asking]:
 class Comparison:
     """The servers of one run, and the baseline that they are held against."""
 
-    def __init__(self, bench: Bench, baseline: dict[str, Any], limit: float, rounds: int, loops: int) -> None:
-        self.bench = bench
+    def __init__(
+        self, bench: Bench, baseline: dict[str, Any], limit: float, rounds: int, seconds: float, loops: int
+    ) -> None:
         self.baseline = baseline
         self.limit = limit
         self.rounds = rounds
+        self.seconds = seconds
         self.lane = bench.service("everything, lane", bench.everything(TOOL_MODULES="load.tools"))
         asgi = bench.service("everything, ASGI", bench.everything(TOOL_MODULES="load.tools", **ASGI))
         self.asked = asked = askings(bench.credentials, loops)
@@ -143,7 +147,7 @@ class Comparison:
         for attempt in range(AGAIN + 1):
             if attempt:
                 print("a ratio is past the limit: measured again", flush=True)
-            measure(self.targets, self.rounds, 1.0)
+            measure(self.targets, self.rounds, self.seconds)
             found = {one.name: 1 / one.cpu_ratio(self.targets[0]) for one in self.targets[1:]}
             if all(now <= base.get(name, now) * (1 + self.limit) for name, now in found.items()):
                 break
@@ -151,6 +155,16 @@ class Comparison:
         return found
 
     def gates(self, seconds: float) -> dict[str, float]:
+        """The best of some times: these are no ratios, and whatever else the machine does is in them."""
+        best = self.gate(seconds)
+        for _ in range(AGAIN):
+            if all(best[name] < at_most for name, at_most in GATES_MS.items()):
+                break
+            again = self.gate(seconds)
+            best = {name: min(best[name], again[name]) for name in GATES_MS}
+        return best
+
+    def gate(self, seconds: float) -> dict[str, float]:
         before = histograms(self.lane)
         plan = Plan(self.lane.port, self.asked["single"].requests(), GATE_CONNECTIONS, phases=[(GATE_RATE, seconds)])
         outcome = drive(plan)
@@ -223,7 +237,7 @@ def python_version() -> str:
 def planted_loops(percent: float) -> int:
     """Turns of an empty loop that take that part of a clean call's CPU time here and now."""
     with bench() as own:
-        clean = Comparison(own, {}, LIMIT, rounds=2, loops=0)
+        clean = Comparison(own, {}, LIMIT, rounds=2, seconds=1.0, loops=0)
         del clean.targets[2:]
         measure(clean.targets, 2, 1.0)
         call_us = clean.targets[1].cpu_us_per_call
@@ -236,13 +250,19 @@ def planted_loops(percent: float) -> int:
     return loops
 
 
-def one_run(baseline: dict[str, Any], limit: float, rounds: int, loops: int, count_instructions: bool) -> Measured:
+def one_run(options: argparse.Namespace, baseline: dict[str, Any], loops: int) -> Measured:
     print(heading("against the baseline"))
     with bench() as own:
-        comparison = Comparison(own, baseline, limit, rounds, loops)
+        limit = options.fail_on_regression
+        comparison = Comparison(own, baseline, limit, options.rounds, options.seconds, loops)
         ratios = comparison.ratios()
-        gates_ms = comparison.gates(seconds=3.0)
-    counts = instructions(loops) if count_instructions else {}
+        gates_ms = comparison.gates(3 * options.seconds)
+    counts: dict[str, float] = {}
+    if available() and not options.no_instructions:
+        try:
+            counts = instructions(loops)
+        except (CannotRun, OSError, subprocess.SubprocessError) as error:
+            print(f"instructions are not compared: {error}")
     return Measured(ratios, counts, gates_ms)
 
 
@@ -269,7 +289,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fail-on-regression", type=share, default=LIMIT, metavar="SHARE", help="10%% when not given")
     parser.add_argument("--baseline", type=Path, default=BASELINE)
-    parser.add_argument("--rounds", type=int, default=7, help="of a second for each of five targets")
+    parser.add_argument("--rounds", type=int, default=7, help="for each of five targets")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of one round")
     parser.add_argument("--runs", type=int, default=1, help="as many times, each with servers of its own")
     parser.add_argument("--plant", type=float, default=0.0, metavar="PERCENT", help="make each call that much dearer")
     parser.add_argument("--no-instructions", action="store_true", help="CPU time alone, though valgrind is there")
@@ -280,14 +301,13 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     baseline = orjson.loads(options.baseline.read_bytes()) if options.baseline.exists() else {}
-    counting = available() and not options.no_instructions
     if not available():
         print("no valgrind: CPU time alone is compared (Debian: apt install valgrind)")
     loops = planted_loops(options.plant) if options.plant else 0
     against = {} if options.update else baseline
     bad = 0
     for _ in range(options.runs):
-        measured = one_run(against, options.fail_on_regression, options.rounds, loops, counting)
+        measured = one_run(options, against, loops)
         bad += not judged(measured, against, options.fail_on_regression)
     if options.update:
         write_json(str(options.baseline), updated(baseline, measured))

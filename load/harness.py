@@ -356,8 +356,9 @@ def visit(target: Target, seconds: float) -> Round:
     """Load for so long, then wait until the server is idle: what it does later it did for these requests."""
     pid = target.server.pid
     before = cpu_s(pid)
+    # wrk counts in whole seconds.
     wrk = shutil.which("wrk")
-    asked = wrk_load(wrk, target, seconds) if wrk else client_load(target, seconds)
+    asked = wrk_load(wrk, target, seconds) if wrk and seconds >= 1 else client_load(target, seconds)
     memory = rss_mb(pid)
     settle(pid)
     cpu_us = (cpu_s(pid) - before) / max(asked.requests, 1) * 1e6
@@ -417,7 +418,7 @@ def wrk_load(wrk: str, target: Target, seconds: float) -> Asked:
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(SCRIPT % (heads, ",".join(f"[==[{body.decode()}]==]" for body in target.asking.sent)))
         script.flush()
-        command = [wrk, "-t1", f"-c{target.connections}", f"-d{max(1, round(seconds))}s", "--latency"]
+        command = [wrk, "-t1", f"-c{target.connections}", f"-d{round(seconds)}s", "--latency"]
         command += ["--timeout", "30s", "-s", script.name, target.server.url]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"(\d+) requests in", text)
@@ -437,7 +438,7 @@ def _percentile(text: str, name: str) -> float:
 
 def client_load(target: Target, seconds: float) -> Asked:
     asked = target.asking.requests()
-    outcome = drive(Plan(target.server.port, asked, target.connections, seconds=max(1.0, seconds)))
+    outcome = drive(Plan(target.server.port, asked, target.connections, seconds=seconds))
     took = sorted(outcome.took_us)
     errors = sum(one != RIGHT for one in outcome.ended)
     rate = len(took) / outcome.seconds

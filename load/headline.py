@@ -48,7 +48,7 @@ class Row:
 
 
 def visit(server: Running, asking: Asking, rate: float, users: int, seconds: float) -> Row:
-    plan = Plan(server.port, asking.requests(), users, phases=[(rate, WARM_S)])
+    plan = Plan(server.port, asking.requests(), users, phases=[(rate, min(WARM_S, seconds))])
     drive(plan)
     settle(server.pid)
     before_s, began = cpu_s(server.pid), time.perf_counter()

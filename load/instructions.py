@@ -22,8 +22,8 @@ from pathlib import Path
 from load.harness import Asking, Bench, Running
 from load.run import CannotRun
 
-CONNECTIONS = 32
-WARM_BURSTS = 6
+CONNECTIONS = 16
+WARM_BURSTS = 4
 WARM_TRIES = 10
 TRY_AGAIN_S = 1.1
 """A service that found its key store too slow says to come back after a second."""

@@ -98,7 +98,7 @@ def beside(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=2, help="of one round")
+    parser.add_argument("--seconds", type=float, default=2, help="of one round")
     parser.add_argument("--only", choices=("parts", "connections", "payloads"), help="one of the tables")
     parser.add_argument("--json", help="a file for all figures")
     options = parser.parse_args()
