@@ -44,7 +44,7 @@ class McpDoor(RpcDoor):
         self._resource = resource
 
     async def reply(self, body: bytes, context: RequestContext, scope: Scope) -> Reply:
-        answer = await self._dispatcher.dispatch(body, Routing(scope["headers"]), context, _unheard)
+        answer = await self._dispatcher.dispatch(body, routing_of(scope), context, _unheard)
         if context.commits is not None:
             await context.committed()
         return self._rendered(answer, context, scope)
@@ -62,7 +62,7 @@ class McpDoor(RpcDoor):
             stream = ProgressStream(send, token)
             return stream.notify
 
-        answer = await self._dispatcher.dispatch(body, Routing(scope["headers"]), context, progress_to)
+        answer = await self._dispatcher.dispatch(body, routing_of(scope), context, progress_to)
         if stream is not None:
             stream.end()
         if context.commits is not None:
@@ -92,6 +92,17 @@ class McpDoor(RpcDoor):
             return
         challenge = self._resource.challenge(scope, refused=not isinstance(error, CredentialMissing))
         await respond(send, 401, [(b"www-authenticate", challenge), NO_BODY])
+
+
+def routing_of(scope: Scope) -> Routing:
+    """The routing headers, read once of each scope: the lane has one for all requests with the same head."""
+    known: Routing | None = scope.get(_ROUTING)
+    if known is None:
+        known = scope[_ROUTING] = Routing(scope["headers"])
+    return known
+
+
+_ROUTING = "agentcore.mcp_routing"
 
 
 def _unheard(token: str | int) -> None:

@@ -86,11 +86,12 @@ class Request(NamedTuple):
 class Routing:
     """The `Mcp-*` headers of one HTTP request, blanks stripped: httptools keeps those behind a value."""
 
-    __slots__ = ("_found", "_repeated")
+    __slots__ = ("_found", "_plain", "_repeated")
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self._found: dict[bytes, bytes] = {}
         self._repeated: set[bytes] = set()
+        self._plain: tuple[str | None, ...] | None = None
         for name, value in headers:
             if name[:4] == b"mcp-":
                 if name in self._found:
@@ -106,14 +107,23 @@ class Routing:
         return "" if VERSION_HEADER in self._repeated else _VERSIONS.get(value) or _text(value) or ""
 
     def plainly_says(self, version: str, method: str, name: Any) -> bool:
-        """Whether nothing is left to check: each header comes once and is, byte for byte, what the body says."""
-        found = self._found
-        return (
-            not self._repeated
-            and _VERSIONS.get(found.get(VERSION_HEADER, b"")) == version
-            and found.get(METHOD_HEADER) == method.encode()
-            and (method != CALL or (type(name) is str and _is_plain(name) and found.get(NAME_HEADER) == name.encode()))
+        """Whether nothing is left to check: each header comes once and is, as it stands, what the body says."""
+        plain = self._plain
+        if plain is None:
+            plain = self._plain = self._read_plainly()
+        if method != CALL:
+            return plain[:2] == (version, method)
+        return name is not None and plain == (version, method, name)
+
+    def _read_plainly(self) -> tuple[str | None, ...]:
+        """Version, method and name as they stand; nothing where one repeats. A name that may be encoded is None."""
+        if self._repeated:
+            return ()
+        version, method, name = (
+            None if value is None else _text(value)
+            for value in map(self._found.get, (VERSION_HEADER, METHOD_HEADER, NAME_HEADER))
         )
+        return version, method, name if name is not None and _is_plain(name) else None
 
     def has(self, name: bytes) -> bool:
         return name in self._found
