@@ -41,6 +41,7 @@ from app.executor.executor import Executor
 from app.executor.reuse import Reuse
 from app.executor.runner import Runner
 from app.executor.threads import ThreadPool
+from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission
 from app.limits.concurrency import QUEUE_PATIENCE_S, Slots
 from app.limits.limit import KEY_PREFIX
@@ -177,6 +178,7 @@ async def open_service(
         log = _open_log(settings, registry, database.engine, supervisor, stack) if keep_log else None
         if log is not None:
             log.observe_s = metrics.stages["log"].observe
+        control = _open_control(settings, slots, admission, supervisor)
         store = _open_cache_store(settings, stack)
         results = await _open_results(settings, store, supervisor)
         bus = _open_bus(settings, results, supervisor, stack)
@@ -185,7 +187,7 @@ async def open_service(
         executor = Executor(
             registry,
             Runner(threads, settings.max_result_bytes, metrics.count_abandoned),
-            slots,
+            control,
             admission,
             log,
             reuse,
@@ -215,14 +217,14 @@ async def open_service(
             lifecycle,
             tuple(loaded.problems),
         )
-        _show(service, slots, http, supervisor)
+        _show(service, control, http, supervisor)
         stack.push_async_callback(supervisor.close)
         if log is not None:
             stack.push_async_callback(log.drain, LOG_DRAIN_S)
         yield service
 
 
-def _show(service: Service, slots: Slots, http: EgressClient, supervisor: Supervisor) -> None:
+def _show(service: Service, control: LoadControl, http: EgressClient, supervisor: Supervisor) -> None:
     """Hang into the metrics what other rooms count, and start what measures the process."""
     metrics, executor, admission, log = service.metrics, service.executor, service.admission, service.log
     watch, system = LoopWatch(), SystemWatch()
@@ -237,7 +239,10 @@ def _show(service: Service, slots: Slots, http: EgressClient, supervisor: Superv
     metrics.gauges.update(
         limit_store_up=lambda: admission.store.up,
         tool_execution_concurrency=lambda: executor.concurrency,
-        tool_execution_limit=lambda: slots.limit,
+        tool_execution_limit=lambda: control.slots.limit,
+        adaptive_limit=lambda: control.limit,
+        adaptive_rate_factor=lambda: control.factor,
+        adaptive_delay_seconds=lambda: control.delay_s,
         tool_execution_queue_depth=lambda: executor.queue_depth,
         tool_abandoned_runs_active=lambda: executor.abandoned,
         event_loop_lag_seconds=watch.lag_s,
@@ -395,6 +400,18 @@ async def _open_admission(
     stack.push_async_callback(store.close)
     await store.settled()
     return Admission(admission_policies, store)
+
+
+def _open_control(settings: Settings, slots: Slots, admission: Admission, supervisor: Supervisor) -> LoadControl:
+    """What makes the limit of calls at once, and adaptive rates, follow the load."""
+
+    def tighten(step: int) -> None:
+        admission.step = step
+
+    control = LoadControl(slots, settings.adaptive_concurrency, factor_changed=tighten)
+    if settings.adaptive_concurrency != "off":
+        supervisor.start("load-control", control.run())
+    return control
 
 
 def _tenant_at_work() -> str:

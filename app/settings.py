@@ -178,6 +178,9 @@ class Settings(BaseModel):
     max_concurrent_executions: int = Field(
         1500, ge=1, le=100_000, description="Calls that run at once; as many again may wait, for 1 s"
     )
+    adaptive_concurrency: Literal["off", "shadow", "enforce"] = Field(
+        "shadow", description="Whether that limit, and adaptive rates, follow the load: computed and shown, or holding"
+    )
     max_request_bytes: int = Field(
         1_048_576, ge=1024, le=67_108_864, description="Bytes of a request body; over it 413"
     )

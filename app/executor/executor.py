@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable
 from time import perf_counter
 from typing import Any
 
-from app.breaker import NO_BREAKER, SAYS_NOTHING, SUCCEEDED, Outcome, Probe, ToolBreaker, outcome_of
+from app.breaker import NO_BREAKER, OPEN, SAYS_NOTHING, SUCCEEDED, Outcome, Probe, ToolBreaker, outcome_of
 from app.bus import Bus, Message
 from app.calls import Caller, Client, CurrentCall, Execution, ToolCall, current_call
 from app.egress import EgressClient
@@ -29,6 +30,7 @@ from app.execution_log.log import NO_LOG, ExecutionLog, ToolLog
 from app.executor.reuse import Replayed, Reuse, Wanted
 from app.executor.run import Run, ToolState
 from app.executor.runner import CANCELLED, Interrupt, Runner, cancelled_from_outside
+from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission, Asked, Grant, status
 from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, SlotTable, release_all, take_all_now
 from app.limits.policy import Bound
@@ -48,7 +50,7 @@ class Executor:
         self,
         registry: Registry,
         runner: Runner,
-        slots: Slots,
+        control: LoadControl,
         admission: Admission,
         log: ExecutionLog | None,
         reuse: Reuse,
@@ -64,7 +66,8 @@ class Executor:
         self.registry = registry
         self.timeout_ceiling_s = timeout_ceiling_s
         self._runner = runner
-        self._slots = slots
+        self._control = control
+        self._slots = control.slots
         self._admission = admission
         self._log = log
         self._reuse = reuse
@@ -98,7 +101,8 @@ class Executor:
     def queue_depth(self) -> int:
         """Calls waiting for a slot of the process or of their tool."""
         of_tools = sum(state.slots.queued for state in self._states.values() if state.slots)
-        return self._slots.queued + of_tools + self._policy_slots.queued
+        of_process = self._slots.queued + self._control.slow_slots.queued
+        return of_process + of_tools + self._policy_slots.queued
 
     @property
     def abandoned(self) -> int:
@@ -203,11 +207,12 @@ class Executor:
     async def _let_run(
         self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], timeout_s: float, bound: Bound
     ) -> bytes:
-        if state.slots is None and not bound.slots and self._slots.take_now():
+        if state.slots is None and not bound.slots and not state.is_slow and self._slots.take_now():
             release = self._slots.release
         else:
             await IN_TASK
-            release = await self._take_slots(state, bound, run, min(QUEUE_PATIENCE_S, timeout_s))
+            patience_s = self._control.patience_s(state.hold_s, min(QUEUE_PATIENCE_S, timeout_s))
+            release = await self._take_slots(state, bound, run, patience_s)
         try:
             state.log.reserve()
             try:
@@ -229,6 +234,10 @@ class Executor:
                     ended = perf_counter()
                     if run.attempts:
                         run.run_s = ended - started - run.paused_s
+                        if state.in_place:
+                            self._control.quick_seen = True
+                        else:
+                            self._learn_how_long(state, run.run_s)
             finally:
                 if not run.attempts:
                     state.log.unreserve()
@@ -237,6 +246,10 @@ class Executor:
         result = self._runner.encode(state.tool, value)
         self._serialisation_stage.observe(perf_counter() - ended)
         return result
+
+    def _learn_how_long(self, state: ToolState, run_s: float) -> None:
+        state.hold_s = self._control.ran(state.hold_s, run_s)
+        state.is_slow = self._control.is_slow(state.hold_s)
 
     def _tell_breaker(
         self, call: ToolCall, run: Run, state: ToolState, timeout_s: float, probe: Probe | None, error: BaseException
@@ -280,6 +293,8 @@ class Executor:
                 last = failed
             state.series.retries += 1
             await self._pause(run, wait_s)
+            if not state.breaker.quiet and state.breaker.state_now == OPEN:
+                raise last
 
     async def _pause(self, run: Run, wait_s: float) -> None:
         """Between two attempts; a cancellation ends it."""
@@ -410,6 +425,8 @@ class Executor:
         rules = {id(slots): rule.rule for slots, rule in zip(wanted, bound.slots, strict=True)}
         if state.slots is not None:
             wanted.append(state.slots)
+        if state.is_slow:
+            wanted.append(self._control.slow_slots)
         wanted.append(self._slots)
         if take_all_now(wanted):
             return lambda: release_all(wanted)
@@ -429,7 +446,8 @@ class Executor:
     async def _take_slot(self, slots: Slots, run: Run, patience_s: float) -> None:
         if slots.take_now():
             return
-        turn = slots.wait(run.call.caller.tenant)
+        # What would wait longer than it may is refused on arrival, where limits adapt.
+        turn = slots.wait(run.call.caller.tenant, patience_s if self._control.enforces else math.inf)
         run.interrupt.watch(turn)
         await slots.take(turn, patience_s)
         if run.interrupt.requested:  # in the tick in which the slot came

@@ -35,7 +35,9 @@ class ToolState:
         "cached",
         "cost",
         "harmless",
+        "hold_s",
         "in_place",
+        "is_slow",
         "log",
         "retries",
         "reused",
@@ -65,6 +67,9 @@ class ToolState:
         self.breaker = breaker
         self.retries = Retries.of(tool.spec)
         """None: a run that fails has failed."""
+        self.hold_s = 0.0
+        """What a run usually takes; is_slow: long enough to leave slots to others first."""
+        self.is_slow = False
         self.harmless = tool.spec.read_only or tool.spec.idempotent
         """A second run does what one did."""
         self.cached = cached

@@ -23,6 +23,7 @@ from app.executor.executor import Executor
 from app.executor.reuse import Reuse
 from app.executor.runner import Runner
 from app.executor.threads import ThreadPool
+from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission
 from app.limits.concurrency import Slots
 from app.limits.memory_store import MemoryStore
@@ -93,7 +94,7 @@ async def opened(
     executor = Executor(
         Registry(tools, timeout_ceiling_s=ceiling_s),
         Runner(threads, result_bytes_max, metrics.count_abandoned),
-        slots,
+        LoadControl(slots, "off"),
         Admission(Policies(policies), store or MemoryStore()),
         None,
         reuse,
