@@ -221,11 +221,13 @@ def test_the_trace_of_the_http_request_goes_before_that_of_the_message(mcp: Runn
     assert result["structuredContent"]["trace_id"] == "a" * 32
 
 
-def test_an_idempotency_key_is_taken_where_a_repeat_is_harmless(mcp: Running) -> None:
-    meta = {"io.agentcore/idempotency_key": "k1"}
-    assert call(mcp, "echo", {"message": "x"}, _meta=meta).result["isError"] is False
-    refused = call(mcp, "count_calls", _meta=meta).result
-    assert refused["isError"] is True and "idempotency_key" in refused["content"][0]["text"]
+def test_a_repeat_by_its_idempotency_key_gets_what_came_of_the_first_call(mcp: Running) -> None:
+    meta = {"io.agentcore/idempotency_key": "mcp-results-1"}
+    first, again = (call(mcp, "count_calls", _meta=meta).result for _ in range(2))
+    assert first["isError"] is False and again == first
+    call(mcp, "echo", {"message": "x"}, _meta=meta)
+    error = refusal(call(mcp, "echo", {"message": "y"}, _meta=meta))
+    assert (error["code"], error["data"]["error_type"]) == (-32007, "idempotency_conflict")
 
 
 @pytest.mark.parametrize("key", ["", 5, "x" * 257, []])
@@ -267,7 +269,10 @@ def test_a_quota_tells_the_agent_when_it_ends(serve: Serve) -> None:
 
 def test_an_overload_is_a_result(serve: Serve) -> None:
     service = serve(MAX_CONCURRENT_EXECUTIONS="1", TOOL_MODULES="tests.tools_for_tests")
-    batch = [message("tools/call", {"name": "wait", "arguments": {"seconds": 1.5, "value": n}}, request_id=n) for n in range(4)]
+    batch = [
+        message("tools/call", {"name": "wait", "arguments": {"seconds": 1.5, "value": n}}, request_id=n)
+        for n in range(4)
+    ]
     results = [each["result"] for each in send(service, batch).json]
     overloaded = [each for each in results if each["isError"]]
     assert overloaded
