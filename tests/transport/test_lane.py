@@ -94,12 +94,22 @@ class Door:
     def come(self, gate: str, count: int = 1) -> None:
         wait_until(lambda: self.running.execute("inside", {"gate": gate})["result"] >= count, f"{count} at {gate}")
 
-    def rows(self, tool_id: str, count: int) -> list[dict[str, Any]]:
-        """The newest rows of a tool, once there are so many."""
+    def rows(self, tool_id: str) -> dict[str, dict[str, Any]]:
+        """The newest of the tool's rows that are written, by their ids."""
+        found = self.running.rpc("tools.get_execution_history", {"tool_id": tool_id, "limit": 100})["result"]
+        return {row["execution_id"]: row for row in found["executions"]}
+
+    def rows_until_now(self, tool_id: str) -> set[str]:
+        """Ids of the tool's calls that have ended."""
+        wait_until(lambda: self.running.metric("execution_log_journal_bytes") == 0, "all rows are written")
+        return set(self.rows(tool_id))
+
+    def rows_since(self, before: set[str], tool_id: str, count: int = 1) -> list[dict[str, Any]]:
+        """So many rows that were not there before."""
         found: list[dict[str, Any]] = []
 
         def are_there() -> bool:
-            found[:] = self.running.rpc("tools.get_execution_history", {"tool_id": tool_id})["result"]["executions"]
+            found[:] = [row for name, row in self.rows(tool_id).items() if name not in before]
             return len(found) >= count
 
         wait_until(are_there, f"{count} rows of {tool_id}")
@@ -452,13 +462,13 @@ def test_a_call_goes_on_without_its_client_and_its_row_says_so(door: Door) -> No
     gate = f"alone {door.name}"
     door.open("y" * len(gate))
     door.taught(http(execute("held", gate="y" * len(gate))))
+    before = door.rows_until_now("held")
     peer = door.connect().send(http(execute("held", gate=gate)))
     door.come(gate)
     peer.close()
     door.turn()
-    before = len(door.rows("held", 1))
     door.open(gate)
-    row = door.rows("held", before + 1)[0]
+    (row,) = door.rows_since(before, "held")
     assert (row["status"], row["client_gone"]) == ("success", True)
 
 
@@ -473,11 +483,11 @@ def test_calls_that_want_to_be_are_cancelled_with_their_client(door: Door, calls
 
     door.open(other)
     door.taught(request(other))
-    before = len(door.rows("held_for_client", calls))
+    before = door.rows_until_now("held_for_client")
     peer = door.connect().send(request(gate))
     door.come(gate, calls)
     peer.close()
-    rows = door.rows("held_for_client", before + calls)[:calls]
+    rows = door.rows_since(before, "held_for_client", calls)
     assert {(row["status"], row["client_gone"]) for row in rows} == {("cancelled", True)}
     assert door.running.metric("tool_execution_concurrency") == 0
 
@@ -486,11 +496,12 @@ def test_an_mcp_call_is_cancelled_with_its_client(door: Door) -> None:
     gate = f"mcp {door.name}"
     door.open("w" * len(gate))
     door.taught(mcp_call("held_for_client", gate="w" * len(gate)))
-    before = len(door.rows("held_for_client", 1))
+    before = door.rows_until_now("held_for_client")
     peer = door.connect().send(mcp_call("held_for_client", gate=gate))
     door.come(gate)
     peer.close()
-    assert door.rows("held_for_client", before + 1)[0]["status"] == "cancelled"
+    (row,) = door.rows_since(before, "held_for_client")
+    assert row["status"] == "cancelled"
 
 
 @pytest.mark.parametrize("door_name", DOORS)
@@ -520,6 +531,32 @@ def test_a_drain_loses_no_answer_and_ends_every_connection(serve: Serve, door_na
     assert refused.json["error"]["code"] == -32009
     assert all(peer.is_at_end() for peer in busy)
     assert running.process.wait(30) == 0
+    door.hang_up()
+
+
+@pytest.mark.parametrize("door_name", DOORS)
+def test_a_call_that_waits_for_redis_and_for_its_row_on_disk_keeps_its_door(
+    serve: Serve, door_name: str, redis_url: str, tmp_path: Path
+) -> None:
+    limits = tmp_path / "limits.yaml"
+    limits.write_text("policies: [{name: wide, match: {tool: which_door}, per: [tenant], rate: 1000/day}]")
+    lane = "true" if door_name == "lane" else "false"
+    environ = {"REDIS_URL": redis_url, "LIMITS_FILE": str(limits), "JOURNAL_MODE": "strict"}
+    door = Door(serve(PROTOCOL_LANE=lane, TOOL_MODULES=TOOLS, **environ), door_name)
+    request = door.taught(http(which()))
+    peers = [door.connect() for _ in range(5)]
+    for number in range(4):
+        for peer in peers:
+            peer.send(request)
+        answers = [peer.response() for peer in peers]
+        assert all(door.answers(answer) for answer in answers)
+        left = sorted(int(answer.headers["ratelimit-remaining"]) for answer in answers)
+        assert left == list(range(994 - 5 * number, 999 - 5 * number))
+    before = door.rows_until_now("which_door")
+    peers[0].send(request)
+    peers[0].close()
+    (row,) = door.rows_since(before, "which_door")
+    assert len(before) == 21 and row["status"] == "success"
     door.hang_up()
 
 
