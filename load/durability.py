@@ -77,7 +77,7 @@ class Ledger:
         if not isinstance(answer, dict):
             return
         if "execution_id" in answer and "status" in answer:
-            if answer["attempts"]:
+            if answer["attempts"] or answer["cached"]:
                 self.answered[answer["execution_id"]] = answer["status"]
             else:
                 self.refused.add(answer["execution_id"])
