@@ -39,8 +39,9 @@ RETRY_S_MIN, RETRY_S_MAX = 0.1, 2.0
 SILENCE_S_MAX = 10.0
 """Without a message the connection is tried with a ping."""
 
-FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
-"""What the library raises for a server that is away; that of Clusters is no RedisError."""
+FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError)
+"""What the library raises for a server that is away; that of Clusters is no RedisError, and uvloop has a RuntimeError
+for a connection that closed while it was opened."""
 
 Message = Mapping[str, Any]
 Listener = Callable[[Message], bool]
