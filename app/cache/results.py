@@ -291,7 +291,8 @@ def _read(value: bytes, key: str, bytes_max: int) -> tuple[bytes, float, float] 
         if not (age_s > -CLOCK_SKEW_S and 0 < life_s < float("inf")):
             return None
         result = _unpacked(packed, bytes_max) if compressed else packed
-        if len(result) > bytes_max:
+        # A line break would end an event of a stream. We write none, and strings of JSON hold none.
+        if len(result) > bytes_max or b"\n" in result or b"\r" in result:
             return None
         orjson.loads(result)
     except (struct.error, zlib.error, ValueError):
