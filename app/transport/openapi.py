@@ -20,6 +20,7 @@ REFUSED_BECAUSE = {
     403: "A foreign Origin or Host, or a missing scope",
     404: "No such thing, or none that you may see",
     408: "The body did not arrive in time",
+    409: "The first call with this idempotency key still runs; `data.retryable` says whether to come back",
     413: "The body is too large",
     414: "The URL is too long",
     422: "A parameter does not fit; `data.errors` says which and why",

@@ -39,7 +39,7 @@ REPEATABLE = frozenset({"tag"})
 """Query parameters that are lists."""
 
 READ_REFUSALS = (403, 414, 422, 500)
-EXECUTE_REFUSALS = (400, 403, 404, 408, 413, 414, 422, 429, 500, 503)
+EXECUTE_REFUSALS = (400, 403, 404, 408, 409, 413, 414, 422, 429, 500, 503)
 
 
 def mount(app: FastAPI, service: Service, methods: Methods) -> None:

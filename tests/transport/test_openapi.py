@@ -92,6 +92,7 @@ def test_every_operation_says_what_it_is(document: Json) -> None:
         "listKeys",
         "createKey",
         "revokeKey",
+        "forgetResults",
         "getOpenApi",
         "getDocs",
     ]
@@ -138,7 +139,7 @@ def test_every_method_of_the_door_is_documented_with_an_example(document: Json, 
     assert set(methods) <= set(examples)
 
 
-PASTED_ELSEWHERE = {"getExecution", "listKeys", "createKey", "revokeKey"}
+PASTED_ELSEWHERE = {"getExecution", "listKeys", "createKey", "revokeKey", "forgetResults"}
 """They need a row of the log, or a credential: tests/service/test_log.py, tests/access/."""
 
 
