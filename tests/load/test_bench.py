@@ -20,6 +20,7 @@ from load.compare import GATES_MS, Line, Measured, judged, share
 from load.growth import Family
 from load.harness import Asking, Round, Running, Target, quantile
 from tests.conftest import ROOT, service_environ
+from tests.servers import wait_until
 
 RUN_S_MAX = 300.0
 """Bounds a hang; a part takes some seconds in this form."""
@@ -115,26 +116,28 @@ def test_the_gate_writes_a_baseline_and_holds_a_run_against_it(tmp_path: Path) -
 
 def test_ctrl_c_ends_every_server_that_a_part_started() -> None:
     command = [sys.executable, "-u", "-m", "load.wire", "--only", "payloads", "--rounds", "50"]
-    with subprocess.Popen(command, cwd=ROOT, env=service_environ(), stderr=subprocess.PIPE, text=True) as part:
-        started = psutil.Process(part.pid)
-        while not any("load.client" in " ".join(one.cmdline()) or one.name() == "wrk" for one in children(started)):
-            assert part.poll() is None, part.stderr and part.stderr.read()
-        mine = children(started)
-        part.send_signal(signal.SIGINT)
-        assert part.wait(RUN_S_MAX) == 130
+    mine: list[psutil.Process] = []
+    with subprocess.Popen(command, cwd=ROOT, env=service_environ(), stdout=subprocess.DEVNULL) as part:
+        try:
+            wait_until(lambda: under_load(part), "load on a server")
+            mine = psutil.Process(part.pid).children(recursive=True)
+            part.send_signal(signal.SIGINT)
+            assert part.wait(RUN_S_MAX) == 130
+        finally:
+            part.kill()
     _, alive = psutil.wait_procs(mine, timeout=30)
     assert not alive
 
 
-def children(process: psutil.Process) -> list[psutil.Process]:
-    found = []
-    for one in process.children(recursive=True):
+def under_load(part: subprocess.Popen[bytes]) -> bool:
+    assert part.poll() is None, "it ended by itself"
+    for one in psutil.Process(part.pid).children(recursive=True):
         try:
-            one.cmdline()
-            found.append(one)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            if one.name() == "wrk" or "load.client" in one.cmdline():
+                return True
+        except psutil.NoSuchProcess:
             continue
-    return found
+    return False
 
 
 # How it judges
