@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 PART ?=
-PYTEST_ARGS ?=
+# Two at a time: each worker has servers of its own.
+PYTEST_ARGS ?= -n 2
 DOCKER ?= docker
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 IMAGE ?= agentcore-tools:$(VERSION)
