@@ -88,9 +88,9 @@ async def opened(
     slots = slots or Slots(100)
     threads = threads or ThreadPool()
     http = EgressClient(parse_egress_allow(""), 1, ssl_context=certificates())
-    reuse = Reuse(
-        Idempotency(keys or FileStore(Path(":memory:"))), results or ResultCache(None, 2**20, 2**20, compress=False)
-    )
+    if results is None:
+        results = ResultCache(None, 2**20, 2**20, compress=False)
+    reuse = Reuse(Idempotency(keys or FileStore(Path(":memory:"))), results)
     executor = Executor(
         Registry(tools, timeout_ceiling_s=ceiling_s),
         Runner(threads, result_bytes_max, metrics.count_abandoned),

@@ -367,11 +367,14 @@ def test_a_trace_id_that_cannot_be_logged_as_it_is_is_not_taken(service: Running
     assert execution["status"] == "success" and execution["trace_id"] not in {trace_id, None, ""}
 
 
-def test_an_idempotency_key_is_taken_only_where_a_repeat_is_harmless(service: Running) -> None:
-    assert service.execute("echo", {"message": "x"}, idempotency_key="k")["status"] == "success"
-    before = service.execute("count_calls")["result"]
-    assert service.execute("count_calls", idempotency_key="k")["code"] == -32602
-    assert service.execute("count_calls")["result"] == before + 1
+def test_a_repeat_with_its_idempotency_key_is_the_first_call_again(service: Running) -> None:
+    first = service.execute("count_calls", idempotency_key="jsonrpc-1")
+    again = service.execute("count_calls", idempotency_key="jsonrpc-1")
+    assert again == {**first, "replayed": True}
+    assert service.execute("count_calls")["result"] == first["result"] + 1
+    service.execute("echo", {"message": "x"}, idempotency_key="jsonrpc-1")
+    error = service.execute("echo", {"message": "y"}, idempotency_key="jsonrpc-1")
+    assert (error["code"], error["data"]["reason"]) == (-32007, "other_call")
 
 
 def test_every_method_of_the_table_is_named_and_described(service: Running) -> None:

@@ -225,8 +225,12 @@ def test_arguments_that_do_not_fit_the_tool_are_422_without_their_values(service
     assert response.json()["error"]["data"]["execution_id"]
 
 
-def test_a_key_for_a_tool_that_must_not_repeat_is_422(service: Running) -> None:
-    assert violated(execute(service, "count_calls", {"idempotency_key": "k"})) == ["idempotency_key"]
+def test_a_key_that_stands_for_another_call_is_422(service: Running) -> None:
+    first = execute(service, "echo", {"parameters": {"message": "x"}, "idempotency_key": "rest-1"})
+    assert first.status_code == 200
+    response = execute(service, "echo", {"parameters": {"message": "y"}, "idempotency_key": "rest-1"})
+    refused(response, 422, -32007)
+    assert response.json()["error"]["data"]["retryable"] is False
 
 
 def test_a_body_over_its_bound_is_413_however_it_is_sent(service: Running) -> None:
