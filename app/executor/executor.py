@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable
 from time import perf_counter
 from typing import Any
 
 from app.breaker import NO_BREAKER, OPEN, SAYS_NOTHING, SUCCEEDED, Outcome, Probe, ToolBreaker, outcome_of
-from app.bus import Bus, Message
+from app.bus import Bus
 from app.calls import Caller, Client, CurrentCall, Execution, ToolCall, current_call
 from app.egress import EgressClient
 from app.errors import (
-    Draining,
     InternalError,
-    InvalidParams,
     Overloaded,
     RunFailed,
     ToolServiceError,
@@ -30,9 +27,11 @@ from app.execution_log.log import NO_LOG, ExecutionLog, ToolLog
 from app.executor.reuse import Replayed, Reuse, Wanted
 from app.executor.run import Run, ToolState
 from app.executor.runner import CANCELLED, Interrupt, Runner, cancelled_from_outside
+from app.executor.running import RunningCalls
+from app.executor.slots import CallSlots
 from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission, Asked, Grant, status
-from app.limits.concurrency import QUEUE_PATIENCE_S, Slots, SlotTable, release_all, take_all_now
+from app.limits.concurrency import QUEUE_PATIENCE_S
 from app.limits.policy import Bound
 from app.stepping import IN_TASK
 from app.telemetry.metrics import Metrics
@@ -72,10 +71,9 @@ class Executor:
         self._log = log
         self._reuse = reuse
         reuse.fetch = self._fetch
-        self._bus = bus
-        bus.listeners["cancel"] = self._cancel_for
+        self.calls = RunningCalls(bus)
         self._breakers = breakers
-        self._policy_slots = SlotTable()
+        self._call_slots = CallSlots(control)
         self._http = http
         self._metrics = metrics
         self._registry_stage = metrics.stages["registry"]
@@ -88,30 +86,22 @@ class Executor:
         self._metrics_stage = metrics.stages["metrics"]
         self._rebuild_validators = rebuild_validators
         self._states: dict[str, ToolState] = {}
-        self._running: dict[str, Run] = {}
-        self._call_ids: dict[tuple[str, str, str], Run] = {}
-        self._accepting = True
 
     @property
     def concurrency(self) -> int:
         """Calls between their arrival and their answer."""
-        return len(self._running)
+        return len(self.calls)
 
     @property
     def queue_depth(self) -> int:
-        """Calls waiting for a slot of the process or of their tool."""
+        """Calls waiting for a slot."""
         of_tools = sum(state.slots.queued for state in self._states.values() if state.slots)
-        of_process = self._slots.queued + self._control.slow_slots.queued
-        return of_process + of_tools + self._policy_slots.queued
+        return of_tools + self._call_slots.queued
 
     @property
     def abandoned(self) -> int:
         """Runs that were given up and still live."""
         return sum(state.abandoned.active for state in self._states.values())
-
-    def stop_accepting(self) -> None:
-        """From now on every new call is refused as draining; what runs goes on."""
-        self._accepting = False
 
     async def execute(self, call: ToolCall, *, fresh: bool = False) -> Execution:
         """Run one call to its end, `fresh` whatever is kept of earlier ones. Raises nothing but CancelledError, when
@@ -121,7 +111,7 @@ class Executor:
             run.fresh = True
         current_call.set(tuple.__new__(CurrentCall, (call.execution_id, call.trace_id, call.trace, call.caller.tenant)))
         try:
-            self._enter(run)
+            self.calls.enter(run)
             try:
                 execution = run.ended("success", await self._perform(call, run))
             except asyncio.CancelledError:
@@ -132,7 +122,7 @@ class Executor:
                         await self._reuse.settle(run, execution)
                     raise
             finally:
-                self._leave(run)
+                self.calls.leave(run)
         except RunFailed as failed:
             execution = run.failed(failed)
         except Replayed as replayed:
@@ -212,7 +202,7 @@ class Executor:
         else:
             await IN_TASK
             patience_s = self._control.patience_s(state.hold_s, min(QUEUE_PATIENCE_S, timeout_s))
-            release = await self._take_slots(state, bound, run, patience_s)
+            release = await self._call_slots.take(state, bound, run, patience_s)
         try:
             state.log.reserve()
             try:
@@ -362,29 +352,6 @@ class Executor:
         bound = self._bound(ToolCall("", tool_id, None, caller, 0.0, agent_id=agent_id))
         return status(tool_id, tool.spec.cost, await self._admission.look(bound.limits))
 
-    def admitted(self, calls: Iterable[ToolCall]) -> list[ToolCall]:
-        """Let a request's calls in together: a drain that begins later does not cut it in two. Raises Draining."""
-        if not self._accepting:
-            raise Draining
-        return [call._replace(admitted=True) for call in calls]
-
-    def _enter(self, run: Run) -> None:
-        call = run.call
-        if not (self._accepting or call.admitted):
-            raise Draining
-        if call.call_id is not None:
-            key = (call.caller.tenant, call.caller.subject, call.call_id)
-            if key in self._call_ids:
-                raise InvalidParams.at("call_id", "A running call of yours has this call_id")
-            self._call_ids[key] = run
-        self._running[call.execution_id] = run
-
-    def _leave(self, run: Run) -> None:
-        call = run.call
-        del self._running[call.execution_id]
-        if call.call_id is not None:
-            del self._call_ids[call.caller.tenant, call.caller.subject, call.call_id]
-
     def _arguments(self, call: ToolCall, tool: Tool) -> dict[str, Any]:
         try:
             return (tool.rebuilt() if self._rebuild_validators else tool).parameters.validate(call.parameters)
@@ -418,42 +385,6 @@ class Executor:
             timeout_s = min(timeout_s, max(0.0, call.deadline - perf_counter()))
         return timeout_s
 
-    async def _take_slots(self, state: ToolState, bound: Bound, run: Run, patience_s: float) -> Callable[[], None]:
-        """Wait for every slot in one patience: those of policies first, so that a tenant that waits for itself holds
-        nothing that others want, then the tool's, then the process's; how to give them back."""
-        wanted = [self._policy_slots.of(rule.key, rule.amount) for rule in bound.slots]
-        rules = {id(slots): rule.rule for slots, rule in zip(wanted, bound.slots, strict=True)}
-        if state.slots is not None:
-            wanted.append(state.slots)
-        if state.is_slow:
-            wanted.append(self._control.slow_slots)
-        wanted.append(self._slots)
-        if take_all_now(wanted):
-            return lambda: release_all(wanted)
-        patience_ends = perf_counter() + patience_s
-        held: list[Slots] = []
-        try:
-            for slots in wanted:
-                await self._take_slot(slots, run, max(0.0, patience_ends - perf_counter()))
-                held.append(slots)
-        except BaseException as error:
-            release_all(held)
-            if isinstance(error, Overloaded) and (rule := rules.get(id(slots))):
-                error.data["rule"] = rule
-            raise
-        return lambda: release_all(held)
-
-    async def _take_slot(self, slots: Slots, run: Run, patience_s: float) -> None:
-        if slots.take_now():
-            return
-        # What would wait longer than it may is refused on arrival, where limits adapt.
-        turn = slots.wait(run.call.caller.tenant, patience_s if self._control.enforces else math.inf)
-        run.interrupt.watch(turn)
-        await slots.take(turn, patience_s)
-        if run.interrupt.requested:  # in the tick in which the slot came
-            slots.release()
-            raise asyncio.CancelledError
-
     def _context(self, call: ToolCall, deadline: float) -> ToolContext:
         context = ToolContext(
             call.execution_id,
@@ -468,45 +399,6 @@ class Executor:
         if call.on_progress is not None:
             context = context._replace(on_progress=call.on_progress)
         return context if call.idempotency_key is None else context._replace(idempotency_key=call.idempotency_key)
-
-    def cancel(self, caller: Caller, execution_id: str | None, call_id: str | None) -> bool:
-        """Cancel a call of the caller's own that runs here, or anyone's for an admin. False: there is none, or it has
-        its outcome already."""
-        return self._cancel(caller.tenant, caller.subject, execution_id, call_id, is_admin="admin" in caller.scopes)
-
-    async def cancel_anywhere(self, caller: Caller, execution_id: str | None, call_id: str | None) -> bool:
-        """`cancel` on whichever replica runs it. False too where the others cannot be reached."""
-        if self.cancel(caller, execution_id, call_id):
-            return True
-        return await self._bus.ask(
-            "cancel",
-            tenant=caller.tenant,
-            subject=caller.subject,
-            is_admin="admin" in caller.scopes,
-            execution_id=execution_id,
-            call_id=call_id,
-        )
-
-    def _cancel_for(self, asked: Message) -> bool:
-        """Another replica's caller."""
-        texts = [asked.get(name) for name in ("tenant", "subject", "execution_id", "call_id")]
-        if not all(text is None or isinstance(text, str) for text in texts) or None in texts[:2]:
-            return False
-        return self._cancel(*texts, is_admin=asked.get("is_admin") is True)  # type: ignore[arg-type]
-
-    def _cancel(
-        self, tenant: str, subject: str, execution_id: str | None, call_id: str | None, *, is_admin: bool
-    ) -> bool:
-        if execution_id is not None:
-            run = self._running.get(execution_id)
-        else:
-            run = self._call_ids.get((tenant, subject, call_id or ""))
-        if run is None:
-            return False
-        owner = run.call.caller
-        if not is_admin and (owner.tenant, owner.subject) != (tenant, subject):
-            return False
-        return run.interrupt.cancel()
 
     def _finish(self, run: Run, execution: Execution) -> None:
         """The epilogue of every call. Never awaits: a slow sink must not slow a call."""

@@ -166,7 +166,7 @@ class McpMethods:
         return self._run_watched(context.client, call)
 
     async def _run_watched(self, client: Client, call: ToolCall) -> Execution:
-        hang_up = HangUp(client, lambda: self._executor.cancel(call.caller, call.execution_id, None))
+        hang_up = HangUp(client, lambda: self._executor.calls.cancel(call.caller, call.execution_id, None))
         try:
             return await self._executor.execute(call)
         finally:

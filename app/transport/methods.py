@@ -194,7 +194,7 @@ class Methods:
     async def _execute_batch(self, context: RequestContext, params: shapes.BatchParams) -> bytes:
         _expect_no_key(context)
         began = time.perf_counter()
-        calls = self._executor.admitted(tool_call(context, item.tool_id, item) for item in params.requests)
+        calls = self._executor.calls.admitted(tool_call(context, item.tool_id, item) for item in params.requests)
         executions = await run_batch(self._bounded_execute(context), calls, params.max_concurrent)
         return orjson.dumps(
             {"results": [self._item(execution) for execution in executions], **_counts(executions), **_total(began)}
@@ -203,7 +203,7 @@ class Methods:
     async def _execute_parallel(self, context: RequestContext, params: shapes.ParallelParams) -> bytes:
         _expect_no_key(context)
         began = time.perf_counter()
-        calls = self._executor.admitted(tool_call(context, item.tool_id, item) for item in params.tasks)
+        calls = self._executor.calls.admitted(tool_call(context, item.tool_id, item) for item in params.tasks)
         tasks = [
             PlanTask(item.task_id, call, tuple(item.dependencies))
             for item, call in zip(params.tasks, calls, strict=True)
@@ -224,7 +224,7 @@ class Methods:
     async def _execute_with_fallback(self, context: RequestContext, params: shapes.FallbackParams) -> bytes:
         _expect_no_key(context)
         began = time.perf_counter()
-        calls = self._executor.admitted(
+        calls = self._executor.calls.admitted(
             tool_call(context, item.tool_id, item) for item in (params.primary, *params.fallback)
         )
         attempts = await run_fallback(self._bounded_execute(context), calls)
@@ -241,7 +241,7 @@ class Methods:
     async def _cancel(self, context: RequestContext, params: shapes.CancelParams) -> bytes:
         if (params.execution_id is None) == (params.call_id is None):
             raise InvalidParams.at("", "Give either execution_id or call_id")
-        cancelled = await self._executor.cancel_anywhere(context.caller, params.execution_id, params.call_id)
+        cancelled = await self._executor.calls.cancel_anywhere(context.caller, params.execution_id, params.call_id)
         return orjson.dumps({"cancelled": cancelled})
 
     async def _limit_status(self, context: RequestContext, params: shapes.LimitStatusParams) -> bytes:

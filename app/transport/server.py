@@ -127,7 +127,7 @@ class Server(uvicorn.Server):
         seconds = self._service.settings.drain_seconds
         logger.info("draining", extra={"seconds": seconds})
         await asyncio.sleep(seconds)
-        self._service.executor.stop_accepting()
+        self._service.executor.calls.stop_accepting()
         self.should_exit = True
 
 

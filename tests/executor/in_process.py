@@ -67,7 +67,7 @@ class Rig:
         """Nothing runs, waits or holds a slot."""
         slots = [self.slots, *(state.slots for state in self.executor._states.values() if state.slots)]
         held = [count for one in slots for count in (one.running, one.queued)]
-        return not any((*held, self.executor.concurrency, self.executor.queue_depth, self.executor._call_ids))
+        return not any((*held, self.executor.concurrency, self.executor.queue_depth, self.executor.calls._by_call_id))
 
 
 @contextlib.asynccontextmanager

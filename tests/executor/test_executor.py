@@ -122,8 +122,8 @@ async def test_cancelling_by_execution_id_or_call_id_ends_a_running_call_as_canc
     async with opened(forever) as rig:
         by_execution, by_call = rig.start(forever), rig.start(forever, call_id="mine")
         await until(lambda: rig.slots.running == 2)
-        assert rig.executor.cancel(LOCAL_CALLER, by_execution.get_name(), None)
-        assert rig.executor.cancel(LOCAL_CALLER, None, "mine")
+        assert rig.executor.calls.cancel(LOCAL_CALLER, by_execution.get_name(), None)
+        assert rig.executor.calls.cancel(LOCAL_CALLER, None, "mine")
         for execution in (await by_execution, await by_call):
             assert (execution.status, execution.attempts) == ("cancelled", 1)
             assert execution.error and execution.error.code == "TOOL_CANCELLED"
@@ -134,21 +134,21 @@ async def test_cancelling_by_execution_id_or_call_id_ends_a_running_call_as_canc
 async def test_cancelling_what_does_not_run_says_false() -> None:
     async with opened(echo) as rig:
         ended = await rig.call(echo, {"message": "a"}, call_id="mine")
-        assert not rig.executor.cancel(LOCAL_CALLER, ended.execution_id, None)
-        assert not rig.executor.cancel(LOCAL_CALLER, None, "mine")
-        assert not rig.executor.cancel(LOCAL_CALLER, "never heard of", None)
-        assert not rig.executor.cancel(LOCAL_CALLER, None, None)
+        assert not rig.executor.calls.cancel(LOCAL_CALLER, ended.execution_id, None)
+        assert not rig.executor.calls.cancel(LOCAL_CALLER, None, "mine")
+        assert not rig.executor.calls.cancel(LOCAL_CALLER, "never heard of", None)
+        assert not rig.executor.calls.cancel(LOCAL_CALLER, None, None)
 
 
 async def test_only_the_caller_or_an_admin_can_cancel_a_call() -> None:
     async with opened(forever) as rig:
         call = rig.start(forever, call_id="mine")
         await until(lambda: rig.slots.running == 1)
-        assert not rig.executor.cancel(OTHER_CALLER, call.get_name(), None)
-        assert not rig.executor.cancel(OTHER_CALLER, None, "mine")
-        assert not rig.executor.cancel(dataclasses.replace(LOCAL_CALLER, tenant="other"), call.get_name(), None)
-        assert not rig.executor.cancel(ADMIN, None, "mine"), "a call_id is a name among the caller's own calls"
-        assert rig.executor.cancel(ADMIN, call.get_name(), None)
+        assert not rig.executor.calls.cancel(OTHER_CALLER, call.get_name(), None)
+        assert not rig.executor.calls.cancel(OTHER_CALLER, None, "mine")
+        assert not rig.executor.calls.cancel(dataclasses.replace(LOCAL_CALLER, tenant="other"), call.get_name(), None)
+        assert not rig.executor.calls.cancel(ADMIN, None, "mine"), "a call_id is a name among the caller's own calls"
+        assert rig.executor.calls.cancel(ADMIN, call.get_name(), None)
         assert (await call).status == "cancelled"
 
 
@@ -162,12 +162,12 @@ async def test_cancelling_a_call_in_the_queue_ends_it_without_a_run() -> None:
         for_the_process = rig.start(forever)
         await until(lambda: rig.executor.queue_depth == 2)
         for queued in (for_its_tool, for_the_process):
-            assert rig.executor.cancel(LOCAL_CALLER, queued.get_name(), None)
+            assert rig.executor.calls.cancel(LOCAL_CALLER, queued.get_name(), None)
             execution = await queued
             assert (execution.status, execution.attempts, execution.run_s) == ("cancelled", 0, 0)
         assert rig.executor.queue_depth == 0
         for call in (running, filling):
-            rig.executor.cancel(LOCAL_CALLER, call.get_name(), None)
+            rig.executor.calls.cancel(LOCAL_CALLER, call.get_name(), None)
             await call
 
 
@@ -183,7 +183,7 @@ async def test_cancelling_a_sync_tool_answers_at_once_and_counts_its_thread_as_a
     async with opened(hold) as rig:
         call = rig.start(hold)
         await until(begun.is_set)
-        assert rig.executor.cancel(LOCAL_CALLER, call.get_name(), None)
+        assert rig.executor.calls.cancel(LOCAL_CALLER, call.get_name(), None)
         assert (await call).status == "cancelled"
         assert (rig.executor.abandoned, rig.metrics.abandoned) == (1, 1)
         release.set()
@@ -202,7 +202,7 @@ async def test_cancelling_a_sync_tool_that_waits_for_a_thread_ends_it_as_cancell
         first, second = rig.start(hold), rig.start(hold)
         await until(lambda: rig.slots.running == 2)
         await asyncio.sleep(0)
-        assert rig.executor.cancel(LOCAL_CALLER, second.get_name(), None)
+        assert rig.executor.calls.cancel(LOCAL_CALLER, second.get_name(), None)
         execution = await second
         assert execution.status == "cancelled" and execution.refusal is None
         assert rig.executor.abandoned == 0
@@ -228,7 +228,7 @@ async def test_a_cancellation_in_the_tick_of_the_tools_end_comes_too_late_and_sa
         while not call.done():
             await asyncio.sleep(0)
             if rig.executor.concurrency:
-                answers.append(rig.executor.cancel(LOCAL_CALLER, call.get_name(), None))
+                answers.append(rig.executor.calls.cancel(LOCAL_CALLER, call.get_name(), None))
         cancelled = any(answers)
         assert (await call).status == ("cancelled" if cancelled else "success")
 
@@ -249,7 +249,7 @@ async def test_what_cancel_says_is_what_the_execution_becomes(turns: int) -> Non
         release.set()
         for _ in range(turns):
             await asyncio.sleep(0)
-        cancelled = rig.executor.cancel(LOCAL_CALLER, call.get_name(), None)
+        cancelled = rig.executor.calls.cancel(LOCAL_CALLER, call.get_name(), None)
         assert (await call).status == ("cancelled" if cancelled else "success")
 
 
@@ -267,7 +267,7 @@ async def test_what_cancel_says_holds_for_a_tool_that_takes_so_many_turns(waits:
         call = rig.start(work)
         for _ in range(turns):
             await asyncio.sleep(0)
-        cancelled = rig.executor.cancel(LOCAL_CALLER, call.get_name(), None)
+        cancelled = rig.executor.calls.cancel(LOCAL_CALLER, call.get_name(), None)
         assert (await call).status == ("cancelled" if cancelled else "success")
 
 
@@ -284,11 +284,11 @@ async def test_a_call_that_is_cancelled_in_the_tick_of_its_slot_does_not_run() -
         first = rig.start(forever)
         second = rig.start(work)
         await until(lambda: rig.slots.queued == 1)
-        rig.executor.cancel(LOCAL_CALLER, first.get_name(), None)
+        rig.executor.calls.cancel(LOCAL_CALLER, first.get_name(), None)
         while rig.slots.queued:
             await asyncio.sleep(0)
         # The slot is its own now, and it does not know yet.
-        assert rig.executor.cancel(LOCAL_CALLER, second.get_name(), None)
+        assert rig.executor.calls.cancel(LOCAL_CALLER, second.get_name(), None)
         assert (await second).status == "cancelled"
         assert ran == []
         await first
@@ -302,7 +302,7 @@ async def test_a_running_call_id_cannot_be_used_twice_and_is_free_afterwards() -
         assert again.refusal and again.refusal.kind is INVALID_PARAMS
         assert again.refusal.data["errors"][0]["path"] == "call_id"
         assert (await rig.call(echo, {"message": "a"}, call_id="mine", caller=OTHER_CALLER)).status == "success"
-        assert rig.executor.cancel(LOCAL_CALLER, None, "mine"), "the refused one did not take the name along"
+        assert rig.executor.calls.cancel(LOCAL_CALLER, None, "mine"), "the refused one did not take the name along"
         assert (await first).status == "cancelled"
         for one, parameters in ((echo, {"message": "a"}), (fail, {}), (echo, {}), ("unknown", {})):
             execution = await rig.call(one, parameters, call_id="mine")
@@ -368,7 +368,7 @@ async def test_a_draining_executor_refuses_new_calls_and_lets_running_ones_finis
     async with opened(wait, echo) as rig:
         running = rig.start(wait)
         await until(lambda: rig.slots.running == 1)
-        rig.executor.stop_accepting()
+        rig.executor.calls.stop_accepting()
         refused = await rig.call(echo, {"message": "a"})
         assert refused.refusal and refused.refusal.kind is DRAINING and refused.refusal.retry_after_ms
         release.set()
@@ -397,7 +397,7 @@ async def test_a_tools_own_limit_holds_it_back_and_nobody_else() -> None:
         await until(lambda: rig.slots.running == 1)
         assert (await rig.call(alone, timeout_override_s=0.01)).refusal
         assert (await rig.call(echo, {"message": "a"})).status == "success"
-        assert rig.executor.cancel(LOCAL_CALLER, running.get_name(), None)
+        assert rig.executor.calls.cancel(LOCAL_CALLER, running.get_name(), None)
         await running
         assert (await rig.call(alone, timeout_override_s=0.01)).status == "timeout", "its slot is free again"
 
@@ -409,7 +409,7 @@ async def test_a_call_that_waits_for_its_tool_takes_no_slot_of_the_process() -> 
         assert rig.slots.running == 1
         assert (await rig.call(echo, {"message": "a"})).status == "success"
         for call in reversed(calls):
-            rig.executor.cancel(LOCAL_CALLER, call.get_name(), None)
+            rig.executor.calls.cancel(LOCAL_CALLER, call.get_name(), None)
             await call
 
 
@@ -503,7 +503,7 @@ async def test_a_request_that_is_cancelled_at_any_turn_of_the_loop_leaves_nothin
         assert await outcome(call) in ("raised", "success")
         begun = 0 if turns == 0 else 1  # a task that was cancelled before its first step never called the executor
         assert sum(rig.metrics.stages["metrics"].counts) - before == begun, "one epilogue"
-        assert not rig.executor.cancel(LOCAL_CALLER, None, "mine")
+        assert not rig.executor.calls.cancel(LOCAL_CALLER, None, "mine")
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
@@ -516,7 +516,7 @@ async def test_a_request_cancelled_while_its_call_is_cancelled_leaves_nothing_be
         call = rig.start(one, client=ClientOf())
         for _ in range(first):
             await asyncio.sleep(0)
-        rig.executor.cancel(LOCAL_CALLER, call.get_name(), None)
+        rig.executor.calls.cancel(LOCAL_CALLER, call.get_name(), None)
         for _ in range(second):
             await asyncio.sleep(0)
         was_done = call.done()
@@ -566,7 +566,7 @@ async def test_no_order_of_calls_and_cancellations_loses_a_slot(steps: list[tupl
                 released.set()
                 release.set()
             elif calls and step == "cancel":
-                rig.executor.cancel(LOCAL_CALLER, calls[number % len(calls)].get_name(), None)
+                rig.executor.calls.cancel(LOCAL_CALLER, calls[number % len(calls)].get_name(), None)
             elif calls:
                 calls[number % len(calls)].cancel()
             assert rig.slots.running <= 3

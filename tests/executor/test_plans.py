@@ -366,7 +366,7 @@ async def test_a_cancelled_call_of_a_batch_lets_the_next_one_run() -> None:
         first = call("0")
         running = asyncio.create_task(run_batch(rig.executor.execute, [first, call("1")], 1))
         await until(lambda: "0 begins" in trace.events)
-        assert rig.executor.cancel(LOCAL_CALLER, first.execution_id, None)
+        assert rig.executor.calls.cancel(LOCAL_CALLER, first.execution_id, None)
         assert [one.status for one in await running] == ["cancelled", "success"]
 
 
@@ -392,7 +392,7 @@ async def test_a_fallback_stops_at_the_callers_own_mistake() -> None:
 
 async def test_a_fallback_stops_where_the_replica_drains() -> None:
     async with traced() as (rig, _):
-        rig.executor.stop_accepting()
+        rig.executor.calls.stop_accepting()
         assert len(await run_fallback(rig.executor.execute, [call("a"), call("b")])) == 1
 
 
@@ -402,6 +402,6 @@ async def test_a_fallback_stops_when_its_call_is_cancelled() -> None:
         first = call("a")
         running = asyncio.create_task(run_fallback(rig.executor.execute, [first, call("b")]))
         await until(lambda: "a begins" in trace.events)
-        assert rig.executor.cancel(LOCAL_CALLER, first.execution_id, None)
+        assert rig.executor.calls.cancel(LOCAL_CALLER, first.execution_id, None)
         assert [one.status for one in await running] == ["cancelled"]
         assert trace.events == ["a begins", "a ends"]

@@ -1,0 +1,94 @@
+"""The calls that run here at this moment: who may come in, and how one of them is cancelled, from any replica.
+
+Knows no tool and no limit; the executor enters each call and takes it out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from app.bus import Bus, Message
+from app.calls import Caller, ToolCall
+from app.errors import Draining, InvalidParams
+from app.executor.run import Run
+
+
+class RunningCalls:
+    """One per service."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        bus.listeners["cancel"] = self._cancel_for
+        self._by_id: dict[str, Run] = {}
+        self._by_call_id: dict[tuple[str, str, str], Run] = {}
+        self._accepting = True
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def stop_accepting(self) -> None:
+        """From now on every new call is refused as draining; what runs goes on."""
+        self._accepting = False
+
+    def admitted(self, calls: Iterable[ToolCall]) -> list[ToolCall]:
+        """Let a request's calls in together: a drain that begins later does not cut it in two. Raises Draining."""
+        if not self._accepting:
+            raise Draining
+        return [call._replace(admitted=True) for call in calls]
+
+    def enter(self, run: Run) -> None:
+        """Raises Draining, and InvalidParams for a call_id that another one of the caller's has."""
+        call = run.call
+        if not (self._accepting or call.admitted):
+            raise Draining
+        if call.call_id is not None:
+            key = (call.caller.tenant, call.caller.subject, call.call_id)
+            if key in self._by_call_id:
+                raise InvalidParams.at("call_id", "A running call of yours has this call_id")
+            self._by_call_id[key] = run
+        self._by_id[call.execution_id] = run
+
+    def leave(self, run: Run) -> None:
+        call = run.call
+        del self._by_id[call.execution_id]
+        if call.call_id is not None:
+            del self._by_call_id[call.caller.tenant, call.caller.subject, call.call_id]
+
+    def cancel(self, caller: Caller, execution_id: str | None, call_id: str | None) -> bool:
+        """Cancel a call of the caller's own that runs here, or anyone's for an admin. False: there is none, or it has
+        its outcome already."""
+        return self._cancel(caller.tenant, caller.subject, execution_id, call_id, is_admin="admin" in caller.scopes)
+
+    async def cancel_anywhere(self, caller: Caller, execution_id: str | None, call_id: str | None) -> bool:
+        """`cancel` on whichever replica runs it. False too where the others cannot be reached."""
+        if self.cancel(caller, execution_id, call_id):
+            return True
+        return await self._bus.ask(
+            "cancel",
+            tenant=caller.tenant,
+            subject=caller.subject,
+            is_admin="admin" in caller.scopes,
+            execution_id=execution_id,
+            call_id=call_id,
+        )
+
+    def _cancel_for(self, asked: Message) -> bool:
+        """Another replica's caller."""
+        texts = [asked.get(name) for name in ("tenant", "subject", "execution_id", "call_id")]
+        if not all(text is None or isinstance(text, str) for text in texts) or None in texts[:2]:
+            return False
+        return self._cancel(*texts, is_admin=asked.get("is_admin") is True)  # type: ignore[arg-type]
+
+    def _cancel(
+        self, tenant: str, subject: str, execution_id: str | None, call_id: str | None, *, is_admin: bool
+    ) -> bool:
+        if execution_id is not None:
+            run = self._by_id.get(execution_id)
+        else:
+            run = self._by_call_id.get((tenant, subject, call_id or ""))
+        if run is None:
+            return False
+        owner = run.call.caller
+        if not is_admin and (owner.tenant, owner.subject) != (tenant, subject):
+            return False
+        return run.interrupt.cancel()

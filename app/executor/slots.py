@@ -1,0 +1,66 @@
+"""The slots that one call needs: of policies, of its tool, of slow calls, of the process; all of them or none.
+
+Knows no store: a replica without a slot says so before anybody is asked. Called by the executor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from time import perf_counter
+
+from app.errors import Overloaded
+from app.executor.run import Run, ToolState
+from app.limits.adaptive import LoadControl
+from app.limits.concurrency import Slots, SlotTable, release_all, take_all_now
+from app.limits.policy import Bound
+
+
+class CallSlots:
+    """One per service. `take_now` of the process's slots alone is the executor's own short way."""
+
+    def __init__(self, control: LoadControl) -> None:
+        self._control = control
+        self._of_policies = SlotTable()
+
+    @property
+    def queued(self) -> int:
+        """Calls that wait for a slot of the process or of a policy; those of tools are with their tools."""
+        return self._control.slots.queued + self._control.slow_slots.queued + self._of_policies.queued
+
+    async def take(self, state: ToolState, bound: Bound, run: Run, patience_s: float) -> Callable[[], None]:
+        """Wait for every slot in one patience: those of policies first, so that a tenant that waits for itself holds
+        nothing that others want, then the tool's, then the process's; how to give them back."""
+        wanted = [self._of_policies.of(rule.key, rule.amount) for rule in bound.slots]
+        rules = {id(slots): rule.rule for slots, rule in zip(wanted, bound.slots, strict=True)}
+        if state.slots is not None:
+            wanted.append(state.slots)
+        if state.is_slow:
+            wanted.append(self._control.slow_slots)
+        wanted.append(self._control.slots)
+        if take_all_now(wanted):
+            return lambda: release_all(wanted)
+        patience_ends = perf_counter() + patience_s
+        held: list[Slots] = []
+        try:
+            for slots in wanted:
+                await self._take_slot(slots, run, max(0.0, patience_ends - perf_counter()))
+                held.append(slots)
+        except BaseException as error:
+            release_all(held)
+            if isinstance(error, Overloaded) and (rule := rules.get(id(slots))):
+                error.data["rule"] = rule
+            raise
+        return lambda: release_all(held)
+
+    async def _take_slot(self, slots: Slots, run: Run, patience_s: float) -> None:
+        if slots.take_now():
+            return
+        # What would wait longer than it may is refused on arrival, where limits adapt.
+        turn = slots.wait(run.call.caller.tenant, patience_s if self._control.enforces else math.inf)
+        run.interrupt.watch(turn)
+        await slots.take(turn, patience_s)
+        if run.interrupt.requested:  # in the tick in which the slot came
+            slots.release()
+            raise asyncio.CancelledError
