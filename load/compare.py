@@ -22,7 +22,6 @@ if not __package__:  # run as a file: modules of this folder would hide others o
 import argparse
 import platform
 import subprocess
-import time
 import urllib.request
 from typing import Any, NamedTuple
 
@@ -63,7 +62,8 @@ GATE_RATE, GATE_CONNECTIONS = 500.0, 64
 BURSTS = 8
 INSTRUCTION_CREDENTIALS = 4
 
-CALIBRATION_LOOPS = 2_000_000
+CALIBRATION_LOOPS = 2_000
+CALIBRATION_ROUNDS = 5
 
 
 class Line(NamedTuple):
@@ -235,18 +235,17 @@ def python_version() -> str:
 
 
 def planted_loops(percent: float) -> int:
-    """Turns of an empty loop that take that part of a clean call's CPU time here and now."""
+    """Turns of an empty loop that make a call that much dearer, found by asking one server both ways in turn."""
     with bench() as own:
-        clean = Comparison(own, {}, LIMIT, rounds=2, seconds=1.0, loops=0)
-        del clean.targets[2:]
-        measure(clean.targets, 2, 1.0)
-        call_us = clean.targets[1].cpu_us_per_call
-    began = time.process_time()
-    for _ in range(CALIBRATION_LOOPS):
-        pass
-    loop_us = (time.process_time() - began) / CALIBRATION_LOOPS * 1e6
-    loops = round(call_us * percent / 100 / loop_us)
-    print(f"planted: {loops} turns of a loop in each call, {percent:g} % of {call_us:.1f} us\n", flush=True)
+        server = own.service("everything, lane", own.everything(TOOL_MODULES="load.tools"))
+        clean = Target("clean", server, askings(own.credentials, 0)["single"])
+        slowed = Target("slowed", server, askings(own.credentials, CALIBRATION_LOOPS)["single"])
+        measure([clean, slowed], CALIBRATION_ROUNDS, 1.0)
+    added = 1 / slowed.cpu_ratio(clean) - 1
+    if added <= 0:
+        raise CannotRun("the machine is too busy to plant a slowdown of known size")
+    loops = round(CALIBRATION_LOOPS * percent / 100 / added)
+    print(f"planted: {loops} turns of a loop; {CALIBRATION_LOOPS} made a call {added:.0%} dearer\n", flush=True)
     return loops
 
 
