@@ -29,6 +29,9 @@ Undo = Callable[[], Awaitable[None]]
 AWAY_S = 1.0
 """After a command without an answer, nothing is asked for this long."""
 
+BURST_S_MAX = 1.0
+"""Waited at most while Redis answers others: a burst that opens 50 connections takes longer than one answer may."""
+
 LATE_S = 0.01
 """Woken so much later than asked, it was the event loop that stood still: the answer may be there, unread."""
 
@@ -67,13 +70,14 @@ BEGIN, FINISH, FORGET = Script("begin"), Script("finish"), Script("forget")
 
 
 class RedisStore:
-    """`at_once` commands are under way at most; nobody waits for one longer than `timeout_s`."""
+    """`at_once` commands are under way at most; nobody waits longer than `timeout_s` for a Redis that says nothing."""
 
     def __init__(self, client: Redis | RedisCluster, at_once: int, timeout_s: float) -> None:
         self._client: Any = client
         self._places = asyncio.Semaphore(at_once)
         self._timeout_s = timeout_s
         self._away_until = 0.0
+        self._answered_at = 0.0
         self._said_until = 0.0
         self._under_way: set[asyncio.Task[Any]] = set()
         self._undoing: set[asyncio.Task[None]] = set()
@@ -126,20 +130,18 @@ class RedisStore:
         """What the command came to. Raises StoreAway; `undo` is called when it was carried out for nobody."""
         if monotonic() < self._away_until:
             raise StoreAway("Redis is away")
-        ends = monotonic() + self._timeout_s
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._places.acquire()
-        except TimeoutError:
-            raise StoreAway("too many wait for Redis") from None
+        ends = monotonic() + max(self._timeout_s, BURST_S_MAX)
+        await self._take_place(ends)
         waited_for = _Waited()
         # A task of its own: a connection that takes longer than the budget to open is there for the next command.
         task = asyncio.get_running_loop().create_task(self._carry_out(command, undo, waited_for), name="cache-command")
         self._under_way.add(task)
         task.add_done_callback(self._ended)
         try:
-            await asyncio.wait({task}, timeout=max(0.0, ends - monotonic()))
-            if not task.done() and monotonic() - ends > LATE_S:
+            asked_at = monotonic()
+            await asyncio.wait({task}, timeout=self._timeout_s)
+            while not task.done() and self._is_there(asked_at, ends):
+                asked_at = monotonic()
                 await asyncio.wait({task}, timeout=self._timeout_s)
         except BaseException:
             if task.done() and undo is not None:  # cancelled in the tick in which the answer came
@@ -154,18 +156,36 @@ class RedisStore:
             raise StoreAway("the store is closing")
         return task.result()
 
+    async def _take_place(self, ends: float) -> None:
+        while True:
+            asked_at = monotonic()
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await self._places.acquire()
+                return
+            except TimeoutError:
+                if not self._is_there(asked_at, ends):
+                    raise StoreAway("too many wait for Redis") from None
+
+    def _is_there(self, asked_at: float, ends: float) -> bool:
+        """After a budget without an answer: whether it answers others meanwhile, or nobody could have heard it."""
+        now = monotonic()
+        return now < ends and (self._answered_at >= asked_at or now - asked_at - self._timeout_s > LATE_S)
+
     async def _carry_out(self, command: Callable[[], Awaitable[T]], undo: Undo | None, waited_for: _Waited) -> T:
         try:
             said = await command()
         except FAILURES as error:
             reason = str(error)[:200] or type(error).__name__
             if isinstance(error, ResponseError):  # it is there, and says no
+                self._answered_at = monotonic()
                 self._say(reason)
             else:
                 self._stay_away(reason)
             if undo is not None:
                 self._undo(undo, after_s=UNDO_RETRY_S)
             raise StoreAway(reason) from None
+        self._answered_at = monotonic()
         if waited_for.ended and undo is not None:
             self._undo(undo)
         return said

@@ -221,6 +221,15 @@ async def test_who_finds_no_place_in_time_is_told_so(site: Site) -> None:
         await until(lambda: not store._under_way)
 
 
+async def test_a_burst_that_redis_answers_one_by_one_is_waited_for(site: Site) -> None:
+    """Longer than one answer may take; nobody takes it for a Redis that is away."""
+    async with redis_store(site.url, BUDGET_S, at_once=1) as store:
+        await begun(store, "before")
+        site.proxy.latency_s = 0.02
+        asked = await asyncio.gather(*(store.get("before key") for _ in range(10)))
+        assert asked == [None] * 10
+
+
 async def test_a_loop_that_stood_still_is_not_taken_for_a_redis_that_is_away(site: Site) -> None:
     async with redis_store(site.url, BUDGET_S) as store:
         await begun(store, "before")
