@@ -15,6 +15,7 @@ FLOORS = (
     {"doctor"},
     {"transport"},
     {"service"},
+    {"opening"},
     {"executor"},
     {"tools", "limits", "cache", "access", "execution_log"},
     {"migration"},
@@ -28,7 +29,7 @@ FLOORS = (
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-MAY_READ_SETTINGS = {"service", "cli", "doctor", "transport"}
+MAY_READ_SETTINGS = {"service", "opening", "cli", "doctor", "transport"}
 """`transport/app.py` and `transport/server.py` take them from the open service; see below."""
 
 
