@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -54,9 +53,6 @@ from app.tools.builtin import builtin_tools
 from app.tools.loading import LoadProblem, load_tools
 from app.tools.registry import Registry
 from app.tools.tool import Tool
-
-logger = logging.getLogger("app.service")
-
 
 LOG_DRAIN_S = 5.0
 """At the end, for rows that the database does not have yet; what is left then stays in the journal."""
