@@ -11,13 +11,12 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import __version__
 from app.access.authenticator import Authenticator, Mode
-from app.access.jwt import JwtVerifier, jwt_rules
 from app.access.store import KeyStore
 from app.bus import Bus, RedisBus
 from app.cache.file_store import FileStore
@@ -47,6 +46,9 @@ from app.telemetry.supervision import Supervisor
 from app.telemetry.tracing import Tracing, open_tracing
 from app.tools.loading import LoadedTools
 from app.tools.registry import Registry
+
+if TYPE_CHECKING:
+    from app.access.jwt import JwtVerifier
 
 logger = logging.getLogger("app.opening")
 
@@ -113,6 +115,10 @@ def auth_mode(settings: Settings, host: str | None) -> Mode:
 
 
 def _token_verifier(settings: Settings) -> JwtVerifier | None:
+    if not has_jwt(settings):
+        return None
+    from app.access.jwt import JwtVerifier, jwt_rules  # PyJWT and cryptography take 9 MB
+
     try:
         rules = jwt_rules(
             issuer=settings.jwt_issuer,

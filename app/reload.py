@@ -14,8 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from watchfiles import Change, DefaultFilter, watch
-
 DRAINED_S_MAX = 60.0
 """A run may take as long as its timeout; past this the old process is killed."""
 
@@ -23,13 +21,6 @@ DRAIN_ENVIRON = "DRAIN_SECONDS"
 """Where nobody has endpoints to remove, it is 0 unless somebody set it."""
 
 SUFFIXES = (".py", ".yaml", ".yml", ".json", ".env", ".lua")
-
-
-class _Sources(DefaultFilter):
-    """What a running service was made of."""
-
-    def __call__(self, change: Change, path: str) -> bool:
-        return super().__call__(change, path) and (path.endswith(SUFFIXES) or Path(path).name == ".env")
 
 
 def watched_paths(tool_modules: Iterable[str], files: Iterable[Path | None]) -> list[Path]:
@@ -62,8 +53,9 @@ def serve_reloading(arguments: Sequence[str], paths: Sequence[Path], environ: Ma
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
-    changed = watch(*paths, watch_filter=_Sources(), stop_event=stop, raise_interrupt=False)
-    for changes in changed:
+    from watchfiles import watch  # nobody else needs it
+
+    for changes in watch(*paths, watch_filter=_is_source, stop_event=stop, raise_interrupt=False):
         if stop.is_set():
             break
         sys.stderr.write(f"agentcore-tools: {_named(changes)} changed, restarting\n")
@@ -72,7 +64,13 @@ def serve_reloading(arguments: Sequence[str], paths: Sequence[Path], environ: Ma
     return _end(child)
 
 
-def _named(changes: set[tuple[Change, str]]) -> str:
+def _is_source(change: object, path: str) -> bool:
+    """What a running service was made of."""
+    name = Path(path).name
+    return name == ".env" or (name.endswith(SUFFIXES) and "__pycache__" not in path)
+
+
+def _named(changes: Iterable[tuple[object, str]]) -> str:
     names = sorted({Path(path).name for _, path in changes})
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from app.access.credential import (
     CredentialMissing,
@@ -23,13 +23,15 @@ from app.access.credential import (
     gives_credential,
     is_sendable,
 )
-from app.access.jwt import JwtVerifier
 from app.access.keys import KEY_PREFIX, proven, split
 from app.access.memory import Known, Memory
 from app.access.store import CHUNK_MAX, KeyStore, Row, decode
 from app.calls import LOCAL_CALLER, Caller
 from app.clients import reason
 from app.errors import DependencyUnavailable, Overloaded, ToolServiceError, Unauthenticated
+
+if TYPE_CHECKING:
+    from app.access.jwt import JwtVerifier  # loaded where there are tokens alone
 
 logger = logging.getLogger("app.access")
 
