@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ async def run(name: str, gate: str = "", fail: str = "") -> dict[str, Any]:
 async def pay(name: str, gate: str = "", fail: str = "") -> dict[str, Any]:
     """Do what must not be done twice."""
     return await run(name, gate, fail)
+
+
+@tool(category="custom")
+async def pay_and_die(name: str) -> None:
+    """Do what must not be done twice, and end the process before anybody hears of it."""
+    await run(name)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @tool(category="custom", idempotent=True)
