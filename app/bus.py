@@ -39,9 +39,9 @@ RETRY_S_MIN, RETRY_S_MAX = 0.1, 2.0
 SILENCE_S_MAX = 10.0
 """Without a message the connection is tried with a ping."""
 
-FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError)
-"""What the library raises for a server that is away; that of Clusters is no RedisError, and uvloop has a RuntimeError
-for a connection that closed while it was opened."""
+FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError, LookupError)
+"""What the library raises for a server that is away. That of Clusters is no RedisError, or a KeyError of its table of
+slots; uvloop has a RuntimeError for a connection that closed while it was opened."""
 
 Message = Mapping[str, Any]
 Listener = Callable[[Message], bool]
@@ -107,6 +107,9 @@ class RedisBus(Bus):
         wait_s = RETRY_S_MIN
         while True:
             try:
+                if isinstance(self._client, RedisCluster):
+                    async with asyncio.timeout(COMMAND_S_MAX * 2):
+                        await self._client.initialize()  # a subscription does not ask for the slots itself
                 async with self._client.pubsub() as subscription:
                     async with asyncio.timeout(COMMAND_S_MAX * 2):
                         await subscription.subscribe(CHANNEL, f"{CHANNEL}:{self._name}")

@@ -45,9 +45,9 @@ EPOCHS_KEY = "agentcore:cache:epochs"
 
 CLOSE_S = 1.0
 
-FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError)
-"""What the library raises for a server that is away; that of Clusters is no RedisError, and uvloop has a RuntimeError
-for a connection that closed while it was opened."""
+FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError, LookupError)
+"""What the library raises for a server that is away. That of Clusters is no RedisError, or a KeyError of its table of
+slots; uvloop has a RuntimeError for a connection that closed while it was opened."""
 
 STATES = frozenset(("begun", "running", "done", "unknown", "other"))
 
