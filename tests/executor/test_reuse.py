@@ -163,7 +163,7 @@ async def test_a_call_cut_off_by_a_cancellation_runs_again_only_where_that_is_ha
             with pytest.raises(asyncio.CancelledError):
                 await first
         else:
-            assert rig.executor.cancel(Caller("local", "local"), first.get_name(), None)
+            assert rig.executor.calls.cancel(Caller("local", "local"), first.get_name(), None)
             assert (await first).status == "cancelled"
         work.gate.set()
         second = await rig.call(probe, idempotency_key="k")
@@ -175,9 +175,9 @@ async def test_a_call_cut_off_by_a_cancellation_runs_again_only_where_that_is_ha
 async def test_a_call_that_was_refused_leaves_its_key_free(work: Work) -> None:
     probe = tool_of(work)
     async with opened(probe) as rig:
-        rig.executor.stop_accepting()
+        rig.executor.calls.stop_accepting()
         assert (await rig.call(probe, idempotency_key="k")).refusal is not None
-        rig.executor._accepting = True
+        rig.executor.calls._accepting = True
         assert (await rig.call(probe, idempotency_key="k")).status == "success"
 
 
@@ -493,7 +493,7 @@ async def test_followers_that_are_cancelled_harm_nobody(work: Work, joined: tupl
     rig, probe = joined
     leader, one, two, three = await started(rig, probe, 3)
     one.cancel()
-    assert rig.executor.cancel(Caller("local", "local"), two.get_name(), None)
+    assert rig.executor.calls.cancel(Caller("local", "local"), two.get_name(), None)
     with pytest.raises(asyncio.CancelledError):
         await one
     assert (await two).status == "cancelled"
@@ -506,7 +506,7 @@ def by_request(rig: Rig, task: asyncio.Task[Execution]) -> None:
 
 
 def by_method(rig: Rig, task: asyncio.Task[Execution]) -> None:
-    assert rig.executor.cancel(Caller("local", "local"), task.get_name(), None)
+    assert rig.executor.calls.cancel(Caller("local", "local"), task.get_name(), None)
 
 
 @pytest.mark.parametrize("cancel", [by_request, by_method])
@@ -587,7 +587,7 @@ async def test_a_follower_waits_no_longer_than_its_own_deadline(work: Work) -> N
         ({"parameters": {"value": 1}}, {"parameters": {"value": 2}}),
         ({"timeout_override_s": 5.0}, {"timeout_override_s": 6.0}),
     ],
-    ids=str,
+    ids=["tenant", "parameters", "timeout"],
 )
 async def test_calls_that_differ_run_apart(work: Work, one: dict[str, Any], other: dict[str, Any]) -> None:
     await _apart(work, tool_of(work, read_only=True), one, other)
@@ -602,7 +602,7 @@ async def test_calls_that_differ_run_apart(work: Work, one: dict[str, Any], othe
         ({"session_id": "x"}, {"session_id": "y"}),
         ({"metadata": {"a": 1}}, {"metadata": {"a": 2}}),
     ],
-    ids=str,
+    ids=["subject", "scopes", "agent", "session", "metadata"],
 )
 async def test_a_tool_that_can_see_who_calls_runs_for_each(
     work: Work, one: dict[str, Any], other: dict[str, Any]
@@ -647,7 +647,7 @@ async def test_a_call_that_is_cancelled_while_it_claims_its_key_never_runs_and_l
     async with opened(probe, keys=store) as rig:
         first = rig.start(probe, idempotency_key="k")
         await store.asked.wait()
-        assert rig.executor.cancel(Caller("local", "local"), first.get_name(), None)
+        assert rig.executor.calls.cancel(Caller("local", "local"), first.get_name(), None)
         store.go_on.set()
         assert (await first).status == "cancelled" and work.runs == 0
         assert (await rig.call(probe, idempotency_key="k")).status == "success"
@@ -699,9 +699,9 @@ async def test_others_are_asked_only_for_what_does_not_run_here(work: Work) -> N
     async with opened(probe, bus=bus) as rig:
         task = rig.start(probe, caller=ANNA)
         await until(lambda: work.runs == 1)
-        assert await rig.executor.cancel_anywhere(ANNA, task.get_name(), None) and not bus.asked
+        assert await rig.executor.calls.cancel_anywhere(ANNA, task.get_name(), None) and not bus.asked
         assert (await task).status == "cancelled"
-        assert await rig.executor.cancel_anywhere(ANNA, "elsewhere", None)
+        assert await rig.executor.calls.cancel_anywhere(ANNA, "elsewhere", None)
         assert bus.asked == [
             {
                 "kind": "cancel",
@@ -721,7 +721,7 @@ async def test_another_replicas_caller_cancels_its_own_calls_and_an_admin_any(wo
         task = rig.start(probe, caller=ANNA, call_id="mine")
         await until(lambda: work.runs == 1)
         own = {"tenant": "acme", "subject": "anna", "is_admin": False, "execution_id": None, "call_id": None}
-        cancel = rig.executor._cancel_for
+        cancel = rig.executor.calls._cancel_for
         name = task.get_name()
         for asked in (
             {},
