@@ -233,6 +233,9 @@ class Settings(BaseModel):
     )
     wikipedia_url: WebUrl = Field("https://en.wikipedia.org/w/api.php", description="MediaWiki API of wikipedia_search")
     searxng_url: WebUrl | None = Field(None, description="SearXNG-compatible endpoint of web_search")
+    access_log_ratio: float = Field(
+        0.0, ge=0, le=1, description="Part of the HTTP requests that get an access line; 0: none, 1: all"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged")
 
 

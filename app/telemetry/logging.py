@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from app.calls import current_call, rfc3339
+from app.calls import CurrentCall, current_call, rfc3339
 from app.telemetry.redaction import redact, redact_text
 
 QUEUE_LINES_MAX = 10_000
@@ -27,6 +27,9 @@ LINE_BYTES_MAX = 65_536
 
 REPEATS_PER_SECOND_MAX = 10
 """Of one message of one logger: enough to see it, too few to fill a disk when every call fails."""
+
+ACCESS_LINE = ("app.access", "request")
+"""Logger and message of the one kind of line that may repeat as often as it likes: it was asked for, by its share."""
 
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
@@ -58,20 +61,23 @@ def line_of_last_resort(record: logging.LogRecord) -> bytes:
 
 
 class RepeatBound:
-    """Lets at most so many lines of one message through a second; the next second's first says how many it held."""
+    """Lets at most so many lines of one message through a second; the next second's first says how many it held.
+    Access lines are none of its affair."""
 
     def __init__(self) -> None:
         self._second = 0
         self._seen: dict[tuple[str, str], int] = {}
 
     def lets_through(self, record: logging.LogRecord, second: int) -> bool:
+        # Anything can be logged as a message, also what has no hash.
+        key = (record.name, record.msg if isinstance(record.msg, str) else type(record.msg).__name__)
+        if key == ACCESS_LINE:
+            return True
         if second != self._second:
             held = sum(max(0, count - REPEATS_PER_SECOND_MAX) for count in self._seen.values())
             self._second, self._seen = second, {}
             if held:
                 record.lines_held_back = held
-        # Anything can be logged as a message, also what has no hash.
-        key = (record.name, record.msg if isinstance(record.msg, str) else type(record.msg).__name__)
         self._seen[key] = self._seen.get(key, 0) + 1
         return self._seen[key] <= REPEATS_PER_SECOND_MAX
 
@@ -124,8 +130,12 @@ def _name_call(record: logging.LogRecord) -> None:
     """Which call the line was written for, unless it is about another one."""
     call = current_call.get()
     if call is not None and getattr(record, "execution_id", call.execution_id) == call.execution_id:
-        record.execution_id = call.execution_id
-        record.trace_id = call.trace_id or call.execution_id.replace("-", "")
+        vars(record).update(call_facts(call))
+
+
+def call_facts(call: CurrentCall) -> dict[str, str]:
+    """How a line names a call."""
+    return {"execution_id": call.execution_id, "trace_id": call.trace_id or call.execution_id.replace("-", "")}
 
 
 def _line_anyhow(record: logging.LogRecord) -> bytes:

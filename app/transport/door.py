@@ -20,6 +20,7 @@ from app.access.credential import CredentialMissing
 from app.errors import UNAUTHENTICATED, BodyTooLarge, BodyTooSlow, InternalError, ToolServiceError
 from app.telemetry.metrics import Histogram
 from app.telemetry.tracing import OFF, Tracing
+from app.transport.access_log import LINE
 from app.transport.allowance import limit_lines, retry_after_s
 from app.transport.exchange import EXTENSION, Exchange
 from app.transport.jsonrpc import RequestContext
@@ -138,6 +139,9 @@ class RpcDoor(ABC):
                 return
         received_at = perf_counter() - authentication_s  # what a slow client took for its body is not ours
         context = RequestContext(caller, received_at, AsgiClient(receive, exchange), self.tracing.begin(headers))
+        line = scope.get(LINE)
+        if line is not None:
+            line.context = context
         try:
             reply = await self._reply_or_stream(body, context, scope, send)
         except Exception as error:

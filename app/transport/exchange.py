@@ -10,6 +10,8 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
+from app.transport.access_log import AsgiLine
+
 EXTENSION = "agentcore.exchange"
 """Key in the scope's `extensions`; the value is the request's Exchange."""
 
@@ -37,7 +39,7 @@ class Exchange:
     starts a response and sends its first bytes much later has its head sent with them.
     """
 
-    __slots__ = ("_cycle", "_default_head", "_held", "_tasks", "_transport", "_wrote")
+    __slots__ = ("_cycle", "_default_head", "_held", "_line", "_tasks", "_transport", "_wrote")
 
     def __init__(
         self,
@@ -45,8 +47,10 @@ class Exchange:
         transport: asyncio.Transport,
         default_head: DefaultHead,
         tasks: set[asyncio.Task[None]],
+        line: AsgiLine | None = None,
     ) -> None:
         self._cycle = cycle
+        self._line = line
         self._tasks = tasks
         self._transport = transport
         self._default_head = default_head
@@ -105,6 +109,8 @@ class Exchange:
         close = b"" if cycle.keep_alive else b"connection: close\r\n"
         default = self._default_head.of(cycle.default_headers)
         self._transport.write(b"".join((STATUS_LINE[status], default, headers, close, b"\r\n", body)))
+        if self._line is not None:
+            self._line.answered(status, len(body))
         cycle.message_event.set()
         if not cycle.keep_alive:
             self._transport.close()

@@ -20,9 +20,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
 from app.access.authenticator import Presented
-from app.calls import Caller
+from app.calls import Caller, current_call
 from app.errors import ToolServiceError
 from app.stepping import Stepper
+from app.transport.access_log import ms_since, tell
 from app.transport.door import CLOSE_LINE, Reply, RpcDoor, Scope
 from app.transport.jsonrpc import RequestContext
 from app.transport.protocol import IDLE, BoundedHttpProtocol, is_open
@@ -89,7 +90,7 @@ class Lane:
             presented = door.access.presented(scope["headers"])
         except ToolServiceError:
             return
-        own = {"headers": scope["headers"], "scheme": scope["scheme"]}
+        own = {"headers": scope["headers"], "path": scope["path"], "scheme": scope["scheme"]}
         self._keep(head, KnownHead(door, own, presented, body_bytes))
 
     def _is_usual(self, scope: Scope) -> bool:
@@ -171,6 +172,8 @@ class LaneRequest(Stepper):
                 protocol.transport.close()
             protocol.on_response_complete()
         request = self._request
+        if protocol.wire.access_log is not None and protocol.wire.access_log.is_due():
+            self._tell(None if self.disconnected else status, len(body))
         self._let_go()
         tracing = self._known.door.tracing
         if tracing.recording and request is not None:
@@ -179,10 +182,28 @@ class LaneRequest(Stepper):
     def raised(self, error: BaseException) -> None:
         """A bug, or the end of the loop."""
         if isinstance(error, asyncio.CancelledError):
-            self._protocol.transport.close()
+            protocol = self._protocol
+            protocol.transport.close()
+            if protocol.wire.access_log is not None and protocol.wire.access_log.is_due():
+                self._tell(None, 0)
             self._let_go()
             return
         self.returned(self._known.door.failed(error))
+
+    def _tell(self, status: int | None, response_bytes: int) -> None:
+        known = self._known
+        tell(
+            "POST",
+            known.scope["path"],
+            self._protocol.client,
+            status,
+            self._request,
+            self._stepping_in.get(current_call),
+            duration_ms=ms_since(self._began),
+            request_bytes=known.body_bytes,
+            response_bytes=0 if status is None else response_bytes,
+            client_gone=True if self.disconnected else None,
+        )
 
     def _let_go(self) -> None:
         """Of the connection, which keeps its last request, and of the call, which knows us: circles are garbage for

@@ -21,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from app.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, Overloaded, ToolServiceError
+from app.transport.access_log import LINE, AccessLog, path_of, tell
 from app.transport.exchange import EXTENSION, Exchange
 from app.transport.wire import Reason, Wire
 
@@ -353,13 +354,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         # As uvicorn does, without the loop's task factory, which is there for the tasks of tools.
-        task = asyncio.Task(cycle.run_asgi(app), loop=self.loop)
+        log = self.wire.access_log
+        line = None if log is None else log.line_of(cycle, app)
+        task = asyncio.Task(cycle.run_asgi(line or app), loop=self.loop)
         self.tasks.add(task)
         if cycle.scope["method"] == "HEAD" or cycle.waiting_for_100_continue:
             # Neither has its head for a first write: one has no second, the other says 100 before it.
             task.add_done_callback(self.tasks.discard)
             return
-        exchange = Exchange(cycle, self.transport, self.wire.default_head, self.tasks)
+        exchange = Exchange(cycle, self.transport, self.wire.default_head, self.tasks, line)
         cycle.transport = exchange  # type: ignore[assignment]  # the part of it that a cycle uses
         cycle.scope["extensions"] = {EXTENSION: exchange}  # type: ignore[dict-item]  # of our own
         task.add_done_callback(exchange.ended)
@@ -429,11 +432,25 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.wire.count(refusal.reason, detail)
         if self._phase != BODY or self._give_up_request():
             self._answer = self._render(refusal.error)
+            if self.wire.access_log is not None:
+                self._tell_refusal(self.wire.access_log, refusal.error.http_status)
         self._phase = DEAF
         if is_open(self.cycle):
             self.flow.hold()
         else:
             self._close_lingering()
+
+    def _tell_refusal(self, log: AccessLog, status: int) -> None:
+        """By the request's own access line where it has begun to run: it was counted then."""
+        scope: Any = self.scope
+        if self._phase != IDLE and LINE in scope:
+            if scope[LINE] is not None:
+                scope[LINE].refused(status)
+        elif log.is_due():
+            url = b"" if self._phase == IDLE else self.url
+            # Before the target, the parser tells of some method, whatever came.
+            method = scope.get("method") or self.parser.get_method().decode("ascii") if url else None
+            tell(method, path_of(url), self.client, status)
 
     def _give_up_request(self) -> bool:
         """Drop the request whose body went wrong; whether it can still be answered."""

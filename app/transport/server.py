@@ -18,6 +18,7 @@ import uvicorn
 
 from app.service import Phase, Service
 from app.settings import http_url
+from app.transport.access_log import access_log
 from app.transport.app import Guard
 from app.transport.lane import Lane, lane_class
 from app.transport.protocol import BoundedHttpProtocol, protocol_class
@@ -51,7 +52,8 @@ class Server(uvicorn.Server):
                 request_bytes_max=settings.max_request_bytes,
                 header_read_timeout_s=settings.request_read_timeout_s,
                 body_read_timeout_s=settings.request_read_timeout_s,
-            )
+            ),
+            access_log(settings.access_log_ratio),
         )
         self._draining: asyncio.Task[None] | None = None
         service.metrics.wire_refusals = lambda: {str(reason): count for reason, count in self._wire.refused.items()}

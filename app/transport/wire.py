@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from app.transport.access_log import AccessLog
 from app.transport.exchange import DefaultHead
 
 log = logging.getLogger(__name__)
@@ -102,8 +103,9 @@ class Wire:
     The timer runs while there are connections, so nobody has to start it. A connection is known by its `expire(now)`.
     """
 
-    def __init__(self, bounds: HttpBounds | None = None) -> None:
+    def __init__(self, bounds: HttpBounds | None = None, access_log: AccessLog | None = None) -> None:
         self.bounds = bounds or HttpBounds()
+        self.access_log = access_log
         self.draining = False
         """While set, the answer to every request that arrives says `Connection: close`."""
         self.refused = dict.fromkeys(Reason, 0)
