@@ -251,6 +251,7 @@ def test_head_and_body_may_come_apart(door: Door) -> None:
 def test_a_request_in_several_segments_is_one(door: Door, cuts: tuple[int, ...]) -> None:
     request = door.taught(http(which()))
     peer = door.connect()
+    door.turn()  # the server reads it from now on
     for _ in range(2):
         before = 0
         for cut in (*cuts, len(request)):
