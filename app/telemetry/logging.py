@@ -12,6 +12,7 @@ import queue
 import select
 import threading
 import time
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -24,6 +25,9 @@ QUEUE_LINES_MAX = 10_000
 
 LINE_BYTES_MAX = 65_536
 """Past it a line keeps its first facts alone; collectors split or refuse long lines."""
+
+NAMES_KNOWN_MAX = 512
+"""Names of facts are words of our code."""
 
 REPEATS_PER_SECOND_MAX = 10
 """Of one message of one logger: enough to see it, too few to fill a disk when every call fails."""
@@ -42,7 +46,10 @@ def line(record: logging.LogRecord) -> bytes:
         "logger": record.name,
         "message": redact_text(record.getMessage()),
     }
-    facts = redact({name: value for name, value in vars(record).items() if name not in _RESERVED})
+    facts: dict[str, Any] = {}
+    for name, value in vars(record).items():
+        if name not in _RESERVED:
+            facts |= {name: redact(value)} if _is_plain(name) else redact({name: value})
     if record.exc_info:
         trace = logging.Formatter().formatException(record.exc_info)
         facts["exception"] = redact_text(trace, keep_end=True)
@@ -51,6 +58,12 @@ def line(record: logging.LogRecord) -> bytes:
     if len(written) > LINE_BYTES_MAX:
         written = orjson.dumps({**event, "line_bytes_cut": len(written)}, option=orjson.OPT_APPEND_NEWLINE)
     return written
+
+
+@lru_cache(maxsize=NAMES_KNOWN_MAX)
+def _is_plain(name: str) -> bool:
+    """Whether a fact's name is no secret's and holds none. To look at the names was two thirds of a line's cost."""
+    return bool(redact({name: ""}) == {name: ""})
 
 
 def line_of_last_resort(record: logging.LogRecord) -> bytes:
