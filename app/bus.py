@@ -120,12 +120,14 @@ class RedisBus(Bus):
                     logger.warning("no word from other replicas", extra={"reason": str(error)[:200]})
             finally:
                 self.subscribed.clear()
+            _end_if_cancelled()
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load, guards nothing
             wait_s = min(2 * wait_s, RETRY_S_MAX)
 
     async def _listen(self, subscription: Any) -> None:
         waits_for_pong = False
         while True:
+            _end_if_cancelled()
             message = await subscription.get_message(timeout=SILENCE_S_MAX)
             if message is None:
                 if waits_for_pong:
@@ -212,6 +214,13 @@ class _Question:
     def _settle(self) -> None:
         if self._of is not None and self._noes >= self._of and not self.answer.done():
             self.answer.set_result(False)
+
+
+def _end_if_cancelled() -> None:
+    """redis-py 8.1 loses a cancellation that comes while it connects or reads: it goes on as if nothing were."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 async def _nothing() -> None:

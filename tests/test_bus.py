@@ -154,6 +154,18 @@ async def test_a_gap_that_cannot_be_made_up_for_is_tried_again(redis: RedisAt) -
         assert len(tries) == 2
 
 
+async def test_it_ends_when_it_is_cancelled_at_any_turn_of_the_loop(redis: RedisAt) -> None:
+    for turns in range(60):
+        bus = RedisBus(redis.url)
+        task = asyncio.create_task(bus.run())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait({task}, timeout=20)
+        await bus.close()
+        assert done and task.cancelled(), turns
+
+
 async def test_over_a_cluster_whatever_node_is_asked_all_hear_it() -> None:
     with start_cluster() as cluster:
         async with replicas(Replica(cluster.url, "a"), Replica(cluster.url, "b")) as (one, two):
