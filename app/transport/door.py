@@ -96,6 +96,9 @@ class AsgiClient:
 class RpcDoor(ABC):
     """A POST door of JSON-RPC messages."""
 
+    reads_headers = True
+    """Whether `reply` looks at any."""
+
     def __init__(
         self,
         access: Authenticator,
@@ -182,11 +185,9 @@ class RpcDoor(ABC):
 
 
 def header_key(headers: Headers) -> str | None:
-    """The Idempotency-Key of a request, as it is: `methods.py` says whether it can be one."""
-    for name, value in headers:
-        if name == b"idempotency-key":
-            return value.decode("latin-1")
-    return None
+    """The Idempotency-Key of a request, as it is: `methods.py` says whether it can be one. Two that differ cannot."""
+    found = {value for name, value in headers if name == b"idempotency-key"}
+    return b"\n".join(found).decode("latin-1") if found else None
 
 
 async def read_body(receive: Receive, bytes_max: int, timeout_s: float) -> bytes:

@@ -32,8 +32,13 @@ from app.transport.wire import Wire
 HEAD_BYTES_MAX = 2_048
 """Of a head that is remembered; a bearer token of some size fits."""
 
-HEADS_MAX = 2_048
-"""Remembered at once, in two halves: 8 MB at most. A client has one for every length of body that it sends."""
+HEADS_BYTES_MAX = 12_582_912
+"""Of heads remembered at once, in two halves. A caller has one for every length of body that it sends: 10,000 callers
+of the JSON-RPC door with one each fit a half."""
+
+HEAD_OWN_BYTES = 350
+SCOPE_BYTES = 1_500
+"""What a head takes beside its bytes, and what its headers take where the door reads them; by sys.getsizeof."""
 
 NOT_REMEMBERED = frozenset(
     (
@@ -73,6 +78,8 @@ class Lane:
         self._is_good_host = is_good_host
         self.heads: dict[bytes, KnownHead] = {}
         self._older: dict[bytes, KnownHead] = {}
+        self._bytes = 0
+        self._scopes: dict[tuple[str, str], Scope] = {}
 
     def recall(self, head: bytes) -> KnownHead | None:
         """The head, if it is remembered; from the older half it comes back into the newer."""
@@ -90,8 +97,14 @@ class Lane:
             presented = door.access.presented(scope["headers"])
         except ToolServiceError:
             return
-        own = {"headers": scope["headers"], "path": scope["path"], "scheme": scope["scheme"]}
-        self._keep(head, KnownHead(door, own, presented, body_bytes))
+        self._keep(head, KnownHead(door, self._scope_for(door, scope), presented, body_bytes))
+
+    def _scope_for(self, door: RpcDoor, scope: Scope) -> Scope:
+        """What the door asks of a scope; one for all heads where it asks for no header."""
+        path, scheme = scope["path"], scope["scheme"]
+        if door.reads_headers:
+            return {"headers": scope["headers"], "path": path, "scheme": scheme}
+        return self._scopes.setdefault((path, scheme), {"headers": [], "path": path, "scheme": scheme})
 
     def _is_usual(self, scope: Scope) -> bool:
         if scope["method"] != "POST" or scope["http_version"] != "1.1":
@@ -104,8 +117,9 @@ class Lane:
         return True
 
     def _keep(self, head: bytes, known: KnownHead) -> None:
-        if len(self.heads) >= HEADS_MAX // 2:
-            self._older, self.heads = self.heads, {}
+        if self._bytes >= HEADS_BYTES_MAX // 2:
+            self._older, self.heads, self._bytes = self.heads, {}, 0
+        self._bytes += len(head) + HEAD_OWN_BYTES + (SCOPE_BYTES if known.door.reads_headers else 0)
         self.heads[head] = known
 
 

@@ -13,6 +13,8 @@ RPC_PATH = "/api/v1/jsonrpc"
 class JsonRpcDoor(RpcDoor):
     """POST /api/v1/jsonrpc."""
 
+    reads_headers = False
+
     def __init__(self, dispatcher: Dispatcher, *shared: Any) -> None:
         super().__init__(*shared)
         self._dispatcher = dispatcher

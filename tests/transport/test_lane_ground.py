@@ -32,7 +32,7 @@ from app.transport import exchange, lane, protocol
 from app.transport.app import Guard, create_app
 from app.transport.door import Reply, RpcDoor, Scope
 from app.transport.jsonrpc import RequestContext
-from app.transport.lane import HEADS_MAX, Lane, LaneProtocol, LaneRequest, lane_class
+from app.transport.lane import HEADS_BYTES_MAX, Lane, LaneProtocol, LaneRequest, lane_class
 from app.transport.protocol import BoundedHttpProtocol
 from app.transport.server import Server, protocol_for
 from app.transport.wire import Wire
@@ -148,13 +148,21 @@ def test_a_request_finds_nothing_of_the_one_before_in_its_context(by_lane: bool)
 # Memory
 
 
+def long_head(number: int) -> bytes:
+    return b"X: %d%b" % (number, b"x" * 1_700)
+
+
+HEADS_ENOUGH = 3 * HEADS_BYTES_MAX // 2 // 1_800
+"""Of `long_head`: more than three halves hold."""
+
+
 def test_however_many_heads_come_a_bounded_number_is_remembered() -> None:
     with serving(True) as odd:
         peer = Peer(odd.port)
-        for number in range(3 * HEADS_MAX):
-            assert peer.send(ask(b"x", b"X: %d" % number)).response().status == 200
-            assert 0 < odd.heads <= HEADS_MAX
-        recent = [peer.send(ask(b"x", b"X: %d" % (3 * HEADS_MAX - back))).response() for back in range(1, 1_000)]
+        for number in range(HEADS_ENOUGH):
+            assert peer.send(ask(b"x", long_head(number))).response().status == 200
+            assert 0 < odd.heads <= HEADS_BYTES_MAX // 1_800
+        recent = [peer.send(ask(b"x", long_head(HEADS_ENOUGH - back))).response() for back in range(1, 1_000)]
         assert {response.json["by"] for response in recent} == {"LaneRequest"}
         peer.close()
 
@@ -163,8 +171,8 @@ def test_a_head_in_use_outlives_others_that_come_once() -> None:
     with serving(True) as odd:
         peer = Peer(odd.port)
         peer.send(ask(b"12345")).response()
-        for number in range(3 * HEADS_MAX):
-            peer.send(ask(b"x", b"X: %d" % number)).response()
+        for number in range(HEADS_ENOUGH):
+            peer.send(ask(b"x", long_head(number))).response()
             if number % 500 == 0:
                 assert peer.send(ask(b"12345")).response().json["by"] == "LaneRequest"
         peer.close()
