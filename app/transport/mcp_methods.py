@@ -40,7 +40,8 @@ from app.transport.methods import NO_ROOM, SCOPE_EXECUTE, SCOPE_READ, kept_trace
 SCOPES = {LIST: SCOPE_READ, CALL: SCOPE_EXECUTE}
 """What a method needs; those that are not here only describe the service."""
 
-META_IDEMPOTENCY_KEY = "io.agentcore/idempotency_key"
+META_IDEMPOTENCY_KEYS = ("io.agentcore/idempotency_key", "idempotency_key", "idempotencyKey")
+"""The first is ours as MCP names such things; the others are what clients write."""
 
 PAGE_TOOLS = 250
 """Tools in one answer. Many clients read one page and no more; a page of that many has some 250 KB."""
@@ -185,7 +186,7 @@ def tool_call(
         context.caller,
         context.received_at,
         trace_id=None if trace is None else trace.id_of_call(execution_id, None),
-        idempotency_key=_idempotency_key(meta) if META_IDEMPOTENCY_KEY in meta else None,
+        idempotency_key=_idempotency_key(meta) if meta else None,
         client=context.client,
         on_progress=on_progress,
         trace=trace,
@@ -202,10 +203,15 @@ def _carried(meta: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
 
 
 def _idempotency_key(meta: Mapping[str, Any]) -> str | None:
-    key = meta.get(META_IDEMPOTENCY_KEY)
-    if key is None or (isinstance(key, str) and 0 < len(key) <= IDEMPOTENCY_KEY_CHARACTERS_MAX):
-        return key
-    raise Malformed(f"{META_IDEMPOTENCY_KEY} must be a text of 1 to {IDEMPOTENCY_KEY_CHARACTERS_MAX} characters")
+    given = [name for name in META_IDEMPOTENCY_KEYS if meta.get(name) is not None]
+    if not given:
+        return None
+    key = meta[given[0]]
+    if not isinstance(key, str) or not 0 < len(key) <= IDEMPOTENCY_KEY_CHARACTERS_MAX:
+        raise Malformed(f"{given[0]} must be a text of 1 to {IDEMPOTENCY_KEY_CHARACTERS_MAX} characters")
+    if any(meta[name] != key for name in given):
+        raise Malformed(f"{' and '.join(given)} differ; give one")
+    return key
 
 
 def check_capabilities(tool: Tool, arguments: dict[str, Any], request: Request) -> None:

@@ -230,6 +230,15 @@ def test_a_repeat_by_its_idempotency_key_gets_what_came_of_the_first_call(mcp: R
     assert (error["code"], error["data"]["error_type"]) == (-32007, "idempotency_conflict")
 
 
+@pytest.mark.parametrize("name", ["idempotency_key", "idempotencyKey"])
+def test_an_idempotency_key_may_have_its_plain_name(mcp: Running, name: str) -> None:
+    meta = {name: f"mcp-plain-{name}"}
+    first, second = (call(mcp, "count_calls", _meta=meta).result for _ in range(2))
+    assert first["content"] == second["content"] and first["_meta"] == second["_meta"]
+    both = {"idempotency_key": "a", "idempotencyKey": "b"}
+    assert "differ" in call(mcp, "count_calls", _meta=both).json["error"]["message"]
+
+
 @pytest.mark.parametrize("key", ["", 5, "x" * 257, []])
 def test_an_idempotency_key_that_cannot_be_one_is_malformed(mcp: Running, key: Any) -> None:
     meta = {"io.agentcore/idempotency_key": key}
