@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urldefrag, urljoin, urlsplit
 
-from lxml import etree
-
 TITLE_CHARACTERS_MAX = 300
 LINKS_MAX = 100
 LINKS_TRIED_MAX = 2_000
@@ -47,6 +45,8 @@ class Page:
 
 def read_page(markup: str, url: str, characters_max: int, *, include_links: bool) -> Page:
     """The page at `url`. Text is cut at `characters_max`; links are absolute, distinct, http or https."""
+    from lxml import etree  # 4 MB that a service without scrapers does without
+
     reader = _Reader(url, characters_max, LINKS_MAX if include_links else 0)
     parser = etree.HTMLParser(target=reader, encoding="utf-8")
     for start in range(0, len(markup), SLICE_CHARACTERS):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -139,7 +140,8 @@ async def web_scrape(
             "url": response.url,
         }
 
-    if len(response.body) <= PAGE_INLINE_BYTES_MAX:
+    # The first page loads the parser, which takes 10 ms and more.
+    if len(response.body) <= PAGE_INLINE_BYTES_MAX and "lxml.etree" in sys.modules:
         return read()
     return await asyncio.get_running_loop().run_in_executor(_readers, read)
 
