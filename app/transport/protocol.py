@@ -23,6 +23,7 @@ from uvicorn.server import ServerState
 from app.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, Overloaded, ToolServiceError
 from app.transport.access_log import LINE, AccessLog, path_of, tell
 from app.transport.exchange import EXTENSION, Exchange
+from app.transport.gathering import GatheringTransport
 from app.transport.wire import Reason, Wire
 
 RPC_PATHS = frozenset({b"/api/v1/jsonrpc", b"/mcp"})
@@ -166,8 +167,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport = transport
             transport.abort()
             return
-        super().connection_made(transport)
-        self.flow: _HeldFlow = _HeldFlow(transport)
+        gathering = GatheringTransport(transport, self.wire.outbox, self.loop)
+        super().connection_made(gathering)
+        self.flow: _HeldFlow = _HeldFlow(gathering)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.wire.forget(self.expire)

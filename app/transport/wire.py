@@ -16,6 +16,7 @@ from typing import Any
 
 from app.transport.access_log import AccessLog
 from app.transport.exchange import DefaultHead
+from app.transport.gathering import Outbox
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ class Wire:
         self.connections: set[Expire] = set()
         self.gone_log = _GoneLog(self)
         self.default_head = DefaultHead()
+        self.outbox = Outbox()
         self._timer: asyncio.TimerHandle | None = None
         self._unlogged = 0
         self._log_after = 0.0
