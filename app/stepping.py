@@ -90,7 +90,12 @@ class Stepper:
             self.returned(task.result())
 
 
+async def _rest(steps: Coroutine[Any, Any, Any]) -> Any:
+    """A coroutine from where it stands. From Python 3.12 on a task takes no generator, whatever it is declared to be."""
+    return await _going_on(steps)
+
+
 @coroutine
-def _rest(steps: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """A coroutine from where it stands."""
+def _going_on(steps: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """What stands at an await cannot be awaited itself."""
     return (yield from steps)
