@@ -91,7 +91,7 @@ class Stepper:
 
 
 async def _rest(steps: Coroutine[Any, Any, Any]) -> Any:
-    """A coroutine from where it stands. From Python 3.12 on a task takes no generator, whatever it is declared to be."""
+    """A coroutine from where it stands. From Python 3.12 on a task takes no generator, declared as one or not."""
     return await _going_on(steps)
 
 
