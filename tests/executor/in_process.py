@@ -90,7 +90,8 @@ async def opened(
     http = EgressClient(parse_egress_allow(""), 1, ssl_context=certificates())
     if results is None:
         results = ResultCache(None, 2**20, 2**20, compress=False)
-    reuse = Reuse(Idempotency(keys or FileStore(Path(":memory:"))), results)
+    own_keys = FileStore(Path(":memory:"))
+    reuse = Reuse(Idempotency(keys or own_keys), results)
     executor = Executor(
         Registry(tools, timeout_ceiling_s=ceiling_s),
         Runner(threads, result_bytes_max, metrics.count_abandoned),
@@ -109,6 +110,7 @@ async def opened(
     assert rig.is_quiet() and not len(reuse._flights)
     threads.close()
     await http.aclose()
+    await own_keys.close()
 
 
 async def until(holds: Callable[[], bool]) -> None:

@@ -104,7 +104,7 @@ async def test_limits_file_holds_policies_and_a_bad_one_is_refused_with_its_line
 
 
 async def test_redis_url_makes_replicas_share_their_limits(tmp_path: Path, one_redis: RedisServer) -> None:
-    shared = {"REDIS_URL": one_redis.url, "LIMITS_QUOTA_DAILY": "5"}
+    shared = {"REDIS_URL": one_redis.url, "LIMITS_TIMEOUT_MS": "10000", "LIMITS_QUOTA_DAILY": "5"}
     async with serving(tmp_path / "one", **shared) as first, serving(tmp_path / "two", **shared) as second:
         assert await outcomes(first, 3) == ["success"] * 3
         assert await outcomes(second, 3) == ["success", "success", "quota"]

@@ -28,6 +28,9 @@ from tests.servers import make_folder
 RUN_S_MAX = 60.0
 """Not a claim about speed: past it the test fails instead of hanging."""
 
+P95_MS_MAX = "60000"
+"""What is asked here is whether it answers right, on whatever machine; how a p95 is judged has tests of its own."""
+
 KINDS = {
     "echo",
     "calculator",
@@ -56,7 +59,7 @@ class Run:
 def start_load(*arguments: str, **environ: str) -> subprocess.Popen[str]:
     out = () if "--out" in arguments else ("--out", str(make_folder("agentcore-load-")))
     return subprocess.Popen(
-        [sys.executable, "-m", "load.run", *arguments, *out],
+        [sys.executable, "-m", "load.run", "--p95-max", P95_MS_MAX, *arguments, *out],
         cwd=ROOT,
         env=service_environ(**environ),
         stdout=subprocess.PIPE,

@@ -103,7 +103,8 @@ def test_this_version_serves_on_beside_a_later_one_that_has_migrated(
 ) -> None:
     database = postgres.create_database()
     command(database, "migrate")
-    shared = {"DATABASE_URL": database, "REDIS_URL": redis_url, "LIMITS_RATE": "3/hour", "AUTH_MODE": "required"}
+    redis = {"REDIS_URL": redis_url, "LIMITS_TIMEOUT_MS": "10000"}
+    shared = {"DATABASE_URL": database, **redis, "LIMITS_RATE": "3/hour", "AUTH_MODE": "required"}
     early, key = serve(**shared), create_key(database)
     answers = [echo(early, key)]
     for statement in LATER:

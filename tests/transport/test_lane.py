@@ -542,7 +542,8 @@ def test_a_call_that_waits_for_redis_and_for_its_row_on_disk_keeps_its_door(
     limits = tmp_path / "limits.yaml"
     limits.write_text("policies: [{name: wide, match: {tool: which_door}, per: [tenant], rate: 1000/day}]")
     lane = "true" if door_name == "lane" else "false"
-    environ = {"REDIS_URL": redis_url, "LIMITS_FILE": str(limits), "JOURNAL_MODE": "strict"}
+    redis = {"REDIS_URL": redis_url, "LIMITS_TIMEOUT_MS": "10000"}
+    environ = {**redis, "LIMITS_FILE": str(limits), "JOURNAL_MODE": "strict"}
     door = Door(serve(PROTOCOL_LANE=lane, TOOL_MODULES=TOOLS, **environ), door_name)
     request = door.taught(http(which()))
     peers = [door.connect() for _ in range(5)]
