@@ -36,7 +36,7 @@ def until(holds: Callable[[], bool]) -> None:
 @pytest.fixture(scope="module")
 def own() -> Iterator[Running]:
     """A service of this module's own, whose counters nobody else moves."""
-    running = start_service(TOOL_MODULES="tests.tools_for_tests")
+    running = start_service(TOOL_MODULES="tests.tools_for_tests,tests.transport.lane_tools")
     yield running
     end_service(running)
 
@@ -169,14 +169,16 @@ def test_a_call_goes_on_when_its_client_goes_unless_its_tool_says_otherwise(own:
     def ended(tool_id: str, status: str) -> float:
         return own.metric("tool_executions_total", tool_id=tool_id, status=status)
 
-    finished, cancelled = ended("wait", "success"), ended("wait_for_client", "cancelled")
-    for tool_id, seconds in (("wait", 0.3), ("wait_for_client", 60.0)):
-        connection = send_half(own, execute_request(tool_id, {"seconds": seconds}))
-        until(lambda: own.metric("tool_execution_concurrency") == 1)
+    finished, cancelled = ended("held", "success"), ended("held_for_client", "cancelled")
+    for tool_id in ("held", "held_for_client"):
+        connection = send_half(own, execute_request(tool_id, {"gate": tool_id}))
+        until(lambda gate=tool_id: own.execute("inside", {"gate": gate})["result"] == 1)  # type: ignore[misc]
         connection.close()
+        if tool_id == "held":
+            assert own.execute("open_gate", {"gate": tool_id})["result"] == 1
         until(lambda: own.metric("tool_execution_concurrency") == 0)
-    assert ended("wait", "success") == finished + 1
-    assert ended("wait_for_client", "cancelled") == cancelled + 1
+    assert ended("held", "success") == finished + 1
+    assert ended("held_for_client", "cancelled") == cancelled + 1
 
 
 def test_a_tools_own_limit_queues_then_refuses(own: Running, pool: ThreadPoolExecutor) -> None:

@@ -82,7 +82,7 @@ def asked(request: pytest.FixtureRequest) -> Iterator[Asked]:
     running = start_service(
         **places,
         AUTH_MODE="required",
-        TOOL_MODULES="tests.tools_for_tests",
+        TOOL_MODULES="tests.tools_for_tests,tests.transport.lane_tools",
         LOG_PAYLOADS="full",
         LIMITS_FILE=str(limits),
     )
@@ -207,9 +207,13 @@ def test_a_call_that_was_cancelled_while_it_ran_has_a_row_and_one_that_waited_fo
     assert waits.result()["execution_id"] not in asked.ids(asked.acme)
 
 
-@pytest.mark.parametrize(("tool_id", "status"), [("wait", "success"), ("wait_for_client", "cancelled")])
+@pytest.mark.parametrize(("tool_id", "status"), [("held", "success"), ("held_for_client", "cancelled")])
 def test_the_row_of_a_client_that_hung_up_says_so(asked: Asked, tool_id: str, status: str) -> None:
-    params = {"tool_id": tool_id, "parameters": {"seconds": 0.5}, "agent_id": f"gone-{tool_id}"}
+    def inside() -> int:
+        count: int = execute(asked.acme, "inside", {"gate": tool_id})["result"]
+        return count
+
+    params = {"tool_id": tool_id, "parameters": {"gate": tool_id}, "agent_id": f"gone-{tool_id}"}
     body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": params}).encode()
     key = asked.acme.headers["X-API-Key"].encode()
     with socket.create_connection(("127.0.0.1", asked.service.port)) as connection:
@@ -217,7 +221,10 @@ def test_the_row_of_a_client_that_hung_up_says_so(asked: Asked, tool_id: str, st
             b"POST /api/v1/jsonrpc HTTP/1.1\r\nHost: 127.0.0.1\r\nX-API-Key: %b\r\nContent-Length: %d\r\n\r\n%b"
             % (key, len(body), body)
         )
-        wait_until(lambda: asked.service.metric("tool_execution_concurrency") == 1, "it runs")
+        wait_until(lambda: inside() == 1, "it runs")
+    if tool_id == "held":
+        assert inside() == 1  # answered after the end of that connection has been read
+        execute(asked.acme, "open_gate", {"gate": tool_id})
     found: list[dict[str, Any]] = []
 
     def is_there() -> bool:
