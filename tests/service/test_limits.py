@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import pytest
@@ -21,6 +22,9 @@ from tests.servers import RedisServer
 
 pytestmark = pytest.mark.anyio
 
+PATIENT_MS = 10_000
+"""Where Redis is well: on a slow machine it may take longer than the budget, and away it changes what is counted."""
+
 BUDGET_MS = 50
 
 SANE_S = 2.0
@@ -28,7 +32,7 @@ SANE_S = 2.0
 
 LIMITS = """
 policies:
-  - {name: hot, match: {tool: echo}, rate: 200/second, burst: 20}
+  - {name: hot, match: {tool: echo}, rate: 200/second, burst: 60}
   - {name: day, match: {tool: current_time}, quota: {daily: 300, monthly: 250}}
   - {name: local, match: {tool: calculator}, rate: 100000/second, on_store_failure: local}
   - {name: closed, match: {tool: count_calls}, quota: {daily: 1000000}, on_store_failure: closed}
@@ -36,7 +40,8 @@ policies:
   - {name: few, match: {tool: wait}, quota: {monthly: 5}}
 """
 
-HOT_RATE, HOT_BURST = 200, 20
+HOT_RATE, HOT_BURST = 200, 60
+"""A burst of 0.3 s: nothing is lost while the callers stand still for less."""
 
 
 @dataclass
@@ -76,7 +81,6 @@ class Door:
 
 @pytest.fixture(scope="module")
 def limits_redis() -> Iterator[RedisServer]:
-    """Killed and stopped by the last tests here, and started again."""
     with RedisServer() as server:
         yield server
 
@@ -84,20 +88,39 @@ def limits_redis() -> Iterator[RedisServer]:
 @pytest.fixture(scope="module")
 def replicas(limits_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Running]]:
     """Four processes with the same limits on one Redis."""
-    path = tmp_path_factory.mktemp("limits") / "limits.yaml"
-    path.write_text(LIMITS)
+    with started(4, limits_redis, tmp_path_factory.mktemp("limits"), PATIENT_MS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def failing_redis() -> Iterator[RedisServer]:
+    """Killed and stopped, and started again."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def hasty(failing_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Running]]:
+    """Two that wait for it no longer than the budget."""
+    with started(2, failing_redis, tmp_path_factory.mktemp("limits"), BUDGET_MS) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def started(count: int, server: RedisServer, folder: Path, budget_ms: int) -> Iterator[list[Running]]:
+    (folder / "limits.yaml").write_text(LIMITS)
     environ = {
-        "REDIS_URL": limits_redis.url,
-        "LIMITS_FILE": str(path),
-        "LIMITS_TIMEOUT_MS": str(BUDGET_MS),
+        "REDIS_URL": server.url,
+        "LIMITS_FILE": str(folder / "limits.yaml"),
+        "LIMITS_TIMEOUT_MS": str(budget_ms),
         "TOOL_MODULES": "tests.tools_for_tests",
         "ENABLE_DATABASE_LOGGING": "false",
     }
     with ThreadPoolExecutor() as pool:
-        started = list(pool.map(lambda _: start_service(**environ), range(4)))
-    yield started
-    for running in started:
-        end(running)
+        running = list(pool.map(lambda _: start_service(**environ), range(count)))
+    yield running
+    for one in running:
+        end(one)
 
 
 async def on_all(
@@ -127,7 +150,7 @@ async def test_four_replicas_admit_a_hot_key_as_one(replicas: list[Running], lim
     print(f"hot key: {counted} in {took:.2f} s, ratio {counted['success'] / (HOT_RATE * seconds):.3f}")
     assert set(counted) == {"success", "rate_limit"}
     assert counted["success"] <= HOT_BURST + HOT_RATE * took + 1
-    assert counted["success"] >= 0.97 * HOT_RATE * seconds
+    assert counted["success"] >= 0.94 * (HOT_BURST + HOT_RATE * seconds)
     assert counted["rate_limit"] > counted["success"] / 4, "there was more to do than was let in"
 
 
@@ -207,12 +230,11 @@ def a_continuation(server: RedisServer) -> None:
 
 @pytest.mark.parametrize(("begin", "heal"), [(a_kill, a_start), (a_stop, a_continuation)])
 async def test_redis_away_under_load_is_what_each_policy_says_and_over_without_a_restart(
-    replicas: list[Running],
-    limits_redis: RedisServer,
+    hasty: list[Running],
+    failing_redis: RedisServer,
     begin: Callable[[RedisServer], None],
     heal: Callable[[RedisServer], None],
 ) -> None:
-    two = replicas[:2]
     tools: list[tuple[str, dict[str, Any]]] = [
         ("calculator", {"expression": "1+1"}),
         ("count_calls", {}),
@@ -236,15 +258,15 @@ async def test_redis_away_under_load_is_what_each_policy_says_and_over_without_a
             while not outcome():
                 await asyncio.sleep(0.01)
 
-    load = asyncio.create_task(on_all(two, 9, call_on))
+    load = asyncio.create_task(on_all(hasty, 9, call_on))
     await until(lambda: all(counter["success"] > 20 for counter in seen.values()))
-    await asyncio.to_thread(begin, limits_redis)
+    await asyncio.to_thread(begin, failing_redis)
     await until(lambda: seen["count_calls"]["dependency_unavailable"] > 50)
-    assert [await asyncio.to_thread(one.metric, "limit_store_up") for one in two] == [0, 0]
+    assert [await asyncio.to_thread(one.metric, "limit_store_up") for one in hasty] == [0, 0]
     away = {tool_id: counter["success"] for tool_id, counter in seen.items()}
     await until(lambda: all(seen[tool_id]["success"] > away[tool_id] + 50 for tool_id in ("calculator", "who_calls")))
     assert seen["count_calls"]["success"] == away["count_calls"], "what must be counted does not run"
-    await asyncio.to_thread(heal, limits_redis)
+    await asyncio.to_thread(heal, failing_redis)
     healed = time.perf_counter()
     await until(lambda: seen["count_calls"]["success"] > away["count_calls"] + 20)
     back_s = time.perf_counter() - healed
@@ -257,10 +279,10 @@ async def test_redis_away_under_load_is_what_each_policy_says_and_over_without_a
     assert set(seen["calculator"]) == set(seen["who_calls"]) == {"success"}
     assert set(seen["count_calls"]) == {"success", "dependency_unavailable"}
     assert worst[0] < SANE_S
-    for one in replicas:  # those that nobody called have lost it too, and the next test calls one
+    for one in hasty:
         await until(lambda one=one: one.metric("limit_store_up") == 1)  # type: ignore[misc]
-    assert all(one.metric("limit_decisions_total", outcome="unavailable") > 0 for one in two)
-    for one in two:
+    assert all(one.metric("limit_decisions_total", outcome="unavailable") > 0 for one in hasty)
+    for one in hasty:
         one.read_log(lambda event: event["message"] == "limit store up")
         assert not [event for event in one.log if event["level"] in ("error", "critical") or "exception" in event]
 
