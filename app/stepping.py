@@ -27,6 +27,19 @@ class InTask:
 IN_TASK = InTask()
 
 
+class Now:
+    """What is going on at this moment. Not a class's own attribute: to set one costs every look-up of a method."""
+
+    __slots__ = ("stepping",)
+
+    def __init__(self) -> None:
+        self.stepping = False
+        """A coroutine is being stepped, and not by a task."""
+
+
+NOW = Now()
+
+
 class Stepper:
     """Steps one coroutine. `returned` or `raised` is called once, on the loop; a cancelled task is a CancelledError."""
 
@@ -56,13 +69,17 @@ class Stepper:
         raise NotImplementedError
 
     def _step(self, _: Any = None) -> None:
+        NOW.stepping = True
         try:
             awaited = self._coroutine.send(None)
         except StopIteration as end:
+            NOW.stepping = False
             self.returned(end.value)
         except BaseException as error:
+            NOW.stepping = False
             self.raised(error)
         else:
+            NOW.stepping = False
             if awaited is NEEDS_TASK:
                 self._go_on_in_task()
             elif awaited is None:

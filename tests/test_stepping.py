@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from app.execution_log.commit import Commit
 from app.stepping import IN_TASK, Stepper
 
 pytestmark = pytest.mark.anyio
@@ -331,3 +332,36 @@ async def test_it_leaves_no_circles_behind() -> None:
         assert gc.collect() < 20
     finally:
         gc.enable()
+
+
+async def test_a_commit_wakes_what_is_stepped_by_itself_and_in_its_context() -> None:
+    loop = asyncio.get_running_loop()
+    commit, seen = Commit(loop), []
+
+    async def waits(name: str) -> str:
+        colour.set(name)
+        await commit.wait()
+        seen.append(colour.get())
+        return name
+
+    both = [started(waits("red")), started(waits("blue"))]
+    task = asyncio.ensure_future(waits("green"))
+    await asyncio.sleep(0)
+    assert seen == []
+    commit.complete()
+    assert seen == ["red", "blue"], "before complete() returned; the task needs a turn of the loop"
+    assert [await one.end() for one in both] == ["red", "blue"]
+    assert await asyncio.wait_for(task, WAIT_S) == "green" and colour.get() == "none"
+    assert await started(waits("done already")).end() == "done already"
+
+
+async def test_a_task_that_waits_for_a_commit_may_be_cancelled_while_it_is_stepped_beside() -> None:
+    commit = Commit(asyncio.get_running_loop())
+    stepped, task = started(commit.wait()), asyncio.ensure_future(commit.wait())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert stepped.ends == []
+    commit.complete()
+    assert await stepped.end() is None
