@@ -306,7 +306,8 @@ class Executor:
         run.attempts += 1
         if call.deadline is not None and call.deadline < deadline:
             deadline = call.deadline
-        return self._runner.run_in_place(state.tool, arguments, self._context(call, deadline))
+        context = self._context(call, deadline) if state.takes_context else None
+        return self._runner.run_in_place(state.tool, arguments, context, deadline, call.execution_id)
 
     async def _run(self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float) -> Any:
         tool = state.tool

@@ -247,7 +247,7 @@ def _by_own_wish(wanted: Wanted, cause: Failure) -> bool:
 def _identity(call: ToolCall, state: ToolState, parameters: bytes) -> Hashable:
     """What makes two calls of a tool identical for its author: everything that a run can see of its call."""
     seen: tuple[Hashable, ...] = ()
-    if state.tool.takes_context:
+    if state.takes_context:
         seen = (call.caller, call.agent_id, call.session_id, canonical_json(call.metadata))
     return (call.tool_id, call.caller.tenant, parameters, call.timeout_override_s, call.deadline, *seen)
 

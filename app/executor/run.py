@@ -43,6 +43,7 @@ class ToolState:
         "reused",
         "series",
         "slots",
+        "takes_context",
         "timeout_s",
         "tool",
     )
@@ -62,6 +63,7 @@ class ToolState:
         self.cost = tool.spec.cost
         self.abandoned = Abandoned()
         self.slots = None if tool.spec.max_concurrent is None else Slots(tool.spec.max_concurrent)
+        self.takes_context = tool.takes_context
         self.in_place = tool.never_waits and not tool.spec.cancel_on_disconnect
         self.timeout_s = timeout_ceiling_s if tool.spec.timeout is None else min(tool.spec.timeout, timeout_ceiling_s)
         self.breaker = breaker

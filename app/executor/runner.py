@@ -124,7 +124,7 @@ class Runner:
             raise RunFailed(CANCELLED_ITSELF)
         error = ended.exception()
         if error is not None:
-            raise RunFailed(_cause(error, tool, context)) from error
+            raise RunFailed(_cause(error, tool, context.execution_id)) from error
         return ended.result()
 
     def encode(self, tool: Tool, value: Any) -> bytes:
@@ -145,23 +145,25 @@ class Runner:
             raise RunFailed(failure(RESULT_TOO_LARGE, f"The result is over {self._result_bytes_max} bytes"))
         return encoded
 
-    def run_in_place(self, tool: Tool, arguments: dict[str, Any], context: ToolContext) -> Any:
+    def run_in_place(
+        self, tool: Tool, arguments: dict[str, Any], context: ToolContext | None, deadline: float, execution_id: str
+    ) -> Any:
         """`run` for a coroutine that has no `await`: no deadline can interrupt it, so a task and a timer of its own
-        would only cost their 4 µs. What it sets in its context ends with it, and it sees no current task: the
-        request's, where there is one, is not its to cancel."""
+        would only cost their 4 µs. It needs a context only where it takes one. What it sets in its context variables
+        ends with it, and it sees no current task: the request's, where there is one, is not its to cancel."""
         request = asyncio.current_task(self._loop)
         if request is not None:
             asyncio._leave_task(self._loop, request)
         try:
             copy_context().run(_only_step, tool, arguments, context)
         except StopIteration as end:
-            if time.perf_counter() > context.deadline:
+            if time.perf_counter() > deadline:
                 raise RunFailed(TIMED_OUT) from None  # nothing could interrupt it, but a late value is none
             return end.value
         except asyncio.CancelledError as error:
             raise RunFailed(CANCELLED_ITSELF) from error
         except BaseException as error:  # SystemExit too must end the call and not the event loop
-            raise RunFailed(_cause(error, tool, context)) from error
+            raise RunFailed(_cause(error, tool, execution_id)) from error
         finally:
             if request is not None:
                 asyncio._enter_task(self._loop, request)
@@ -254,7 +256,7 @@ def _settle(ended: asyncio.Future[bool], in_time: bool) -> None:
         ended.set_result(in_time)
 
 
-def _only_step(tool: Tool, arguments: dict[str, Any], context: ToolContext) -> None:
+def _only_step(tool: Tool, arguments: dict[str, Any], context: ToolContext | None) -> None:
     in_tool.set(True)
     tool.invoke(arguments, context).send(None)
 
@@ -268,14 +270,14 @@ async def _contained(tool: Tool, arguments: dict[str, Any], context: ToolContext
         raise RuntimeError(f"raised {type(error).__name__}") from error
 
 
-def _cause(error: BaseException, tool: Tool, context: ToolContext) -> Failure:
+def _cause(error: BaseException, tool: Tool, execution_id: str) -> Failure:
     """What an agent may know of a tool's exception: all of a ToolError, nothing of any other."""
     if isinstance(error, ToolError):
         try:
             return _told_by_tool(error)
         except BaseException as broken:  # a subclass with a __str__ or attributes that fail
             error.__context__ = broken
-    logger.error("tool crashed", exc_info=error, extra={"tool_id": tool.spec.id, "execution_id": context.execution_id})
+    logger.error("tool crashed", exc_info=error, extra={"tool_id": tool.spec.id, "execution_id": execution_id})
     return CRASHED
 
 

@@ -183,7 +183,9 @@ class Tool(Protocol):
     def takes_context(self) -> bool:
         """It may see who calls."""
 
-    def invoke(self, arguments: dict[str, Any], context: ToolContext) -> Any: ...
+    def invoke(self, arguments: dict[str, Any], context: ToolContext | None) -> Any:
+        """`context` is None only where `takes_context` is False."""
+
     def rebuilt(self) -> Tool:
         """The same tool with its schemas built anew, for ENABLE_PARAMETER_VALIDATION_CACHE=false."""
 
@@ -237,7 +239,7 @@ class FunctionTool:
     def rebuilt(self) -> FunctionTool:
         return FunctionTool(self.function, self.spec)
 
-    def invoke(self, arguments: dict[str, Any], context: ToolContext) -> Any:
+    def invoke(self, arguments: dict[str, Any], context: ToolContext | None) -> Any:
         if self._context_parameter is not None:
             return self.function(**arguments, **{self._context_parameter: context})
         return self.function(**arguments)
