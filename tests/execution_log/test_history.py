@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import itertools
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -307,6 +308,7 @@ async def test_a_query_that_takes_too_long_is_ended_by_the_server_and_the_next_o
         assert await rows(engine, "SHOW statement_timeout") == [("0",)]
 
 
+@pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
 async def test_readers_that_are_cancelled_leave_their_places_and_connections(engine: AsyncEngine) -> None:
     history = ExecutionHistory(engine)
     places = history._places._value
@@ -319,3 +321,5 @@ async def test_readers_that_are_cancelled_leave_their_places_and_connections(eng
         await asyncio.gather(*asked, return_exceptions=True)
     assert len((await history.page(None, Filters())).rows) == 50
     assert history._places._value == places
+    # aiosqlite leaves a connection whose opening was cancelled to the collector, and Python 3.13 tells: here it may.
+    gc.collect()
