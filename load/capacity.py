@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -201,8 +202,7 @@ def overloaded(
     usual_us = quantile(sorted(took for due, took, _ in calls if due < begins), 0.99)
     after = [(due - ends, took, ended) for due, took, ended in calls if due >= ends]
     bad = [due for due, took, ended in after if ended != RIGHT or took > 2 * usual_us]
-    windows = {int(due / 1e6 / WINDOW_S) for due in bad}
-    recovered_s = first_clean_window(windows, len(after) / max(1.0, seconds / WINDOW_S), bad) * WINDOW_S
+    recovered_s = first_clean_window(len(after) / max(1.0, seconds / WINDOW_S), bad, WINDOW_S) * WINDOW_S
     per_s = good / seconds
     return Overload(
         factor,
@@ -218,11 +218,9 @@ def overloaded(
     )
 
 
-def first_clean_window(windows: set[int], calls_each: float, bad: list[float]) -> int:
-    """The first window after which no window is bad. One slow call in a hundred is not: that much the start shows."""
-    counts: dict[int, int] = dict.fromkeys(windows, 0)
-    for due in bad:
-        counts[int(due / 1e6 / WINDOW_S)] += 1
+def first_clean_window(calls_each: float, bad: list[float], window_s: float) -> int:
+    """The first window after which no window is bad. One slow call in fifty is not: that much the start shows."""
+    counts = Counter(int(due / 1e6 / window_s) for due in bad)
     really = [window for window, count in counts.items() if count > max(1.0, calls_each / 50)]
     return max(really) + 1 if really else 0
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Annotated
 
 from pydantic import Field
 
-from app.tools.tool import tool
+from app.tools.builtin.web import require_success
+from app.tools.tool import ToolContext, tool
 
 
 @tool(read_only=True)
@@ -29,3 +31,22 @@ async def pause(seconds: Annotated[float, Field(ge=0, le=60)]) -> float:
     """Wait for so many seconds, and return them."""
     await asyncio.sleep(seconds)
     return seconds
+
+
+@tool
+async def brew(
+    seconds: Annotated[float, Field(ge=0, le=60)], loops: Annotated[int, Field(ge=0, le=1_000_000)]
+) -> float:
+    """Wait for so many seconds, then turn an empty loop: a slow tool that needs the core too."""
+    await asyncio.sleep(seconds)
+    for _ in range(loops):
+        pass
+    return seconds
+
+
+@tool
+async def ask_upstream(context: ToolContext) -> int:
+    """Ask the server that LOAD_UPSTREAM names; the length of what it says."""
+    response = await context.http.request("GET", os.environ["LOAD_UPSTREAM"], timeout_s=context.remaining_s())
+    require_success(response)
+    return len(response.body)
