@@ -45,6 +45,17 @@ async def brew(
 
 
 @tool
+async def stir(
+    seconds: Annotated[float, Field(ge=0, le=60)], loops: Annotated[int, Field(ge=0, le=1_000_000)]
+) -> float:
+    """`brew` by another name: a tool is fast or slow as a whole."""
+    await asyncio.sleep(seconds)
+    for _ in range(loops):
+        pass
+    return seconds
+
+
+@tool
 async def ask_upstream(context: ToolContext) -> int:
     """Ask the server that LOAD_UPSTREAM names; the length of what it says."""
     response = await context.http.request("GET", os.environ["LOAD_UPSTREAM"], timeout_s=context.remaining_s())

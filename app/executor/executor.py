@@ -25,7 +25,7 @@ from app.errors import (
 from app.execution_log.commit import settle
 from app.execution_log.log import NO_LOG, ExecutionLog, ToolLog
 from app.executor.reuse import Replayed, Reuse, Wanted
-from app.executor.run import Run, ToolState
+from app.executor.run import LONG_IN_PLACE_S, Run, ToolState
 from app.executor.runner import CANCELLED, Interrupt, Runner, cancelled_from_outside
 from app.executor.running import RunningCalls
 from app.executor.slots import CallSlots
@@ -226,6 +226,8 @@ class Executor:
                         run.run_s = ended - started - run.paused_s
                         if state.in_place:
                             self._control.quick_seen = True
+                            if run.run_s > LONG_IN_PLACE_S or state.long_in_place:
+                                state.ran_in_place(run.run_s)
                         else:
                             self._learn_how_long(state, run.run_s)
             finally:

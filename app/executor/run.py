@@ -26,6 +26,12 @@ _execution = tuple.__new__
 """A NamedTuple's own way to be made takes twice as long."""
 
 
+LONG_IN_PLACE_S = 0.0005
+LONG_IN_PLACE_MAX = 3
+"""A tool that computes for longer, so often in a row, goes on in a task of its own: then the calls that came with it
+wait with a slot, where they are counted, limited and refused, and not in their sockets."""
+
+
 class ToolState:
     """What the executor keeps for one tool between calls."""
 
@@ -39,6 +45,7 @@ class ToolState:
         "in_place",
         "is_slow",
         "log",
+        "long_in_place",
         "retries",
         "reused",
         "series",
@@ -65,6 +72,8 @@ class ToolState:
         self.slots = None if tool.spec.max_concurrent is None else Slots(tool.spec.max_concurrent)
         self.takes_context = tool.takes_context
         self.in_place = tool.never_waits and not tool.spec.cancel_on_disconnect
+        self.long_in_place = 0
+        """Runs in a row that kept the loop."""
         self.timeout_s = timeout_ceiling_s if tool.spec.timeout is None else min(tool.spec.timeout, timeout_ceiling_s)
         self.breaker = breaker
         self.retries = Retries.of(tool.spec)
@@ -78,6 +87,15 @@ class ToolState:
         """None: its results are not kept."""
         self.reused = cached is not None or (tool.spec.read_only and not tool.never_waits)
         """A call may be answered by another one's run. What never waits never runs beside another."""
+
+    def ran_in_place(self, run_s: float) -> None:
+        """Runs now and then that are long, by a pause of the machine's, say nothing."""
+        if run_s < LONG_IN_PLACE_S:
+            self.long_in_place = 0
+            return
+        self.long_in_place += 1
+        if self.long_in_place >= LONG_IN_PLACE_MAX:
+            self.in_place = False
 
 
 class Run(Aside):

@@ -59,10 +59,9 @@ SAMPLE_S_MAX = 0.25
 IN_USE = 0.8
 """A limit goes up only while this part of it is in use: an unused one proves nothing."""
 
-FLOOR_PART = 0.02
-FLOOR_MIN = 8
-"""The limit never goes below this part of its ceiling, nor below 8: delay that the calls do not cause must not starve
-them."""
+FLOOR = 8
+"""The limit never goes below: delay that the calls do not cause must not starve them. More, of calls that compute for
+some milliseconds, would be a queue of its own."""
 
 QUICK_S = 0.05
 """A tool that takes longer holds its slot for long; quicker ones give theirs back 20 times a second or more."""
@@ -95,6 +94,13 @@ STEP_HYSTERESIS = 0.75
 REFUSED_STRAIN = 2.0
 """Calls refused for want of a slot weigh as twice the tolerated delay."""
 
+REFUSAL_S = 60e-6
+"""What a refusal takes of the loop's thread, with the HTTP around it."""
+
+REFUSING_PART = 0.25
+"""Of the time. Past it the delay is made by callers who come again at once and not by the calls that run: fewer slots
+would only mean more refusals, down to the floor and for as long as they go on."""
+
 Clock = Callable[[], float]
 
 
@@ -108,9 +114,9 @@ class Gradient:
 
     __slots__ = ("_limit", "allowed_s", "ceiling", "delay_s", "floor", "normal_s")
 
-    def __init__(self, ceiling: int, floor: int | None = None) -> None:
+    def __init__(self, ceiling: int, floor: int = FLOOR) -> None:
         self.ceiling = ceiling
-        self.floor = min(ceiling, max(FLOOR_MIN, int(ceiling * FLOOR_PART)) if floor is None else floor)
+        self.floor = min(ceiling, floor)
         self.normal_s = DELAY_S_MIN
         self.allowed_s = 0.0
         """A delay that does not matter to the calls there are, whatever is normal."""
@@ -130,11 +136,13 @@ class Gradient:
         """How many times the tolerated delay is met at this time."""
         return self.delay_s / self.tolerated_s
 
-    def on_sample(self, rtt_s: float, in_flight: int, dropped: bool) -> int:
-        """The limit after one window: its mean delay without the tools' own time, the most that ran in it, and
-        whether calls were refused for want of a slot."""
+    def on_sample(self, rtt_s: float, in_flight: int, dropped: bool, refusing: bool = False) -> int:
+        """The limit after one window: its mean delay without the tools' own time, the most that ran in it, whether
+        calls were refused for want of a slot, and so many that the delay comes of that."""
         self.delay_s += SMOOTHING * (min(rtt_s, SAMPLE_S_MAX) - self.delay_s)
-        if self.strain > 1:
+        if refusing:
+            self._grow()
+        elif self.strain > 1:
             if rtt_s > self.tolerated_s:  # else it is over, and what was done about it may have been enough
                 self._shrink(max(GRADIENT_MIN, self.strain**-0.5), in_flight)
         elif dropped or in_flight >= IN_USE * self._limit:
@@ -172,6 +180,7 @@ class LoadControl:
         factor_changed: Callable[[int], None] = lambda _: None,
         clock: Clock = perf_counter,
         cpu: Clock = thread_time,
+        refusal_s: float = REFUSAL_S,
     ) -> None:
         self.mode = mode
         self.slots = slots
@@ -187,6 +196,7 @@ class LoadControl:
         self._factor_changed = factor_changed
         self._clock = clock
         self._cpu = cpu
+        self._refusal_s = refusal_s
         self._decided_at = clock()
         self._cpu_s = cpu()
         self._slow_hold_s = QUICK_S
@@ -265,10 +275,12 @@ class LoadControl:
             delay_s = max(delay_s, self._delays_s / self._delays)
         refused = self.slots.refused + self.slow_slots.refused
         dropped = refused != self._refused
+        since_s = self._clock() - self._decided_at
+        refusing = (refused - self._refused) * self._refusal_s > REFUSING_PART * since_s
         if self._is_calm() and not dropped:
             self._gradient.learn(delay_s)
         self._gradient.allowed_s = self._allowed_s()
-        limit = self._gradient.on_sample(delay_s, self._in_flight, dropped)
+        limit = self._gradient.on_sample(delay_s, self._in_flight, dropped, refusing)
         self._feel_pressure(dropped)
         self._tighten(dropped)
         if self.enforces:

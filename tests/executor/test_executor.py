@@ -18,6 +18,7 @@ from pydantic import AfterValidator
 
 from app.calls import LOCAL_CALLER, Caller, Execution
 from app.errors import DRAINING, INTERNAL, INVALID_PARAMS, OVERLOADED, TOOL_NOT_FOUND, ErrorKind, ToolError
+from app.executor.run import LONG_IN_PLACE_MAX, LONG_IN_PLACE_S
 from app.executor.threads import ThreadPool
 from app.limits.concurrency import Slots
 from app.tools.tool import FunctionTool, ToolContext, tool
@@ -354,6 +355,23 @@ async def test_every_outcome_is_counted_once_and_a_refusal_is_no_run(
         assert counted is None or sum(counted.duration.counts) == len(runs)
         assert rig.errors() == errors
         assert sum(rig.metrics.stages["metrics"].counts) == 1
+
+
+async def test_a_tool_that_computes_for_long_soon_runs_in_a_task_where_its_calls_are_counted() -> None:
+    computed_s = 0.0
+
+    @tool
+    async def compute() -> bool:
+        """Whether it ran in a task of its own."""
+        ends = time.perf_counter() + computed_s
+        while time.perf_counter() < ends:
+            pass
+        return asyncio.current_task() is not None
+
+    async with opened(compute) as rig:
+        computed_s = 2 * LONG_IN_PLACE_S
+        in_task = [(await rig.call(compute)).result for _ in range(LONG_IN_PLACE_MAX + 2)]
+        assert in_task == [b"false"] * LONG_IN_PLACE_MAX + [b"true"] * 2
 
 
 async def test_a_draining_executor_refuses_new_calls_and_lets_running_ones_finish() -> None:

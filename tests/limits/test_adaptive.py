@@ -18,8 +18,11 @@ from app.errors import Overloaded
 from app.limits.adaptive import (
     DELAY_S_MAX,
     DELAY_S_MIN,
+    FLOOR,
     QUICK_LATELY_WINDOWS,
     QUICK_S,
+    REFUSAL_S,
+    REFUSING_PART,
     RELIEF_WINDOWS,
     RESERVE_PART,
     TOLERANCE,
@@ -47,7 +50,7 @@ def test_delay_brings_the_limit_down_from_what_really_runs_and_never_below_the_f
     assert gradient.on_sample(0.1, 200, False) < 200
     for _ in range(100):
         gradient.on_sample(0.1, 200, True)
-    assert gradient.limit == gradient.floor == 30
+    assert FLOOR == gradient.floor <= gradient.limit <= 2 * FLOOR, "its steps end where the root of it is a fifth"
 
 
 def test_a_limit_that_is_used_grows_back_to_its_ceiling_when_the_delay_is_gone() -> None:
@@ -89,9 +92,12 @@ def test_what_is_normal_has_bounds() -> None:
     assert gradient.normal_s == DELAY_S_MIN
 
 
-@given(st.integers(1, 5_000), st.lists(st.tuples(st.floats(0, 100), st.integers(0, 10_000), st.booleans())))
+@given(
+    st.integers(1, 5_000),
+    st.lists(st.tuples(st.floats(0, 100), st.integers(0, 10_000), st.booleans(), st.booleans())),
+)
 def test_whatever_is_measured_the_limit_stays_between_floor_and_ceiling(
-    ceiling: int, samples: list[tuple[float, int, bool]]
+    ceiling: int, samples: list[tuple[float, int, bool, bool]]
 ) -> None:
     gradient = Gradient(ceiling)
     for sample in samples:
@@ -150,7 +156,7 @@ def test_a_limit_comes_back_while_there_is_little_to_do(machine: Machine) -> Non
     control = machine.control(1500)
     for _ in range(50):
         machine.window(control, 0.1, running=200)
-    assert control.slots.limit == 30
+    assert FLOOR <= control.slots.limit <= 2 * FLOOR
     for _ in range(100):
         machine.window(control, 0.0005, running=0, busy=0.1)
     assert control.slots.limit == 1500
@@ -252,6 +258,22 @@ def test_calls_that_are_refused_for_want_of_a_slot_tighten_rates_too(machine: Ma
     for _ in range(100):
         machine.window(control, refused=1)
     assert control.factor == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_delay_that_refusals_make_takes_no_slots_away(machine: Machine) -> None:
+    """Callers who come again at once keep the loop busy: with fewer slots they would keep it busier."""
+    control = machine.control(1_000)
+    for refused in (REFUSED_TOO_MANY, REFUSED_TOO_MANY - 100):
+        for _ in range(50):
+            machine.window(control, 10 * TOLERATED_S, refused=refused, running=1_000)
+        assert (control.slots.limit == 1_000) is (refused == REFUSED_TOO_MANY)
+    for _ in range(100):
+        machine.window(control, 10 * TOLERATED_S, refused=REFUSED_TOO_MANY, running=20)
+    assert control.slots.limit == 1_000, "and gives back what was taken"
+
+
+REFUSED_TOO_MANY = int(REFUSING_PART * 0.1 / REFUSAL_S) + 1
+"""In a window of a tenth of a second."""
 
 
 # All of it, under simulated load
@@ -357,7 +379,13 @@ def simulated(
     """What happened; phases are (calls a second, seconds)."""
 
     async def main(loop: VirtualLoop) -> World:
-        control = LoadControl(Slots(slots, clock=loop.time), mode, clock=loop.time, cpu=lambda: loop.burned_s)
+        control = LoadControl(
+            Slots(slots, clock=loop.time),
+            mode,
+            clock=loop.time,
+            cpu=lambda: loop.burned_s,
+            refusal_s=REFUSAL_BURNS_S,
+        )
         world = World(loop, control, of)
         await world.run(phases)
         assert (world.control.slots.running, world.control.slots.queued) == (0, 0)

@@ -243,3 +243,9 @@ def test_every_part_is_a_module_that_runs() -> None:
     )
     assert refused.returncode == 2
     assert "no part wires; there are wire" in refused.stderr
+
+
+def test_resilience_shows_overload_and_a_dead_upstream() -> None:
+    table = run("load.resilience", "--seconds", "0.5", "--few")
+    assert re.search(r"^breaker open after ([0-9]|1[0-9]) calls", table, re.MULTILINE)
+    assert {"2 x"} <= {line.strip()[:3] for line in table.splitlines()}

@@ -1,0 +1,26 @@
+"""What the executor keeps of a tool."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.execution_log.log import NO_LOG
+from app.executor.run import LONG_IN_PLACE_MAX, LONG_IN_PLACE_S, ToolState
+from app.telemetry.metrics import ToolSeries
+from app.tools.tool import tool
+
+
+@tool
+async def quick() -> None:
+    """Nothing to wait for."""
+
+
+@given(st.lists(st.sampled_from((0.1 * LONG_IN_PLACE_S, 2 * LONG_IN_PLACE_S)), max_size=12))
+def test_only_long_runs_in_a_row_take_a_tool_out_of_its_place(runs_s: list[float]) -> None:
+    state = ToolState(quick, ToolSeries(), NO_LOG, 30.0)
+    for run_s in runs_s:
+        if state.in_place:
+            state.ran_in_place(run_s)
+    longest = max(len(part) for part in "".join("l" if s > LONG_IN_PLACE_S else "s" for s in runs_s).split("s"))
+    assert state.in_place is (longest < LONG_IN_PLACE_MAX)
