@@ -56,7 +56,7 @@ class Kind(NamedTuple):
 
 KINDS = (
     Kind("slots", 0.0, 0.02, 1.0, 0.8, 1_000, (2, 5, 10)),
-    Kind("core", 0.002, 0.04, 0.8, 0.5, 250, (2, 5)),
+    Kind("core", 0.002, 0.02, 0.8, 0.5, 250, (2, 5)),
 )
 """Slow calls fill the slots, of which there are 1,000 by default; or all calls together the core. A refusal costs the
 core some 80 us, so the second cannot go to 10 times."""

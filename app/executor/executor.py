@@ -226,6 +226,7 @@ class Executor:
                         run.run_s = ended - started - run.paused_s
                         if state.in_place:
                             self._control.quick_seen = True
+                            self._control.ended += 1
                             if run.run_s > LONG_IN_PLACE_S or state.long_in_place:
                                 state.ran_in_place(run.run_s)
                         else:

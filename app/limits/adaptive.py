@@ -39,6 +39,13 @@ DELAY_PART = 0.05
 """Where all calls are slow, they may also be delayed by this part of what they take: nobody notices 40 ms of 800, and a
 limit so tight that nobody waits leaves the loop idle between them."""
 
+DELAY_CALLS = 3.0
+"""Where calls compute for milliseconds, a queue of so many of them is no overload: a core of which six sevenths are in
+use has one. In all, no longer than what is tolerated on the slowest machine."""
+
+WORK_WEIGHT = 0.1
+"""Of one window in what a call computes."""
+
 GRADIENT_MIN = 0.8
 """One window never takes away more than a fifth of what runs: the delay of a moment may be chance, and what was let in
 before goes on for a while."""
@@ -200,6 +207,9 @@ class LoadControl:
         self._decided_at = clock()
         self._cpu_s = cpu()
         self._slow_hold_s = QUICK_S
+        self.ended = 0
+        """Runs that have ended; counted by whoever runs them, as `ran` does."""
+        self._work_s = 0.0
         self._delays_s = 0.0
         self._delays = 0
         self._lags_s = 0.0
@@ -237,6 +247,7 @@ class LoadControl:
 
     def ran(self, hold_s: float, run_s: float) -> float:
         """What a tool usually takes, after one more run of it."""
+        self.ended += 1
         if run_s <= QUICK_S:
             self.quick_seen = True
         if hold_s > QUICK_S:
@@ -275,9 +286,13 @@ class LoadControl:
             delay_s = max(delay_s, self._delays_s / self._delays)
         refused = self.slots.refused + self.slow_slots.refused
         dropped = refused != self._refused
-        since_s = self._clock() - self._decided_at
-        refusing = (refused - self._refused) * self._refusal_s > REFUSING_PART * since_s
-        if self._is_calm() and not dropped:
+        refusing_s = (refused - self._refused) * self._refusal_s
+        now, cpu_s = self._clock(), self._cpu()
+        window_s, worked_s = now - self._decided_at, cpu_s - self._cpu_s
+        self._decided_at, self._cpu_s = now, cpu_s
+        refusing = refusing_s > REFUSING_PART * window_s
+        self._learn_work(worked_s - refusing_s)
+        if worked_s < CALM_PART * window_s and not dropped:
             self._gradient.learn(delay_s)
         self._gradient.allowed_s = self._allowed_s()
         limit = self._gradient.on_sample(delay_s, self._in_flight, dropped, refusing)
@@ -291,15 +306,16 @@ class LoadControl:
         self._waited = False
 
     def _allowed_s(self) -> float:
-        quick = self._windows_without_quick < QUICK_LATELY_WINDOWS
-        return 0.0 if quick else min(TOLERANCE * DELAY_S_MAX, DELAY_PART * self._slow_hold_s)
+        allowed_s = DELAY_CALLS * self._work_s
+        if self._windows_without_quick >= QUICK_LATELY_WINDOWS:
+            allowed_s = max(allowed_s, DELAY_PART * self._slow_hold_s)
+        return min(TOLERANCE * DELAY_S_MAX, allowed_s)
 
-    def _is_calm(self) -> bool:
-        """Whether the loop's thread had little to compute in this window."""
-        now, cpu_s = self._clock(), self._cpu()
-        calm = cpu_s - self._cpu_s < CALM_PART * (now - self._decided_at)
-        self._decided_at, self._cpu_s = now, cpu_s
-        return calm
+    def _learn_work(self, worked_s: float) -> None:
+        """What the loop's thread computes for a call, all that it does besides in it."""
+        if self.ended:
+            self._work_s += WORK_WEIGHT * (worked_s / self.ended - self._work_s)
+            self.ended = 0
 
     def _feel_pressure(self, dropped: bool) -> None:
         self._calm_windows = 0 if dropped or self._waited else self._calm_windows + 1

@@ -260,6 +260,17 @@ def test_calls_that_are_refused_for_want_of_a_slot_tighten_rates_too(machine: Ma
     assert control.factor == pytest.approx(0.5, abs=0.02)
 
 
+def test_where_calls_compute_for_long_a_short_queue_of_them_is_no_overload(machine: Machine) -> None:
+    limits = []
+    for ended in (100, 20):  # 0.1 s of the core each window: calls of 1 ms, then of 5 ms
+        control = machine.control(1_000)
+        for _ in range(100):
+            control.ended += ended
+            machine.window(control, 2 * 0.005, running=1_000)
+        limits.append(control.slots.limit)
+    assert limits[0] < 100 and limits[1] == 1_000
+
+
 def test_a_delay_that_refusals_make_takes_no_slots_away(machine: Machine) -> None:
     """Callers who come again at once keep the loop busy: with fewer slots they would keep it busier."""
     control = machine.control(1_000)
