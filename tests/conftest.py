@@ -23,6 +23,10 @@ import pytest
 from tests import reaper
 from tests.servers import PostgresAt, PostgresServer, RedisAt, RedisServer, make_folder, remove_folder
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts the suite in the background has it ignore SIGINT; what the tests interrupt would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parent.parent
 
 START_S_MAX = 60.0
