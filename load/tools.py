@@ -49,10 +49,7 @@ async def stir(
     seconds: Annotated[float, Field(ge=0, le=60)], loops: Annotated[int, Field(ge=0, le=1_000_000)]
 ) -> float:
     """`brew` by another name: a tool is fast or slow as a whole."""
-    await asyncio.sleep(seconds)
-    for _ in range(loops):
-        pass
-    return seconds
+    return await brew(seconds, loops)  # type: ignore[no-any-return]
 
 
 @tool
