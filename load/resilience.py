@@ -58,8 +58,8 @@ KINDS = (
     Kind("slots", 0.0, 0.02, 1.0, 0.8, 1_300, (2, 5, 10)),
     Kind("core", 0.002, 0.02, 0.8, 0.5, 250, (2, 5)),
 )
-"""Slow calls fill the slots, of which they get 1,350 by default; or all calls together fill the core. A refusal costs the
-core as much as a small call, so the second cannot go to 10 times."""
+"""Slow calls fill the slots, of which they get 1,350 by default; or all calls together fill the core. A refusal costs
+the core as much as a small call, so the second cannot go to 10 times."""
 
 BEFORE = 0.5
 WINDOW_S = 0.5
