@@ -7,10 +7,13 @@ in a task, to have timeouts, groups or a cancellation of its own, awaits IN_TASK
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Generator
+import logging
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
 from types import coroutine
 from typing import Any
+
+logger = logging.getLogger("app.stepping")
 
 NEEDS_TASK = object()
 """What a coroutine yields to whoever steps it."""
@@ -38,6 +41,67 @@ class Now:
 
 
 NOW = Now()
+
+
+class Signal:
+    """Done once, and then for good; it never fails. One for all who wait, so that a call costs no future of its own."""
+
+    __slots__ = ("_asyncio_future_blocking", "_callbacks", "_loop", "done")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None, *, done: bool = False) -> None:
+        self.done = done
+        self._loop = loop  # kept by who makes many: asking for it costs Python 3.11 a system call
+        self._callbacks: list[Callable[[Any], object]] = []
+        self._asyncio_future_blocking = False
+
+    def add_done_callback(self, callback: Callable[[Any], object], *, context: Context | None = None) -> None:
+        """Have it called with this signal, on the event loop: when it is done, or now when it is."""
+        if self.done:
+            callback(self)
+        elif context is None:
+            self._callbacks.append(callback)
+        else:
+            self._callbacks.append(lambda signal: context.run(callback, signal))
+
+    async def wait(self) -> None:
+        """Return when it is done. May be cancelled; others that wait do not notice."""
+        if self.done:
+            return
+        if NOW.stepping:  # the stepper is called back by the signal itself: no future, no turn of the loop
+            await _Directly(self)
+            return
+        future = (self._loop or asyncio.get_running_loop()).create_future()
+        self._callbacks.append(lambda _: settle(future))
+        await future
+
+    def complete(self) -> None:
+        """Called once, by its owner alone."""
+        self.done = True
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            try:
+                callback(self)
+            except Exception:  # one's bug must not keep the others waiting
+                logger.exception("callback of a signal failed")
+
+
+class _Directly:
+    """For a stepper, to which a signal is as good as a future."""
+
+    __slots__ = ("_signal",)
+
+    def __init__(self, signal: Signal) -> None:
+        self._signal = signal
+
+    def __await__(self) -> Generator[Signal, None, None]:
+        self._signal._asyncio_future_blocking = True
+        yield self._signal
+
+
+def settle(future: asyncio.Future[None]) -> None:
+    """End what somebody waits for, if somebody still does."""
+    if not future.done():
+        future.set_result(None)
 
 
 class Stepper:

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from app.execution_log.commit import settle
+from app.stepping import settle
 
 logger = logging.getLogger("app.execution_log")
 

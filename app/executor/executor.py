@@ -14,7 +14,7 @@ from typing import Any
 
 from app.breaker import NO_BREAKER, OPEN, SAYS_NOTHING, SUCCEEDED, Outcome, Probe, ToolBreaker, outcome_of
 from app.bus import Bus
-from app.calls import Caller, Client, CurrentCall, Execution, ToolCall, current_call
+from app.calls import Caller, Client, Execution, ToolCall, current_call
 from app.egress import EgressClient
 from app.errors import (
     InternalError,
@@ -22,18 +22,18 @@ from app.errors import (
     RunFailed,
     ToolServiceError,
 )
-from app.execution_log.commit import settle
 from app.execution_log.log import NO_LOG, ExecutionLog, ToolLog
 from app.executor.reuse import Replayed, Reuse, Wanted
 from app.executor.run import LONG_IN_PLACE_S, Run, ToolState
 from app.executor.runner import CANCELLED, Interrupt, Runner, cancelled_from_outside
 from app.executor.running import RunningCalls
 from app.executor.slots import CallSlots
+from app.executor.straight import StraightCall, Then, told_of
 from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission, Asked, Grant, status
 from app.limits.concurrency import QUEUE_PATIENCE_S
 from app.limits.policy import Bound
-from app.stepping import IN_TASK
+from app.stepping import IN_TASK, Signal, settle
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import OFF, Tracing
 from app.tools.registry import Registry
@@ -64,10 +64,10 @@ class Executor:
     ) -> None:
         self.registry = registry
         self.timeout_ceiling_s = timeout_ceiling_s
-        self._runner = runner
-        self._control = control
-        self._slots = control.slots
-        self._admission = admission
+        self.runner = runner
+        self.control = control
+        self.slots = control.slots
+        self.admission = admission
         self._log = log
         self._reuse = reuse
         reuse.fetch = self._fetch
@@ -75,17 +75,18 @@ class Executor:
         self._breakers = breakers
         self._call_slots = CallSlots(control)
         self._http = http
-        self._metrics = metrics
-        self._registry_stage = metrics.stages["registry"]
-        self._validation_stage = metrics.stages["validation"]
-        self._limits_stage = metrics.stages["limits"]
+        self.metrics = metrics
+        self.registry_stage = metrics.stages["registry"]
+        self.validation_stage = metrics.stages["validation"]
+        self.limits_stage = metrics.stages["limits"]
         self._execution_stage = metrics.stages["execution"]
-        self._serialisation_stage = metrics.stages["serialisation"]
+        self.serialisation_stage = metrics.stages["serialisation"]
         self._tracing = tracing
         self._tracing_stage = metrics.stages["tracing"]
         self._metrics_stage = metrics.stages["metrics"]
         self._rebuild_validators = rebuild_validators
         self._states: dict[str, ToolState] = {}
+        self._loop = asyncio.get_running_loop()  # kept: asking costs Python 3.11 a system call
 
     @property
     def concurrency(self) -> int:
@@ -103,13 +104,41 @@ class Executor:
         """Runs that were given up and still live."""
         return sum(state.abandoned.active for state in self._states.values())
 
-    async def execute(self, call: ToolCall, *, fresh: bool = False) -> Execution:
-        """Run one call to its end, `fresh` whatever is kept of earlier ones. Raises nothing but CancelledError, when
-        the whole request is cancelled."""
+    def begin(self, call: ToolCall, then: Then) -> StraightCall | None:
+        """Run a call without a coroutine, where nothing in its way can wait but the store of limits; `then` gets its
+        Execution, before this returns or later. None: nothing was done, and `execute` is the way."""
+        state = self._states.get(call.tool_id)
+        if state is None or not state.straight or call.idempotency_key is not None:
+            return None
+        began = perf_counter()
+        try:
+            tool = self.registry.lookup(call.tool_id, call.caller)
+        except ToolServiceError:
+            return None
+        bound = self.bound(call)
+        if tool is not state.tool or bound.slots or not state.breaker.quiet or not self.slots.take_now():
+            return None
+        straight = StraightCall(self, call, state, bound, then)
+        straight.begin(began)
+        return straight
+
+    async def execute(self, call: ToolCall) -> Execution:
+        """Run one call to its end. Raises nothing but CancelledError, when the whole request is cancelled."""
+        end = _End(self._loop)
+        straight = self.begin(call, end.put)
+        if straight is not None:
+            return await end.of(straight)
+        return await self._execute(Run(call))
+
+    async def _fetch(self, call: ToolCall) -> None:
+        """Run it whatever is kept of earlier calls."""
         run = Run(call)
-        if fresh:
-            run.fresh = True
-        current_call.set(tuple.__new__(CurrentCall, (call.execution_id, call.trace_id, call.trace, call.caller.tenant)))
+        run.fresh = True
+        await self._execute(run)
+
+    async def _execute(self, run: Run) -> Execution:
+        call = run.call
+        current_call.set(told_of(call))
         try:
             self.calls.enter(run)
             try:
@@ -117,7 +146,7 @@ class Executor:
             except asyncio.CancelledError:
                 execution = run.ended("cancelled", error=CANCELLED)
                 if not run.interrupt.requested or cancelled_from_outside():
-                    self._finish(run, execution)
+                    self.finish(run, execution)
                     if run.claimed is not None:
                         await self._reuse.settle(run, execution)
                     raise
@@ -132,13 +161,10 @@ class Executor:
         except Exception:
             logger.exception("call failed inside", extra={"execution_id": call.execution_id})
             execution = run.ended("failed", refusal=InternalError())
-        self._finish(run, execution)
+        self.finish(run, execution)
         if run.claimed is not None:
             await self._reuse.settle(run, execution)
         return execution
-
-    async def _fetch(self, call: ToolCall) -> None:
-        await self.execute(call, fresh=True)
 
     async def _perform(self, call: ToolCall, run: Run) -> bytes:
         begin = perf_counter()
@@ -148,13 +174,13 @@ class Executor:
             state = self._state_of(tool)
         run.state = state
         run.found = found = perf_counter()
-        self._metrics.lookup.observe(found - begin)
-        self._registry_stage.observe(found - begin)
-        arguments = self._arguments(call, tool)
+        self.metrics.lookup.observe(found - begin)
+        self.registry_stage.observe(found - begin)
+        arguments = self.arguments_of(call, tool)
         run.validated = validated = perf_counter()
-        self._validation_stage.observe(validated - found)
-        timeout_s = self._timeout_s(call, state)
-        bound = self._bound(call)
+        self.validation_stage.observe(validated - found)
+        timeout_s = self.timeout_of(call, state)
+        bound = self.bound(call)
         if state.reused or call.idempotency_key is not None:
             return await self._reused(call, run, state, arguments, timeout_s, bound)
         return await self._performed(call, run, state, arguments, timeout_s, bound)
@@ -167,7 +193,7 @@ class Executor:
 
         async def spend(bound: Bound) -> None:
             if bound.limits:
-                outcome = self._admission.admit(bound, state.cost)
+                outcome = self.admission.admit(bound, state.cost)
                 run.grant = await self._granted(outcome, run) if isinstance(outcome, Asked) else outcome
 
         def perform() -> Awaitable[bytes]:
@@ -188,7 +214,7 @@ class Executor:
         try:
             result = await self._let_run(call, run, state, arguments, timeout_s, bound)
         except BaseException as error:
-            self._tell_breaker(call, run, state, timeout_s, probe, error)
+            self.tell_breaker(call, run, state, timeout_s, probe, error)
             raise
         if not breaker.quiet:
             breaker.ended(call.caller.tenant, run.started, SUCCEEDED, probe)
@@ -197,26 +223,26 @@ class Executor:
     async def _let_run(
         self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], timeout_s: float, bound: Bound
     ) -> bytes:
-        if state.slots is None and not bound.slots and not state.is_slow and self._slots.take_now():
-            release = self._slots.release
+        if state.slots is None and not bound.slots and not state.is_slow and self.slots.take_now():
+            release = self.slots.release
         else:
             await IN_TASK
-            patience_s = self._control.patience_s(state.hold_s, min(QUEUE_PATIENCE_S, timeout_s))
+            patience_s = self.control.patience_s(state.hold_s, min(QUEUE_PATIENCE_S, timeout_s))
             release = await self._call_slots.take(state, bound, run, patience_s)
         try:
             state.log.reserve()
             try:
                 if bound.limits:
-                    outcome = self._admission.admit(bound, state.cost)
+                    outcome = self.admission.admit(bound, state.cost)
                     run.grant = outcome if type(outcome) is Grant else await self._granted(outcome, run)  # type: ignore[arg-type]
                 run.started = started = perf_counter()
-                self._limits_stage.observe(started - run.validated)
+                self.limits_stage.observe(started - run.validated)
                 try:
                     if state.retries is not None:
                         await IN_TASK
                         value = await self._run_again(call, run, state, arguments, started + timeout_s)
                     elif state.in_place:
-                        value = self._run_in_place(call, run, state, arguments, started + timeout_s)
+                        value = self.run_in_place(call, run, state, arguments, started + timeout_s)
                     else:
                         await IN_TASK
                         value = await self._run(call, run, state, arguments, started + timeout_s)
@@ -225,10 +251,7 @@ class Executor:
                     if run.attempts:
                         run.run_s = ended - started - run.paused_s
                         if state.in_place:
-                            self._control.quick_seen = True
-                            self._control.ended += 1
-                            if run.run_s > LONG_IN_PLACE_S or state.long_in_place:
-                                state.ran_in_place(run.run_s)
+                            self.ran_in_place(state, run.run_s)
                         else:
                             self._learn_how_long(state, run.run_s)
             finally:
@@ -236,15 +259,22 @@ class Executor:
                     state.log.unreserve()
         finally:
             release()
-        result = self._runner.encode(state.tool, value)
-        self._serialisation_stage.observe(perf_counter() - ended)
+        result = self.runner.encode(state.tool, value)
+        self.serialisation_stage.observe(perf_counter() - ended)
         return result
 
-    def _learn_how_long(self, state: ToolState, run_s: float) -> None:
-        state.hold_s = self._control.ran(state.hold_s, run_s)
-        state.is_slow = self._control.is_slow(state.hold_s)
+    def ran_in_place(self, state: ToolState, run_s: float) -> None:
+        control = self.control
+        control.quick_seen = True
+        control.ended += 1
+        if run_s > LONG_IN_PLACE_S or state.long_in_place:
+            state.ran_in_place(run_s)
 
-    def _tell_breaker(
+    def _learn_how_long(self, state: ToolState, run_s: float) -> None:
+        state.hold_s = self.control.ran(state.hold_s, run_s)
+        state.is_slow = self.control.is_slow(state.hold_s)
+
+    def tell_breaker(
         self, call: ToolCall, run: Run, state: ToolState, timeout_s: float, probe: Probe | None, error: BaseException
     ) -> None:
         """How a call ended that has no result."""
@@ -268,7 +298,7 @@ class Executor:
         while True:
             try:
                 if state.in_place:
-                    return self._run_in_place(call, run, state, arguments, deadline)
+                    return self.run_in_place(call, run, state, arguments, deadline)
                 return await self._run(call, run, state, arguments, deadline)
             except Overloaded:
                 if last is None:
@@ -302,7 +332,7 @@ class Executor:
             run.paused_s += perf_counter() - begin
             timer.cancel()
 
-    def _run_in_place(
+    def run_in_place(
         self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float
     ) -> Any:
         """A tool that never waits: no task, no timer, nothing that could be refused after all."""
@@ -310,7 +340,7 @@ class Executor:
         if call.deadline is not None and call.deadline < deadline:
             deadline = call.deadline
         context = self._context(call, deadline) if state.takes_context else None
-        return self._runner.run_in_place(state.tool, arguments, context, deadline, call.execution_id)
+        return self.runner.run_in_place(state.tool, arguments, context, deadline, call.execution_id)
 
     async def _run(self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float) -> Any:
         tool = state.tool
@@ -324,7 +354,7 @@ class Executor:
                 watcher = asyncio.create_task(
                     _cancel_when_gone(call.client, run.interrupt), name=f"client-watch:{call.execution_id}"
                 )
-            return await self._runner.run(tool, arguments, context, run.interrupt, state.abandoned)
+            return await self.runner.run(tool, arguments, context, run.interrupt, state.abandoned)
         except Overloaded:  # refused after all: nothing ran, this time
             run.attempts -= 1
             if not run.attempts and run.grant is not None:
@@ -335,11 +365,11 @@ class Executor:
             if watcher is not None:
                 watcher.cancel()
 
-    def _bound(self, call: ToolCall) -> Bound:
+    def bound(self, call: ToolCall) -> Bound:
         """The limits and slots of the call. Where nobody says who calls, the agent's own name for itself does."""
         caller = call.caller
         subject = call.agent_id if caller.anonymous and call.agent_id else caller.subject
-        return self._admission.bind(caller.tenant, subject, caller.limit_class, call.tool_id)
+        return self.admission.bind(caller.tenant, subject, caller.limit_class, call.tool_id)
 
     async def _granted(self, asked: Asked, run: Run) -> Grant:
         """What the store says to the ask, or raise the refusal."""
@@ -353,10 +383,10 @@ class Executor:
     async def look_at_limits(self, caller: Caller, tool_id: str, agent_id: str | None) -> dict[str, Any]:
         """What is left of each limit for such a call, without spending. Raises ToolNotFound, DependencyUnavailable."""
         tool = self.registry.lookup(tool_id, caller)
-        bound = self._bound(ToolCall("", tool_id, None, caller, 0.0, agent_id=agent_id))
-        return status(tool_id, tool.spec.cost, await self._admission.look(bound.limits))
+        bound = self.bound(ToolCall("", tool_id, None, caller, 0.0, agent_id=agent_id))
+        return status(tool_id, tool.spec.cost, await self.admission.look(bound.limits))
 
-    def _arguments(self, call: ToolCall, tool: Tool) -> dict[str, Any]:
+    def arguments_of(self, call: ToolCall, tool: Tool) -> dict[str, Any]:
         try:
             return (tool.rebuilt() if self._rebuild_validators else tool).parameters.validate(call.parameters)
         except ToolServiceError:
@@ -372,7 +402,7 @@ class Executor:
             log = self._log.for_tool(spec.version, spec.cost, spec.log_mode, spec.log_payloads)
         cached = self._reuse.cached(tool)
         breaker = ToolBreaker() if self._breakers else NO_BREAKER
-        state = ToolState(tool, self._metrics.for_tool(spec.id), log, self.timeout_ceiling_s, cached, breaker)
+        state = ToolState(tool, self.metrics.for_tool(spec.id), log, self.timeout_ceiling_s, cached, breaker)
         state.series.breaker_state = lambda: breaker.state_now
         before = self._states.get(tool.spec.id)
         if before is not None:  # the registry has another tool of this id now; what hangs of the old one still does
@@ -380,7 +410,7 @@ class Executor:
         self._states[tool.spec.id] = state
         return state
 
-    def _timeout_s(self, call: ToolCall, state: ToolState) -> float:
+    def timeout_of(self, call: ToolCall, state: ToolState) -> float:
         """The smallest of the tool's timeout, the caller's, the service's and what is left of the plan."""
         timeout_s = state.timeout_s
         if call.timeout_override_s is not None and call.timeout_override_s < timeout_s:
@@ -404,9 +434,9 @@ class Executor:
             context = context._replace(on_progress=call.on_progress)
         return context if call.idempotency_key is None else context._replace(idempotency_key=call.idempotency_key)
 
-    def _finish(self, run: Run, execution: Execution) -> None:
+    def finish(self, run: Run, execution: Execution) -> None:
         """The epilogue of every call. Never awaits: a slow sink must not slow a call."""
-        metrics = self._metrics
+        metrics = self.metrics
         begin = perf_counter()
         kept = None
         if self._tracing.recording:
@@ -431,6 +461,25 @@ class Executor:
         if execution.result is None and not execution.replayed:
             metrics.count_outcome(execution)
         self._metrics_stage.observe(perf_counter() - begin)
+
+
+class _End(Signal):
+    """The end of a straight call, for `execute` to await."""
+
+    __slots__ = ("_execution",)
+
+    def put(self, execution: Execution) -> None:
+        self._execution = execution
+        self.complete()
+
+    async def of(self, straight: StraightCall) -> Execution:
+        if not self.done:
+            try:
+                await self.wait()
+            except BaseException:
+                straight.cancel()
+                raise
+        return self._execution
 
 
 async def _cancel_when_gone(client: Client, interrupt: Interrupt) -> None:

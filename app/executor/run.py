@@ -50,6 +50,7 @@ class ToolState:
         "reused",
         "series",
         "slots",
+        "straight",
         "takes_context",
         "timeout_s",
         "tool",
@@ -87,6 +88,8 @@ class ToolState:
         """None: its results are not kept."""
         self.reused = cached is not None or (tool.spec.read_only and not tool.never_waits)
         """A call may be answered by another one's run. What never waits never runs beside another."""
+        self.straight = self.in_place and self.slots is None and self.retries is None and not self.reused
+        """Nothing in the way of a call can wait but the store of limits."""
 
     def ran_in_place(self, run_s: float) -> None:
         """Runs now and then that are long, by a pause of the machine's, say nothing."""
@@ -95,7 +98,7 @@ class ToolState:
             return
         self.long_in_place += 1
         if self.long_in_place >= LONG_IN_PLACE_MAX:
-            self.in_place = False
+            self.in_place = self.straight = False
 
 
 class Run(Aside):
@@ -119,6 +122,10 @@ class Run(Aside):
     def __init__(self, call: ToolCall) -> None:
         self.call = call
         self.interrupt = Interrupt()
+
+    def cancel(self) -> bool:
+        """End what it waits for. False: too late, the call has another outcome already."""
+        return self.interrupt.cancel()
 
     def ended(
         self,

@@ -91,4 +91,4 @@ class RunningCalls:
         owner = run.call.caller
         if not is_admin and (owner.tenant, owner.subject) != (tenant, subject):
             return False
-        return run.interrupt.cancel()
+        return run.cancel()

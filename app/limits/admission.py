@@ -19,7 +19,7 @@ from app.errors import DependencyUnavailable, QuotaExceeded, RateLimited, ToolSe
 from app.limits.limit import DAILY, KINDS, RATE, STEPS, Limit
 from app.limits.memory_store import DAY_US, MemoryStore
 from app.limits.policy import Bound, Policies
-from app.limits.store import REFUSES, WOULD_REFUSE, Ask, LimitStore, StoreAway, Verdict
+from app.limits.store import REFUSES, WOULD_REFUSE, Ask, LimitStore, StoreAway, Verdict, Waiter
 
 logger = logging.getLogger("app.limits")
 
@@ -130,11 +130,7 @@ class Admission:
 
     def admit(self, bound: Bound, cost: int) -> Grant | Asked:
         """Spend `cost` at every limit. Raises RateLimited, QuotaExceeded, DependencyUnavailable: nothing was spent."""
-        ask = bound.ask(cost) if self.step == STEPS or not bound.adaptive else bound.tightened_ask(cost, self.step)
-        for limit in ask.limits:
-            if limit.over is not None:
-                self._refuse_what_is_over(ask)
-                break
+        ask = self._ask(bound, cost)
         try:
             answer = self.store.ask(ask)
         except StoreAway:
@@ -142,6 +138,25 @@ class Admission:
         if type(answer) is Verdict:
             return self.judged(ask, answer, told=bound.told)
         return Asked(self, ask, answer, bound.told)  # type: ignore[arg-type]
+
+    def admit_for(self, waiter: Waiter, bound: Bound, cost: int) -> Grant | Ask:
+        """`admit` for who does not await: the waiter gets the verdict of the ask, to be `judged`, or StoreAway, and
+        then what holds is `without_store`."""
+        ask = self._ask(bound, cost)
+        try:
+            verdict = self.store.ask_for(waiter, ask)
+        except StoreAway:
+            return self.without_store(ask)
+        return ask if verdict is None else self.judged(ask, verdict, told=bound.told)
+
+    def _ask(self, bound: Bound, cost: int) -> Ask:
+        """Raises what was over a moment ago."""
+        ask = bound.ask(cost) if self.step == STEPS or not bound.adaptive else bound.tightened_ask(cost, self.step)
+        for limit in ask.limits:
+            if limit.over is not None:
+                self._refuse_what_is_over(ask)
+                break
+        return ask
 
     async def look(self, limits: tuple[Limit, ...]) -> Grant:
         """What is left of each limit; costs nothing. Raises DependencyUnavailable."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from app.limits.limit import DAILY, RATE, Limit
-from app.limits.store import PASSES, REFUSES, WOULD_REFUSE, Ask, Verdict
+from app.limits.store import PASSES, REFUSES, WOULD_REFUSE, Ask, Verdict, Waiter
 
 COUNTERS_MAX = 100_000
 """About 35 MB. Past it the counters that have been there longest are forgotten, those without effect first."""
@@ -61,6 +61,9 @@ class MemoryStore:
     def counters(self) -> int:
         """How many are kept."""
         return len(self._counters)
+
+    def ask_for(self, waiter: Waiter, ask: Ask) -> Verdict:
+        return self.ask(ask)
 
     def ask(self, ask: Ask) -> Verdict:
         now = self._clock_us()

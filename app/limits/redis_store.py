@@ -23,7 +23,7 @@ import orjson
 from app.clients import Locate
 from app.limits.limit import RATE, Limit, counter_key
 from app.limits.redis_link import LinkLost, RedisLink
-from app.limits.store import PASSES, Ask, StoreAway, Verdict
+from app.limits.store import PASSES, Ask, StoreAway, Verdict, Waiter
 
 logger = logging.getLogger("app.limits")
 
@@ -58,7 +58,7 @@ CLOSED = "closed"
 PROBE = Limit(counter_key("probe"), "probe", RATE, 1_000_000, period_us=1_000_000, burst=1_000_000)
 """Written after each connect: a Redis that is full or read-only answers, but cannot count."""
 
-Waiting = tuple[Ask, "asyncio.Future[Verdict] | None", float]
+Waiting = tuple[Ask, Waiter | None, float]
 """An ask, who waits for it (nobody for what is given back), and when that began, seconds of `perf_counter`."""
 
 
@@ -100,20 +100,23 @@ class RedisStore:
         return "Redis up" if self.up else f"Redis away ({self.reason}), each policy's on_store_failure holds"
 
     def ask(self, ask: Ask) -> asyncio.Future[Verdict]:
+        future: asyncio.Future[Verdict] = self._loop.create_future()
+        self.ask_for(future, ask)
+        return future
+
+    def ask_for(self, waiter: Waiter, ask: Ask) -> None:
         if self._away:
             raise StoreAway(self.reason)
         if len(self._pending) >= PENDING_MAX:
             raise StoreAway("too many wait for it")
-        future: asyncio.Future[Verdict] = self._loop.create_future()
-        self._add(ask, future)
-        return future
+        self._add(ask, waiter)
 
     def give_back(self, ask: Ask) -> None:
         if not self._away and len(self._pending) < PENDING_MAX:
             self._add(ask, None)
 
-    def _add(self, ask: Ask, future: asyncio.Future[Verdict] | None) -> None:
-        self._pending.append((ask, future, time.perf_counter()))
+    def _add(self, ask: Ask, waiter: Waiter | None) -> None:
+        self._pending.append((ask, waiter, time.perf_counter()))
         self._quiet.clear()
         if not self._in_flight and not self._flush_due:
             self._flush_due = True
@@ -144,8 +147,8 @@ class RedisStore:
         batch: list[Waiting] = []
         counters = 0
         for place, waiting in enumerate(self._pending):
-            ask, future, _ = waiting
-            if future is not None and future.done():
+            ask, waiter, _ = waiting
+            if waiter is not None and waiter.done():
                 continue
             counters += len(ask.limits)
             if len(batch) == BATCH_ASKS_MAX or (batch and counters > BATCH_COUNTERS_MAX):
@@ -169,11 +172,11 @@ class RedisStore:
             self._declare_away(str(error))
             return
         self._in_flight = []
-        for (ask, future, _), verdict in zip(batch, verdicts, strict=True):
-            if future is None:
+        for (ask, waiter, _), verdict in zip(batch, verdicts, strict=True):
+            if waiter is None:
                 continue
-            if not future.done():
-                future.set_result(verdict)
+            if not waiter.done():
+                waiter.set_result(verdict)
             elif ask.cost and verdict.passes:  # the call was cancelled meanwhile: it never ran
                 self.give_back(ask._replace(spent=verdict))
         if not self._pending:
@@ -221,10 +224,11 @@ class RedisStore:
             link.close()
         self._lost.set()
         self._quiet.set()
-        for _, future, _ in waiting:
-            if future is not None and not future.done():
-                future.set_exception(StoreAway(reason))
-                future.exception()  # who waited may be cancelled in this tick: then nobody takes it
+        for _, waiter, _ in waiting:
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(StoreAway(reason))
+                if isinstance(waiter, asyncio.Future):
+                    waiter.exception()  # who waited may be cancelled in this tick: then nobody takes it
 
     def _link_lost(self) -> None:
         """The connection ended with nothing on its way: what waits may wait on, for as long as its budget lasts."""

@@ -39,6 +39,14 @@ class Verdict(NamedTuple):
         return all(state[0] != REFUSES for state in self.states)
 
 
+class Waiter(Protocol):
+    """Who waits for a verdict: a future, or what goes on by itself. Done before it is told: it has been withdrawn."""
+
+    def done(self) -> bool: ...
+    def set_result(self, verdict: Verdict, /) -> None: ...
+    def set_exception(self, error: StoreAway, /) -> None: ...
+
+
 class LimitStore(Protocol):
     """Where counters live."""
 
@@ -52,6 +60,9 @@ class LimitStore(Protocol):
 
     def ask(self, ask: Ask) -> Verdict | asyncio.Future[Verdict]:
         """Decide, now or soon. Raises StoreAway, here or in the future."""
+
+    def ask_for(self, waiter: Waiter, ask: Ask) -> Verdict | None:
+        """Decide now, or tell the waiter soon. Raises StoreAway, here or to the waiter."""
 
     def give_back(self, ask: Ask) -> None:
         """Undo a spending, as far as time has not done so already. Never raises, never waits."""

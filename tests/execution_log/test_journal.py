@@ -140,7 +140,7 @@ async def test_a_callback_that_fails_keeps_no_other_from_its_answer(caplog: pyte
     commit.add_done_callback(lambda _: 1 / 0)
     commit.add_done_callback(called.append)
     commit.complete()
-    assert called == [commit] and "callback of a commit failed" in caplog.text
+    assert called == [commit] and "callback of a signal failed" in caplog.text
 
 
 async def test_a_strict_commit_is_done_after_its_sync_and_a_durable_one_does_not_wait_for_that(tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""A call whose tool never waits, from its slot to its Execution without a coroutine.
+
+The store of limits calls it back; everything else on its way happens at once. It walks the executor's own steps in the
+executor's order: `Executor.begin` says which calls it is for, `Executor.execute` has the way of all others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, Protocol
+
+from app.breaker import SUCCEEDED
+from app.calls import CurrentCall, Execution, ToolCall, current_call
+from app.errors import InternalError, RunFailed, ToolServiceError
+from app.executor.run import Run, ToolState
+from app.executor.runner import CANCELLED, Runner
+from app.executor.running import RunningCalls
+from app.limits.admission import Admission
+from app.limits.concurrency import Slots
+from app.limits.policy import Bound
+from app.limits.store import Ask, StoreAway, Verdict
+from app.telemetry.metrics import Histogram, Metrics
+from app.tools.tool import Tool
+
+logger = logging.getLogger("app.executor")
+
+Then = Callable[[Execution], None]
+"""Gets the Execution, once. Must not raise."""
+
+
+class Steps(Protocol):
+    """What the executor lends to a call on the straight way."""
+
+    admission: Admission
+    calls: RunningCalls
+    metrics: Metrics
+    runner: Runner
+    slots: Slots
+    limits_stage: Histogram
+    registry_stage: Histogram
+    serialisation_stage: Histogram
+    validation_stage: Histogram
+
+    def arguments_of(self, call: ToolCall, tool: Tool) -> dict[str, Any]: ...
+    def timeout_of(self, call: ToolCall, state: ToolState) -> float: ...
+    def run_in_place(
+        self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float
+    ) -> Any: ...
+    def ran_in_place(self, state: ToolState, run_s: float) -> None: ...
+    def tell_breaker(
+        self, call: ToolCall, run: Run, state: ToolState, timeout_s: float, probe: None, error: BaseException
+    ) -> None: ...
+    def finish(self, run: Run, execution: Execution) -> None: ...
+
+
+def told_of(call: ToolCall) -> CurrentCall:
+    """What lines and requests may know of a call."""
+    return tuple.__new__(CurrentCall, (call.execution_id, call.trace_id, call.trace, call.caller.tenant))
+
+
+class StraightCall(Run):
+    """One call on the straight way. It is made with a slot in its hand, and gives it back.
+
+    For the store of limits it is the waiter; it is decided once that has answered, or somebody has cancelled it."""
+
+    state: ToolState
+    _ask: Ask
+    _arguments: dict[str, Any]
+    _timeout_s = 0.0
+    _decided = False
+    _entered = False
+    _reserved = False
+
+    def __init__(self, steps: Steps, call: ToolCall, state: ToolState, bound: Bound, then: Then) -> None:
+        self.call = call
+        self.state = state
+        self._steps = steps
+        self._bound = bound
+        self._then = then
+
+    def begin(self, began: float) -> None:
+        """Up to the verdict of its limits or, where none binds it, to its end. The tool was looked up since `began`."""
+        told = current_call.set(told_of(self.call))
+        try:
+            self._prepare(began)
+            if self._bound.limits:
+                granted = self._steps.admission.admit_for(self, self._bound, self.state.cost)
+                if type(granted) is Ask:
+                    self._ask = granted
+                    return
+                self.grant = granted  # type: ignore[assignment]  # the other of the two
+            self._decided = True
+            self._conclude(self._ran())
+        except Exception as error:
+            self._conclude(self._refused(error))
+        finally:
+            current_call.reset(told)
+
+    def _prepare(self, began: float) -> None:
+        steps, call, state = self._steps, self.call, self.state
+        steps.calls.enter(self)
+        self._entered = True
+        self.found = found = perf_counter()
+        steps.metrics.lookup.observe(found - began)
+        steps.registry_stage.observe(found - began)
+        self._arguments = steps.arguments_of(call, state.tool)
+        self.validated = validated = perf_counter()
+        steps.validation_stage.observe(validated - found)
+        self._timeout_s = steps.timeout_of(call, state)
+        state.log.reserve()
+        self._reserved = True
+
+    # For the store of limits
+
+    def done(self) -> bool:
+        return self._decided
+
+    def set_result(self, verdict: Verdict, /) -> None:
+        self._go_on(verdict)
+
+    def set_exception(self, error: StoreAway, /) -> None:
+        self._go_on(None)
+
+    def _go_on(self, verdict: Verdict | None) -> None:
+        self._decided = True
+        admission, told = self._steps.admission, current_call.set(told_of(self.call))
+        try:
+            if verdict is None:
+                self.grant = admission.without_store(self._ask)
+            else:
+                self.grant = admission.judged(self._ask, verdict, told=self._bound.told)
+            self._conclude(self._ran())
+        except Exception as error:
+            self._conclude(self._refused(error))
+        finally:
+            current_call.reset(told)
+
+    # For who cancels it
+
+    def cancel(self) -> bool:
+        if self._decided:
+            return False
+        self._decided = True
+        self._conclude(self.ended("cancelled", error=CANCELLED))
+        return True
+
+    # Its run and its end
+
+    def _ran(self) -> Execution:
+        steps, call, state = self._steps, self.call, self.state
+        self.started = started = perf_counter()
+        steps.limits_stage.observe(started - self.validated)
+        try:
+            try:
+                value = steps.run_in_place(call, self, state, self._arguments, started + self._timeout_s)
+            finally:
+                ended = perf_counter()
+                self.run_s = ended - started
+                steps.ran_in_place(state, self.run_s)
+            result = steps.runner.encode(state.tool, value)
+        except RunFailed as failed:
+            steps.tell_breaker(call, self, state, self._timeout_s, None, failed)
+            return self.failed(failed)
+        steps.serialisation_stage.observe(perf_counter() - ended)
+        if not state.breaker.quiet:
+            state.breaker.ended(call.caller.tenant, started, SUCCEEDED, None)
+        return self.ended("success", result)
+
+    def _refused(self, error: Exception) -> Execution:
+        if not isinstance(error, ToolServiceError):
+            logger.error("call failed inside", exc_info=error, extra={"execution_id": self.call.execution_id})
+            error = InternalError()
+        return self.ended("failed", refusal=error)
+
+    def _conclude(self, execution: Execution) -> None:
+        """Its only end. Never raises: others wait in the same tick."""
+        steps = self._steps
+        self._decided = True
+        steps.slots.release()
+        if self._reserved and not self.attempts:
+            self.state.log.unreserve()
+        if self._entered:
+            steps.calls.leave(self)
+        try:
+            steps.finish(self, execution)
+        except Exception:
+            logger.exception("end of a call failed", extra={"execution_id": self.call.execution_id})
+        try:
+            self._then(execution)
+        except Exception:
+            logger.exception("answer to a call failed", extra={"execution_id": self.call.execution_id})
+        del self._then
