@@ -110,6 +110,10 @@ class CurrentCall(NamedTuple):
     trace: Any
     tenant: str = ""
 
+    @classmethod
+    def of(cls, call: ToolCall) -> CurrentCall:
+        return tuple.__new__(cls, (call.execution_id, call.trace_id, call.trace, call.caller.tenant))
+
 
 current_call: ContextVar[CurrentCall | None] = ContextVar("current_call", default=None)
 """The call that this context works for; the executor sets it, and tasks and threads of the tool inherit it. Holds no

@@ -11,7 +11,9 @@ import logging
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
 from types import coroutine
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 logger = logging.getLogger("app.stepping")
 
@@ -98,6 +100,21 @@ class _Directly:
         yield self._signal
 
 
+class Promise(Signal, Generic[T]):
+    """A value that somebody puts, once, for one who awaits it."""
+
+    __slots__ = ("_value",)
+
+    def put(self, value: T) -> None:
+        self._value = value
+        self.complete()
+
+    async def kept(self) -> T:
+        if not self.done:
+            await self.wait()
+        return self._value
+
+
 def settle(future: asyncio.Future[None]) -> None:
     """End what somebody waits for, if somebody still does."""
     if not future.done():
@@ -107,7 +124,7 @@ def settle(future: asyncio.Future[None]) -> None:
 class Stepper:
     """Steps one coroutine. `returned` or `raised` is called once, on the loop; a cancelled task is a CancelledError."""
 
-    __slots__ = ("_coroutine", "_loop", "_stepping_in", "_tasks")
+    __slots__ = ("_context", "_coroutine", "_loop", "_tasks")
 
     def __init__(
         self,
@@ -116,15 +133,15 @@ class Stepper:
         tasks: set[asyncio.Task[Any]],
     ) -> None:
         self._loop = loop
-        self._stepping_in = context
-        """Its own: what the coroutine sets stays there."""
+        self._context = context
+        """What the coroutine sets stays there."""
         self._tasks = tasks
         """Where its task is kept, should it need one: who stops the loop cancels them."""
 
     def start(self, steps: Coroutine[Any, Any, Any]) -> None:
         """Take the first steps now, up to the first thing that has to be waited for."""
         self._coroutine = steps
-        self._stepping_in.run(self._step)
+        self._context.run(self._step)
 
     def returned(self, value: Any) -> None:
         raise NotImplementedError
@@ -147,16 +164,16 @@ class Stepper:
             if awaited is NEEDS_TASK:
                 self._go_on_in_task()
             elif awaited is None:
-                self._loop.call_soon(self._step, context=self._stepping_in)
+                self._loop.call_soon(self._step, context=self._context)
             elif getattr(awaited, "_asyncio_future_blocking", None):
                 awaited._asyncio_future_blocking = False
-                awaited.add_done_callback(self._step, context=self._stepping_in)
+                awaited.add_done_callback(self._step, context=self._context)
             else:
                 self._coroutine.close()
                 self.raised(RuntimeError(f"awaited a {type(awaited).__name__}, which is no future"))
 
     def _go_on_in_task(self) -> None:
-        task = asyncio.Task(_rest(self._coroutine), loop=self._loop, name="stepped", context=self._stepping_in)
+        task = asyncio.Task(_rest(self._coroutine), loop=self._loop, name="stepped", context=self._context)
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from app.breaker import NO_BREAKER, OPEN, SAYS_NOTHING, SUCCEEDED, Outcome, Probe, ToolBreaker, outcome_of
 from app.bus import Bus
-from app.calls import Caller, Client, Execution, ToolCall, current_call
+from app.calls import Caller, Client, CurrentCall, Execution, ToolCall, current_call
 from app.egress import EgressClient
 from app.errors import (
     InternalError,
@@ -28,12 +28,12 @@ from app.executor.run import LONG_IN_PLACE_S, Run, ToolState
 from app.executor.runner import CANCELLED, Interrupt, Runner, cancelled_from_outside
 from app.executor.running import RunningCalls
 from app.executor.slots import CallSlots
-from app.executor.straight import StraightCall, Then, told_of
+from app.executor.straight import StraightCall, Then
 from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission, Asked, Grant, status
 from app.limits.concurrency import QUEUE_PATIENCE_S
 from app.limits.policy import Bound
-from app.stepping import IN_TASK, Signal, settle
+from app.stepping import IN_TASK, Promise, settle
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import OFF, Tracing
 from app.tools.registry import Registry
@@ -124,11 +124,16 @@ class Executor:
 
     async def execute(self, call: ToolCall) -> Execution:
         """Run one call to its end. Raises nothing but CancelledError, when the whole request is cancelled."""
-        end = _End(self._loop)
+        end: Promise[Execution] = Promise(self._loop)
         straight = self.begin(call, end.put)
-        if straight is not None:
-            return await end.of(straight)
-        return await self._execute(Run(call))
+        if straight is None:
+            return await self._execute(Run(call))
+        current_call.set(CurrentCall.of(call))
+        try:
+            return await end.kept()
+        except BaseException:
+            straight.cancel()
+            raise
 
     async def _fetch(self, call: ToolCall) -> None:
         """Run it whatever is kept of earlier calls."""
@@ -138,7 +143,7 @@ class Executor:
 
     async def _execute(self, run: Run) -> Execution:
         call = run.call
-        current_call.set(told_of(call))
+        current_call.set(CurrentCall.of(call))
         try:
             self.calls.enter(run)
             try:
@@ -461,25 +466,6 @@ class Executor:
         if execution.result is None and not execution.replayed:
             metrics.count_outcome(execution)
         self._metrics_stage.observe(perf_counter() - begin)
-
-
-class _End(Signal):
-    """The end of a straight call, for `execute` to await."""
-
-    __slots__ = ("_execution",)
-
-    def put(self, execution: Execution) -> None:
-        self._execution = execution
-        self.complete()
-
-    async def of(self, straight: StraightCall) -> Execution:
-        if not self.done:
-            try:
-                await self.wait()
-            except BaseException:
-                straight.cancel()
-                raise
-        return self._execution
 
 
 async def _cancel_when_gone(client: Client, interrupt: Interrupt) -> None:

@@ -55,11 +55,6 @@ class Steps(Protocol):
     def finish(self, run: Run, execution: Execution) -> None: ...
 
 
-def told_of(call: ToolCall) -> CurrentCall:
-    """What lines and requests may know of a call."""
-    return tuple.__new__(CurrentCall, (call.execution_id, call.trace_id, call.trace, call.caller.tenant))
-
-
 class StraightCall(Run):
     """One call on the straight way. It is made with a slot in its hand, and gives it back.
 
@@ -82,7 +77,7 @@ class StraightCall(Run):
 
     def begin(self, began: float) -> None:
         """Up to the verdict of its limits or, where none binds it, to its end. The tool was looked up since `began`."""
-        told = current_call.set(told_of(self.call))
+        told = current_call.set(CurrentCall.of(self.call))
         try:
             self._prepare(began)
             if self._bound.limits:
@@ -125,7 +120,7 @@ class StraightCall(Run):
 
     def _go_on(self, verdict: Verdict | None) -> None:
         self._decided = True
-        admission, told = self._steps.admission, current_call.set(told_of(self.call))
+        admission, told = self._steps.admission, current_call.set(CurrentCall.of(self.call))
         try:
             if verdict is None:
                 self.grant = admission.without_store(self._ask)

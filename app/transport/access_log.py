@@ -75,6 +75,11 @@ def tell(
     logger.info(MESSAGE, extra={**told, "status": status, **({} if call is None else call_facts(call))})
 
 
+def told_call(context: RequestContext | None, current: CurrentCall | None) -> CurrentCall | None:
+    """The call that a request made: the one it names, or else that of what ran for it."""
+    return current if context is None or context.call is None else CurrentCall.of(context.call)
+
+
 class AsgiLine:
     """The line of one request behind ASGI; stands between uvicorn's cycle and the application."""
 
@@ -133,7 +138,7 @@ class AsgiLine:
             scope["client"],
             status,
             self.context,
-            current_call.get(),
+            told_call(self.context, current_call.get()),
             duration_ms=ms_since(self._began),
             request_bytes=_declared_bytes(scope["headers"]),
             response_bytes=self._response_bytes,

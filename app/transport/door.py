@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -53,6 +53,10 @@ class Reply(NamedTuple):
     status: int
     lines: bytes
     body: bytes = b""
+
+
+Replied = Callable[[Reply], None]
+Steps = Coroutine[Any, Any, Reply]
 
 
 def json_reply(context: RequestContext, body: bytes) -> Reply:
@@ -170,6 +174,11 @@ class RpcDoor(ABC):
     async def _reply_or_stream(self, body: bytes, context: RequestContext, scope: Scope, send: Send) -> Reply | None:
         """None: it was streamed."""
         return await self.reply(body, context, scope)
+
+    def begin(self, body: bytes, context: RequestContext, scope: Scope, then: Replied) -> Steps | None:
+        """`reply` for who awaits nothing if it can be helped. None: `then` gets the reply, before this returns or
+        later; else the steps that it takes, which return it."""
+        return self.reply(body, context, scope)
 
     @abstractmethod
     async def reply(self, body: bytes, context: RequestContext, scope: Scope) -> Reply:

@@ -5,16 +5,19 @@ The specification is https://www.jsonrpc.org/specification; where it is silent, 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
+from time import perf_counter
 from typing import Any
 
 import orjson
 
-from app.calls import Caller, Client
+from app.calls import Caller, Client, ToolCall
 from app.errors import (
     DRAINING,
     InternalError,
@@ -25,7 +28,7 @@ from app.errors import (
     ToolServiceError,
 )
 from app.execution_log.commit import Commit
-from app.stepping import IN_TASK
+from app.stepping import IN_TASK, Promise, Signal
 
 logger = logging.getLogger("app.jsonrpc")
 
@@ -35,6 +38,9 @@ CONTAINERS_MAX = 100_000
 
 BATCH_AT_ONCE = 10
 """Requests of one batch that run at the same time: one client's batch must not take every slot."""
+
+BEGUN_AT_ONCE_S = 0.002
+"""Of the requests of one batch, between two turns of the loop."""
 
 _DIGITS = bytes.maketrans(b"0123456789", b"0000000000")
 _LONG_NUMBER = b"0" * 19
@@ -128,6 +134,8 @@ class RequestContext:
     """Requests in the batch; None for one alone."""
     idempotency_key: str | None = None
     """Of the header, for the one call that the request makes."""
+    call: ToolCall | None = None
+    """Which that is, for the access line."""
 
     def __init__(self, caller: Caller, received_at: float, client: Client | None = None, trace: Any = None) -> None:
         self.caller = caller
@@ -159,6 +167,12 @@ class RequestContext:
 
 Handler = Callable[[RequestContext, Any], Awaitable[bytes]]
 
+Ended = Callable[[bytes | Exception], None]
+"""Gets the result, or why there is none."""
+
+Answered = Callable[[bytes | None], None]
+"""Gets a response; None where none was asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -168,6 +182,8 @@ class Method:
     names: tuple[str, ...]
     read: Callable[[dict[str, Any]], Any]
     handler: Handler
+    begin: Callable[[RequestContext, Any, Ended], bool] | None = None
+    """What the handler does, without a coroutine. False: nothing was done, and the handler is to be asked."""
 
 
 class Dispatcher:
@@ -181,81 +197,57 @@ class Dispatcher:
         run_bounded: Callable[..., Awaitable[None]],
         count_error: Callable[[str], None],
     ) -> None:
-        self._methods = methods
+        self.methods = methods
         self._batch_max = batch_max
         self._answer_bytes_max = answer_bytes_max
         self._run_bounded = run_bounded
         self._count_error = count_error
 
-    def dispatch(self, body: bytes, context: RequestContext) -> Awaitable[bytes | None]:
-        """The response body; None when the request asks for none (notifications only)."""
+    def begin(self, body: bytes, context: RequestContext, then: Answered) -> Coroutine[Any, Any, bytes | None] | None:
+        """Answer a body. None: `then` gets the response, before this returns or later; else the steps that it takes,
+        which return it. There is no response to notifications alone."""
         try:
             request = decode(body)
         except ToolServiceError as error:
-            return _at_once(self._refused(error, b"null", context))
+            then(self.refused(error, b"null", context))
+            return None
         if type(request) is list:
             return self._dispatch_batch(request, context)
-        return self._dispatch_one(request, context)
+        asked = _Asked(self, context, then)
+        method = asked.begin(request)
+        return None if method is None else asked.handled_by(method)
+
+    async def dispatch(self, body: bytes, context: RequestContext) -> bytes | None:
+        """`begin`, awaited."""
+        end: Promise[bytes | None] = Promise()
+        steps = self.begin(body, context, end.put)
+        return await (end.kept() if steps is None else steps)
 
     async def _dispatch_batch(self, requests: list[Any], context: RequestContext) -> bytes | None:
         if not 0 < len(requests) <= self._batch_max:
             wrong = f"a batch holds at most {self._batch_max} requests" if requests else "the batch is empty"
-            return self._refused(InvalidRequest(f"Invalid request: {wrong}"), b"null", context)
+            return self.refused(InvalidRequest(f"Invalid request: {wrong}"), b"null", context)
         if context.idempotency_key is not None:
             wrong = "Idempotency-Key is for one call; give each request its own idempotency_key"
-            return self._refused(InvalidRequest(f"Invalid request: {wrong}"), b"null", context)
-        context.batch = len(requests)
-        answers: list[bytes | None] = [None] * len(requests)
-        budget = AnswerBudget(self._answer_bytes_max)
-        served: list[bool] = []
-
-        async def answer(position: int) -> None:
-            own = context.in_batch(budget)
-            answers[position] = await self._dispatch_one(requests[position], own)
-            served.append(not own.draining)
-            for commit in own.commits or ():
-                context.hold_for(commit)
-
-        work = [lambda position=position: answer(position) for position in range(len(requests))]
-        await IN_TASK
-        await self._run_bounded(work, min(BATCH_AT_ONCE, len(requests)))
-        context.draining = not any(served)  # a 503 is tried again, and what ran must not run twice
-        written = [answer for answer in answers if answer is not None]
-        return b"[" + b",".join(written) + b"]" if written else None
-
-    async def _dispatch_one(self, request: Any, context: RequestContext) -> bytes | None:
-        request_id = b"null"
-        wants_answer = True
-        try:
-            request_id = _readable_id(request)
-            if request.get("jsonrpc") != "2.0":
-                raise InvalidRequest('Invalid request: jsonrpc must be "2.0"')
-            name = request.get("method")
-            if type(name) is not str:
-                raise InvalidRequest("Invalid request: method must be a string")
-            wants_answer = "id" in request
-            if "a2a_context" in request:
-                context.a2a = _a2a(request["a2a_context"])
-            method = self._methods.get(name)
+            return self.refused(InvalidRequest(f"Invalid request: {wrong}"), b"null", context)
+        batch = _Batch(context, len(requests), AnswerBudget(self._answer_bytes_max))
+        work: list[Callable[[], Awaitable[None]]] = []
+        pause_at = perf_counter() + BEGUN_AT_ONCE_S
+        for position, request in enumerate(requests):
+            asked, method = batch.begin(self, position, request)
             if method is not None:
-                context.method = name
-            params = request.get("params", _NO_PARAMS)
-            if type(params) is not dict and type(params) is not list:
-                raise InvalidRequest("Invalid request: params must be an object or an array")
-            if method is None:
-                raise MethodNotFound("Method not found; rpc.methods lists what there is")
-            named: Any = _by_position(method, params) if type(params) is list else params
-            result = await method.handler(context, method.read(named))
-        except ToolServiceError as error:
-            return self._refused(error, request_id, context) if wants_answer else None
-        except Exception:
-            logger.exception("method failed")
-            return self._refused(InternalError(), request_id, context) if wants_answer else None
-        if not wants_answer:
-            return None
-        return b'{"jsonrpc":"2.0","result":%b,"id":%b}' % (result, request_id)
+                work.append(partial(asked.handled_in_batch, method))
+            if perf_counter() > pause_at:
+                await asyncio.sleep(0)
+                pause_at = perf_counter() + BEGUN_AT_ONCE_S
+        if work:
+            await IN_TASK
+            await self._run_bounded(work, min(BATCH_AT_ONCE, len(work)))
+        await batch.ended.wait()
+        return batch.answer()
 
-    def _refused(self, error: ToolServiceError, request_id: bytes, context: RequestContext) -> bytes:
+    def refused(self, error: ToolServiceError, request_id: bytes, context: RequestContext) -> bytes:
+        """The response that says so."""
         error.forget_origin()
         context.error = error
         if error.kind is DRAINING:
@@ -266,8 +258,108 @@ class Dispatcher:
         return b'{"jsonrpc":"2.0","error":%b,"id":%b}' % (orjson.dumps(error.as_error()), request_id)
 
 
-async def _at_once(answer: bytes) -> bytes:
-    return answer
+class _Asked:
+    """One request on its way to its response."""
+
+    __slots__ = ("_context", "_dispatcher", "_params", "_request_id", "_then", "_wants_answer")
+
+    def __init__(self, dispatcher: Dispatcher, context: RequestContext, then: Answered) -> None:
+        self._dispatcher = dispatcher
+        self._context = context
+        self._then = then
+        self._request_id = b"null"
+        self._wants_answer = True
+
+    def begin(self, request: Any) -> Method | None:
+        """None: it is answered, or will be. Else by what method it is to be handled."""
+        try:
+            method = self._read(request)
+            if method.begin is None or not method.begin(self._context, self._params, self.ended):
+                return method
+        except Exception as error:
+            self._then(self._failed(error))
+        return None
+
+    def _read(self, request: Any) -> Method:
+        """Raises InvalidRequest, MethodNotFound, InvalidParams."""
+        context = self._context
+        self._request_id = _readable_id(request)
+        if request.get("jsonrpc") != "2.0":
+            raise InvalidRequest('Invalid request: jsonrpc must be "2.0"')
+        name = request.get("method")
+        if type(name) is not str:
+            raise InvalidRequest("Invalid request: method must be a string")
+        self._wants_answer = "id" in request
+        if "a2a_context" in request:
+            context.a2a = _a2a(request["a2a_context"])
+        method = self._dispatcher.methods.get(name)
+        if method is not None:
+            context.method = name
+        params = request.get("params", _NO_PARAMS)
+        if type(params) is not dict and type(params) is not list:
+            raise InvalidRequest("Invalid request: params must be an object or an array")
+        if method is None:
+            raise MethodNotFound("Method not found; rpc.methods lists what there is")
+        named: Any = _by_position(method, params) if type(params) is list else params
+        self._params = method.read(named)
+        return method
+
+    def ended(self, result: bytes | Exception) -> None:
+        """What its method came to, which awaited nothing."""
+        self._then(self._answer(result) if type(result) is bytes else self._failed(result))  # type: ignore[arg-type]
+
+    async def handled_by(self, method: Method) -> bytes | None:
+        try:
+            return self._answer(await method.handler(self._context, self._params))
+        except Exception as error:
+            return self._failed(error)
+
+    async def handled_in_batch(self, method: Method) -> None:
+        self._then(await self.handled_by(method))
+
+    def _answer(self, result: bytes) -> bytes | None:
+        if not self._wants_answer:
+            return None
+        return b'{"jsonrpc":"2.0","result":%b,"id":%b}' % (result, self._request_id)
+
+    def _failed(self, error: Exception) -> bytes | None:
+        if not isinstance(error, ToolServiceError):
+            logger.error("method failed", exc_info=error)
+            error = InternalError()
+        return self._dispatcher.refused(error, self._request_id, self._context) if self._wants_answer else None
+
+
+class _Batch:
+    """Requests of one body on their way to one response."""
+
+    def __init__(self, context: RequestContext, size: int, budget: AnswerBudget) -> None:
+        self.ended = Signal()
+        self._context = context
+        self._budget = budget
+        self._answers: list[bytes | None] = [None] * size
+        self._left = size
+        self._served = False
+        context.batch = size
+
+    def begin(self, dispatcher: Dispatcher, position: int, request: Any) -> tuple[_Asked, Method | None]:
+        own = self._context.in_batch(self._budget)
+        asked = _Asked(dispatcher, own, partial(self._answered, position, own))
+        return asked, asked.begin(request)
+
+    def _answered(self, position: int, own: RequestContext, answer: bytes | None) -> None:
+        self._answers[position] = answer
+        self._served = self._served or not own.draining
+        for commit in own.commits or ():
+            self._context.hold_for(commit)
+        self._left -= 1
+        if not self._left:
+            self.ended.complete()
+
+    def answer(self) -> bytes | None:
+        """Once it has ended."""
+        self._context.draining = not self._served  # a 503 is tried again, and what ran must not run twice
+        written = [answer for answer in self._answers if answer is not None]
+        return b"[" + b",".join(written) + b"]" if written else None
 
 
 _NO_PARAMS: dict[str, Any] = {}

@@ -23,7 +23,7 @@ from app.access.authenticator import Presented
 from app.calls import Caller, current_call
 from app.errors import ToolServiceError
 from app.stepping import Stepper
-from app.transport.access_log import ms_since, tell
+from app.transport.access_log import ms_since, tell, told_call
 from app.transport.door import CLOSE_LINE, Reply, RpcDoor, Scope
 from app.transport.jsonrpc import RequestContext
 from app.transport.protocol import IDLE, BoundedHttpProtocol, is_open
@@ -148,15 +148,22 @@ class LaneRequest(Stepper):
     _request: RequestContext | None = None
 
     def __init__(self, protocol: LaneProtocol, known: KnownHead, began: float) -> None:
-        super().__init__(protocol.loop, protocol.context.copy(), protocol.tasks)
+        super().__init__(protocol.loop, protocol.context, protocol.tasks)
         self._protocol = protocol
         self._known = known
         self._began = began
 
     def serve(self, body: bytes, caller: Caller) -> None:
         door = self._known.door
-        self._request = RequestContext(caller, self._began, self, door.tracing.begin(()))
-        self.start(door.reply(body, self._request, self._known.scope))
+        self._request = request = RequestContext(caller, self._began, self, door.tracing.begin(()))
+        try:
+            steps = door.begin(body, request, self._known.scope, self.returned)
+        except Exception as error:
+            self.raised(error)
+        else:
+            if steps is not None:
+                self._context = self._context.copy()
+                self.start(steps)
 
     # For the call: its client
 
@@ -212,7 +219,7 @@ class LaneRequest(Stepper):
             self._protocol.client,
             status,
             self._request,
-            self._stepping_in.get(current_call),
+            told_call(self._request, self._context.get(current_call)),
             duration_ms=ms_since(self._began),
             request_bytes=known.body_bytes,
             response_bytes=0 if status is None else response_bytes,

@@ -28,7 +28,7 @@ from app.telemetry.metrics import Metrics
 from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import ERRORS_BUILT_MAX, violations, whole_floats_as_integers
 from app.transport import shapes
-from app.transport.jsonrpc import AnswerBudget, Method, RequestContext
+from app.transport.jsonrpc import AnswerBudget, Ended, Method, RequestContext
 
 SERVICE_NAME = "agentcore-tools"
 
@@ -159,7 +159,8 @@ class Methods:
 
     def _method(self, spec: MethodSpec) -> Method:
         names = tuple(spec.params.model_fields)
-        return Method(spec.name, names, _reader(spec, self._batch_max), _scoped(spec))
+        begin = self.begin_execute if spec.name == "tools.execute" else None
+        return Method(spec.name, names, _reader(spec, self._batch_max), _scoped(spec), begin)
 
     async def _list(self, context: RequestContext, params: shapes.ListParams) -> bytes:
         return self._registry.page(_filter(params), context.caller, params.limit, params.cursor)
@@ -173,15 +174,27 @@ class Methods:
     def _execute(self, context: RequestContext, params: shapes.ExecuteParams) -> Awaitable[bytes]:
         return self.execute(context, params.tool_id, params)
 
+    def begin_execute(self, context: RequestContext, params: shapes.ExecuteParams, then: Ended) -> bool:
+        """`tools.execute` without a coroutine. False: nothing was done, and the call has to be awaited."""
+        if context.idempotency_key is not None:
+            return False
+        require_scope(context.caller, SCOPE_EXECUTE)
+        context.call = call = tool_call(context, params.tool_id, params)
+        return self._executor.begin(call, _Ending(self, context, then).of_call) is not None
+
     async def execute(self, context: RequestContext, tool_id: str, params: shapes.RestExecuteBody) -> bytes:
         """One call to its Execution, written. Raises the refusal when it did not run."""
-        call = tool_call(context, tool_id, params)
+        call = context.call or tool_call(context, tool_id, params)
         if context.idempotency_key is not None:
             call = _with_key(call, context.idempotency_key)
         execution = await self._executor.execute(call)
         commit = settle(context, execution)
         if commit is not None:
             await commit.wait()
+        return self.written(context, execution)
+
+    def written(self, context: RequestContext, execution: Execution) -> bytes:
+        """Once its row is kept. Raises the refusal."""
         if execution.refusal is not None:
             raise execution.refusal
         if context.budget is not None:
@@ -299,6 +312,33 @@ class Methods:
         if execution.attempts:
             self._metrics.observe_overhead(execution.overhead_s, kept_trace(execution))
         return execution.as_dict()
+
+
+class _Ending:
+    """What follows a call that nobody awaits: its commit, then its result."""
+
+    __slots__ = ("_context", "_execution", "_methods", "_then")
+
+    def __init__(self, methods: Methods, context: RequestContext, then: Ended) -> None:
+        self._methods = methods
+        self._context = context
+        self._then = then
+
+    def of_call(self, execution: Execution) -> None:
+        self._execution = execution
+        commit = settle(self._context, execution)
+        if commit is None:
+            self._committed()
+        else:
+            commit.add_done_callback(self._committed)
+
+    def _committed(self, _: Any = None) -> None:
+        result: bytes | Exception
+        try:
+            result = self._methods.written(self._context, self._execution)
+        except Exception as error:
+            result = error
+        self._then(result)
 
 
 def settle(context: RequestContext, execution: Execution) -> Commit | None:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import Any
 
-from app.transport.door import NO_CONTENT, Reply, RpcDoor, Scope, Send, draining_reply, header_key, json_reply
+from app.transport.door import (
+    NO_CONTENT,
+    Replied,
+    Reply,
+    RpcDoor,
+    Scope,
+    Send,
+    Steps,
+    draining_reply,
+    header_key,
+    json_reply,
+)
 from app.transport.jsonrpc import Dispatcher, RequestContext
 
 RPC_PATH = "/api/v1/jsonrpc"
@@ -23,10 +35,22 @@ class JsonRpcDoor(RpcDoor):
         context.idempotency_key = header_key(scope["headers"])  # the lane takes no request that has one
         return await self.reply(body, context, scope)
 
+    def begin(self, body: bytes, context: RequestContext, scope: Scope, then: Replied) -> Steps | None:
+        steps = self._dispatcher.begin(body, context, lambda answer: then(_replied(answer, context)))
+        return None if steps is None else _reply_of(steps, context)
+
     async def reply(self, body: bytes, context: RequestContext, scope: Scope) -> Reply:
-        answer = await self._dispatcher.dispatch(body, context)
-        if context.commits is not None:
-            await context.committed()
-        if context.draining:
-            return draining_reply(answer or b"")
-        return NO_CONTENT if answer is None else json_reply(context, answer)
+        return await _reply_of(self._dispatcher.dispatch(body, context), context)
+
+
+async def _reply_of(steps: Coroutine[Any, Any, bytes | None], context: RequestContext) -> Reply:
+    answer = await steps
+    if context.commits is not None:
+        await context.committed()
+    return _replied(answer, context)
+
+
+def _replied(answer: bytes | None, context: RequestContext) -> Reply:
+    if context.draining:
+        return draining_reply(answer or b"")
+    return NO_CONTENT if answer is None else json_reply(context, answer)

@@ -6,7 +6,9 @@ import asyncio
 import sys
 from typing import Any
 
+from app.calls import ToolCall
 from app.tools.tool import tool
+from app.transport.lane import LaneRequest
 
 _gates: dict[str, asyncio.Event] = {}
 _inside: dict[str, int] = {}
@@ -17,13 +19,14 @@ def _gate(name: str) -> asyncio.Event:
 
 
 def _door_below() -> str:
-    """For a tool that runs in place: the request's own frames are below its own."""
+    """For a tool that runs in place: the executor's frame below its own knows the call, and so its client."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code.co_filename.endswith("app/stepping.py"):
-            return "lane"
-    return "asgi"
+        call = frame.f_locals.get("call")
+        if isinstance(call, ToolCall):
+            return "lane" if isinstance(call.client, LaneRequest) else "asgi"
+    return "no call below"
 
 
 def _door_beside() -> str:
