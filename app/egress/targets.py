@@ -9,9 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from urllib.parse import urlencode, urljoin
-
-import httpx
+from urllib.parse import quote, urlencode, urljoin
 
 from app.errors import ToolError
 
@@ -69,6 +67,11 @@ _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
+_SAFE_IN_QUERY = "!$%&'()*+,/:;=?@[\\]^`{|}"
+_SAFE_IN_PATH = "!$%&'()*+,/:;=@[\\]^|"
+"""Beside letters, digits and -._~ what the URL Standard (https://url.spec.whatwg.org, section 1.3) leaves as it is. The
+percent sign is among them: whoever wrote the URL encoded it as they meant it."""
+
 
 def parse_target(url: str, params: Mapping[str, QueryValue] | None = None) -> Target:
     """The target of `url` with `params` added to its query. Raises ToolError EGRESS_INVALID_REQUEST.
@@ -118,15 +121,28 @@ def ends_in_number(host: str) -> bool:
 
 
 def _encoded_path(path: str, params: Mapping[str, QueryValue] | None) -> str:
+    path, mark, query = path.partition("?")
     try:
         if params:
-            path += ("&" if "?" in path else "?") + urlencode(_query_items(params))
-        encoded = httpx.URL(f"http://h{path}").raw_path.decode("ascii")
-    except (httpx.InvalidURL, UnicodeError):
+            added = urlencode(_query_items(params))
+            query, mark = f"{query}&{added}" if mark else added, "?"
+        encoded = quote(_without_dots(path), _SAFE_IN_PATH) + mark + quote(query, _SAFE_IN_QUERY)
+    except UnicodeError:
         raise invalid_request("URL has a path or query that cannot be encoded") from None
     if len(encoded) > 3 * URL_CHARACTERS_MAX:
         raise invalid_request("URL is too long")
     return encoded
+
+
+def _without_dots(path: str) -> str:
+    """Without the segments `.` and `..`, which clients resolve and never send (RFC 3986, section 5.2.4)."""
+    kept: list[str] = []
+    for segment in path.split("/"):
+        if segment == "..":
+            del kept[max(1, len(kept) - 1) :]  # the first is empty: it stands for the root
+        elif segment != ".":
+            kept.append(segment)
+    return "/".join(kept) or "/"
 
 
 def _query_items(params: Mapping[str, QueryValue]) -> list[tuple[str, str]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ipaddress
 import socket
 
+import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app.egress import parse_egress_allow
 from app.egress.rules import EgressRules
@@ -106,6 +109,19 @@ ODD_URLS = [
 def test_plain_url_is_read_as_everyone_reads_it(url: str, host: str, port: int, path: str) -> None:
     target = parse_target(url)
     assert (target.host, target.port, target.path) == (host, port, path)
+
+
+PATHS = st.lists(
+    st.sampled_from(("/", "/.", "/..", ".", "?", "&=", "%", "%2e", "%C3"))
+    | st.characters(exclude_categories=("C", "Z")),
+    max_size=12,
+)
+
+
+@given(PATHS.map("".join).filter(lambda path: "\\" not in path))
+def test_path_and_query_are_sent_as_httpx_would_send_them(path: str) -> None:
+    url = f"http://a.test/{path}"
+    assert parse_target(url).path == httpx.URL(url).raw_path.decode("ascii")
 
 
 def test_parameters_are_added_to_the_query() -> None:
