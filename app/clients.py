@@ -8,19 +8,20 @@ import sqlite3
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import asyncpg
-from redis.asyncio import Redis, RedisCluster, Sentinel
-from redis.asyncio.cluster import ClusterNode
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import QueuePool
+
+# redis-py is imported by whoever opens a client, before anything is served: it takes 9 MB that a service without Redis
+# does without.
+if TYPE_CHECKING:
+    from redis.asyncio import Redis, RedisCluster
 
 CONNECT_TIMEOUT_S = 5.0
 COMMAND_TIMEOUT_S = 10.0
@@ -164,6 +165,9 @@ def redis_locator(url: str, key: str, timeout_s: float) -> Locate:
 def create_redis(url: str, pool_size: int, name: str) -> Redis | RedisCluster:
     """A pooled client of REDIS_URL that opens nothing yet and never retries; who uses it bounds the time of a command
     and how many are under way. `name` is what CLIENT LIST shows. Raises ValueError as `redis_locator` does."""
+    from redis.asyncio import Redis, RedisCluster, Sentinel
+    from redis.asyncio.cluster import ClusterNode
+
     kind, nodes, service, template, tls = _redis_place(url)
     options = {**_library_options(CONNECT_TIMEOUT_S, tls), "client_name": name}
     options |= {"username": template.username, "password": template.password, "max_connections": pool_size}
@@ -236,6 +240,9 @@ async def _known(endpoint: RedisEndpoint) -> RedisEndpoint:
 
 def _library_options(timeout_s: float, tls: dict[str, Any]) -> dict[str, Any]:
     """No retries: the library's ten of them would make a dead server cost seconds."""
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+
     once = Retry(NoBackoff(), 0)
     return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": once, **tls}
 
@@ -243,9 +250,9 @@ def _library_options(timeout_s: float, tls: dict[str, Any]) -> dict[str, Any]:
 async def _ask_sentinels(
     nodes: list[tuple[str, int]], service: str, template: RedisEndpoint, options: dict[str, Any]
 ) -> RedisEndpoint:
-    sentinels: Any = Sentinel(  # type: ignore[no-untyped-call]
-        nodes, sentinel_kwargs=options
-    )
+    from redis.asyncio import Sentinel
+
+    sentinels: Any = Sentinel(nodes, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
     try:
         host, port = await sentinels.discover_master(service)
     finally:
@@ -257,6 +264,9 @@ async def _ask_sentinels(
 async def _ask_cluster(
     nodes: list[tuple[str, int]], key: str, template: RedisEndpoint, options: dict[str, Any]
 ) -> RedisEndpoint:
+    from redis.asyncio import RedisCluster
+    from redis.asyncio.cluster import ClusterNode
+
     cluster = RedisCluster(
         startup_nodes=[ClusterNode(host, port) for host, port in nodes],
         username=template.username,

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -18,9 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app import __version__
 from app.access.authenticator import Authenticator, Mode
 from app.access.store import KeyStore
-from app.bus import Bus, RedisBus
+from app.bus import Bus
 from app.cache.file_store import FileStore
-from app.cache.redis_store import RedisStore
 from app.cache.results import ResultCache
 from app.cache.store import CacheStore, StoreAway
 from app.calls import current_call
@@ -36,7 +36,6 @@ from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission
 from app.limits.concurrency import Slots
 from app.limits.limit import KEY_PREFIX
-from app.limits.limits_file import read_policies
 from app.limits.memory_store import MemoryStore
 from app.limits.policy import Policies, Policy, settings_policies, tool_policies
 from app.limits.redis_store import RedisStore as RedisLimits
@@ -186,7 +185,7 @@ async def open_admission(
     try:
         policies = [
             *settings_policies(settings.limits_rate, settings.limits_quota_daily, settings.limits_quota_monthly),
-            *(read_policies(settings.limits_file) if settings.limits_file else ()),
+            *(_policies_in(settings.limits_file) if settings.limits_file else ()),
             *declared,
         ]
         admission_policies = Policies(policies, settings.limits_expected_replicas)
@@ -204,6 +203,12 @@ async def open_admission(
     stack.push_async_callback(store.close)
     await store.settled()
     return Admission(admission_policies, store)
+
+
+def _policies_in(file: Path) -> Iterable[Policy]:
+    from app.limits.limits_file import read_policies  # PyYAML takes 1 MB
+
+    return read_policies(file)
 
 
 def open_control(settings: Settings, slots: Slots, admission: Admission, supervisor: Supervisor) -> LoadControl:
@@ -229,6 +234,8 @@ def open_cache_store(settings: Settings, stack: contextlib.AsyncExitStack) -> Ca
     if settings.redis_url is None:
         store = FileStore(settings.journal_dir / IDEMPOTENCY_FILE)
     else:
+        from app.cache.redis_store import RedisStore  # redis-py takes 9 MB
+
         size = settings.redis_pool_size
         try:
             client = create_redis(settings.redis_url, size, "agentcore-tools:cache")
@@ -256,6 +263,8 @@ def open_bus(settings: Settings, results: ResultCache, supervisor: Supervisor, s
     """Word from and to other replicas, where they have a Redis in common."""
     if settings.redis_url is None:
         return Bus()
+    from app.bus.redis_bus import RedisBus  # redis-py takes 9 MB
+
     bus = RedisBus(settings.redis_url)
     bus.listeners["forget"] = results.hear
     bus.on_gap = results.catch_up

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from app.bus import ANSWER_S_MAX, CHANNEL, MESSAGE_BYTES_MAX, Bus, RedisBus
+from app.bus import Bus
+from app.bus.redis_bus import ANSWER_S_MAX, CHANNEL, MESSAGE_BYTES_MAX, RedisBus
 from tests.cache.stores import until
 from tests.proxy import FaultProxy
 from tests.redis_groups import start_cluster
