@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -80,6 +79,8 @@ def create_engine(
 
 
 def _create_sqlite(url: str) -> AsyncEngine:
+    import sqlite3  # nobody else needs it
+
     if (file := make_url(url).database) and file != ":memory:":
         with contextlib.suppress(OSError):  # the first statement says what is wrong
             Path(file).parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -120,6 +119,8 @@ async def locked(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 async def _begin_alone(connection: AsyncConnection) -> None:
     """As the only one who writes to this SQLite file."""
+    import sqlite3  # a service on PostgreSQL does without
+
     ends = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:

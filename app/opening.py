@@ -20,7 +20,6 @@ from app import __version__
 from app.access.authenticator import Authenticator, Mode
 from app.access.store import KeyStore
 from app.bus import Bus
-from app.cache.file_store import FileStore
 from app.cache.results import ResultCache
 from app.cache.store import CacheStore, StoreAway
 from app.calls import current_call
@@ -232,6 +231,8 @@ def open_cache_store(settings: Settings, stack: contextlib.AsyncExitStack) -> Ca
     """Redis where there is one; else a file beside the journal. Opens nothing yet. Raises SettingsError."""
     store: CacheStore
     if settings.redis_url is None:
+        from app.cache.file_store import FileStore  # brings sqlite3
+
         store = FileStore(settings.journal_dir / IDEMPOTENCY_FILE)
     else:
         from app.cache.redis_store import RedisStore  # redis-py takes 9 MB

@@ -20,8 +20,8 @@ def router(service: Service) -> APIRouter:
         "/livez", response_class=PlainTextResponse, operation_id="getLiveness", summary="Whether the event loop turns"
     )
     @open_to_all
-    async def livez() -> str:
-        return "ok\n"
+    async def livez() -> Response:  # of `str` FastAPI would make a model, and import pydantic's version 1 for that
+        return PlainTextResponse("ok\n")
 
     @routes.get(
         "/readyz",
