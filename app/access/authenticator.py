@@ -144,7 +144,8 @@ class Authenticator:
     @property
     def is_off(self) -> bool:
         """Everybody may call, and nothing tells them apart."""
-        return self._off_until > self._clock()
+        off_until = self._off_until
+        return off_until > 0.0 and off_until > self._clock()  # nearly always -inf: the clock need not be read
 
     # What operators ask
 

@@ -76,11 +76,6 @@ class Executor:
         self._call_slots = CallSlots(control)
         self._http = http
         self.metrics = metrics
-        self.registry_stage = metrics.stages["registry"]
-        self.validation_stage = metrics.stages["validation"]
-        self.limits_stage = metrics.stages["limits"]
-        self._execution_stage = metrics.stages["execution"]
-        self.serialisation_stage = metrics.stages["serialisation"]
         self._tracing = tracing
         self._tracing_stage = metrics.stages["tracing"]
         self._metrics_stage = metrics.stages["metrics"]
@@ -119,7 +114,8 @@ class Executor:
         if tool is not state.tool or bound.slots or not state.breaker.quiet or not self.slots.take_now():
             return None
         straight = StraightCall(self, call, state, bound, then)
-        straight.begin(began)
+        straight.began = began
+        straight.begin()
         return straight
 
     async def execute(self, call: ToolCall) -> Execution:
@@ -172,18 +168,15 @@ class Executor:
         return execution
 
     async def _perform(self, call: ToolCall, run: Run) -> bytes:
-        begin = perf_counter()
+        run.began = perf_counter()
         tool = self.registry.lookup(call.tool_id, call.caller)
         state = self._states.get(call.tool_id)
         if state is None or state.tool is not tool:
             state = self._state_of(tool)
         run.state = state
-        run.found = found = perf_counter()
-        self.metrics.lookup.observe(found - begin)
-        self.registry_stage.observe(found - begin)
+        run.found = perf_counter()
         arguments = self.arguments_of(call, tool)
-        run.validated = validated = perf_counter()
-        self.validation_stage.observe(validated - found)
+        run.validated = run.asked = perf_counter()
         timeout_s = self.timeout_of(call, state)
         bound = self.bound(call)
         if state.reused or call.idempotency_key is not None:
@@ -202,7 +195,7 @@ class Executor:
                 run.grant = await self._granted(outcome, run) if isinstance(outcome, Asked) else outcome
 
         def perform() -> Awaitable[bytes]:
-            run.validated = perf_counter()  # what came before was no limit's time
+            run.asked = perf_counter()  # what came before was no limit's time
             return self._performed(call, run, state, arguments, timeout_s, bound)
 
         wanted = Wanted(call, run, state, bound, timeout_s, spend, perform)
@@ -241,7 +234,6 @@ class Executor:
                     outcome = self.admission.admit(bound, state.cost)
                     run.grant = outcome if type(outcome) is Grant else await self._granted(outcome, run)  # type: ignore[arg-type]
                 run.started = started = perf_counter()
-                self.limits_stage.observe(started - run.validated)
                 try:
                     if state.retries is not None:
                         await IN_TASK
@@ -252,9 +244,9 @@ class Executor:
                         await IN_TASK
                         value = await self._run(call, run, state, arguments, started + timeout_s)
                 finally:
-                    ended = perf_counter()
+                    run.run_ended = perf_counter()
                     if run.attempts:
-                        run.run_s = ended - started - run.paused_s
+                        run.run_s = run.run_ended - started - run.paused_s
                         if state.in_place:
                             self.ran_in_place(state, run.run_s)
                         else:
@@ -265,7 +257,7 @@ class Executor:
         finally:
             release()
         result = self.runner.encode(state.tool, value)
-        self.serialisation_stage.observe(perf_counter() - ended)
+        run.encoded = perf_counter()
         return result
 
     def ran_in_place(self, state: ToolState, run_s: float) -> None:
@@ -458,11 +450,11 @@ class Executor:
             else:
                 series.duration.observe_traced(run.run_s, kept)
             metrics.busy_s += run.run_s
-            self._execution_stage.observe(run.run_s)
             run.commit = run.state.log.append(run.call, execution)
         elif run.cached and run.state is not None:
             run.state.series.executions[execution.status] += 1
             run.commit = run.state.log.append(run.call, execution)
+        metrics.observe_stages(run, run.run_s)
         if execution.result is None and not execution.replayed:
             metrics.count_outcome(execution)
         self._metrics_stage.observe(perf_counter() - begin)

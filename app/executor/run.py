@@ -114,7 +114,8 @@ class Run(Aside):
     """Not to be answered by a kept result: it fetches a new one."""
     claimed: Claimed | None = None
     """The idempotency key that it runs under."""
-    found = validated = started = 0.0
+    began = found = validated = asked = started = run_ended = encoded = 0.0
+    """As `telemetry.metrics.Marks`."""
     run_s = 0.0
     paused_s = 0.0
     """Of its run, the time between attempts."""

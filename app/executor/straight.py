@@ -21,7 +21,6 @@ from app.limits.admission import Admission
 from app.limits.concurrency import Slots
 from app.limits.policy import Bound
 from app.limits.store import Ask, StoreAway, Verdict
-from app.telemetry.metrics import Histogram, Metrics
 from app.tools.tool import Tool
 
 logger = logging.getLogger("app.executor")
@@ -35,13 +34,8 @@ class Steps(Protocol):
 
     admission: Admission
     calls: RunningCalls
-    metrics: Metrics
     runner: Runner
     slots: Slots
-    limits_stage: Histogram
-    registry_stage: Histogram
-    serialisation_stage: Histogram
-    validation_stage: Histogram
 
     def arguments_of(self, call: ToolCall, tool: Tool) -> dict[str, Any]: ...
     def timeout_of(self, call: ToolCall, state: ToolState) -> float: ...
@@ -61,6 +55,7 @@ class StraightCall(Run):
     For the store of limits it is the waiter; it is decided once that has answered, or somebody has cancelled it."""
 
     state: ToolState
+    _told: CurrentCall
     _ask: Ask
     _arguments: dict[str, Any]
     _timeout_s = 0.0
@@ -75,11 +70,12 @@ class StraightCall(Run):
         self._bound = bound
         self._then = then
 
-    def begin(self, began: float) -> None:
-        """Up to the verdict of its limits or, where none binds it, to its end. The tool was looked up since `began`."""
-        told = current_call.set(CurrentCall.of(self.call))
+    def begin(self) -> None:
+        """Up to the verdict of its limits or, where none binds it, to its end. Its tool is looked up."""
+        self._told = CurrentCall.of(self.call)
+        told = current_call.set(self._told)
         try:
-            self._prepare(began)
+            self._prepare()
             if self._bound.limits:
                 granted = self._steps.admission.admit_for(self, self._bound, self.state.cost)
                 if type(granted) is Ask:
@@ -93,16 +89,13 @@ class StraightCall(Run):
         finally:
             current_call.reset(told)
 
-    def _prepare(self, began: float) -> None:
+    def _prepare(self) -> None:
         steps, call, state = self._steps, self.call, self.state
         steps.calls.enter(self)
         self._entered = True
-        self.found = found = perf_counter()
-        steps.metrics.lookup.observe(found - began)
-        steps.registry_stage.observe(found - began)
+        self.found = perf_counter()
         self._arguments = steps.arguments_of(call, state.tool)
-        self.validated = validated = perf_counter()
-        steps.validation_stage.observe(validated - found)
+        self.validated = self.asked = perf_counter()
         self._timeout_s = steps.timeout_of(call, state)
         state.log.reserve()
         self._reserved = True
@@ -120,7 +113,7 @@ class StraightCall(Run):
 
     def _go_on(self, verdict: Verdict | None) -> None:
         self._decided = True
-        admission, told = self._steps.admission, current_call.set(CurrentCall.of(self.call))
+        admission, told = self._steps.admission, current_call.set(self._told)
         try:
             if verdict is None:
                 self.grant = admission.without_store(self._ask)
@@ -146,19 +139,18 @@ class StraightCall(Run):
     def _ran(self) -> Execution:
         steps, call, state = self._steps, self.call, self.state
         self.started = started = perf_counter()
-        steps.limits_stage.observe(started - self.validated)
         try:
             try:
                 value = steps.run_in_place(call, self, state, self._arguments, started + self._timeout_s)
             finally:
-                ended = perf_counter()
+                self.run_ended = ended = perf_counter()
                 self.run_s = ended - started
                 steps.ran_in_place(state, self.run_s)
             result = steps.runner.encode(state.tool, value)
         except RunFailed as failed:
             steps.tell_breaker(call, self, state, self._timeout_s, None, failed)
             return self.failed(failed)
-        steps.serialisation_stage.observe(perf_counter() - ended)
+        self.encoded = perf_counter()
         if not state.breaker.quiet:
             state.breaker.ended(call.caller.tenant, started, SUCCEEDED, None)
         return self.ended("success", result)

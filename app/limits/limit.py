@@ -49,6 +49,7 @@ class Limit:
         "_tightened",
         "amount",
         "burst",
+        "counter",
         "fallback",
         "key",
         "kind",
@@ -57,6 +58,7 @@ class Limit:
         "period_us",
         "rule",
         "shadow",
+        "spending",
         "step",
         "window",
     )
@@ -88,11 +90,24 @@ class Limit:
         self.step = step
         self._tightened: tuple[int, dict[int, Limit]] = (STEPS, {})
         self.window = self.span(burst)
+        self.counter = (kind, amount, *self.window)
+        """As the script reads it."""
+        self.spending = (0, 0, 0)
+        """A cost and what it adds to the counter; of the last one, for calls of one tool cost the same."""
         self.fallback = self if replicas == 1 else self._part(replicas)
 
     def span(self, cost: int) -> tuple[int, int]:
         """The time that `cost` calls take at this rate: microseconds, and parts of 1/`amount` of one."""
         return divmod(cost * self.period_us, self.amount)
+
+    def spend(self, cost: int) -> tuple[int, int, int]:
+        """A cost and what it adds to the counter. What never passes is told as little over the limit: all numbers stay
+        under 2**53."""
+        if self.kind == RATE:
+            self.spending = (cost, *self.span(cost if cost <= self.burst else self.burst + 1))
+        else:
+            self.spending = (cost, cost if cost <= self.amount else self.amount + 1, 0)
+        return self.spending
 
     def tightened(self, step: int, cost: int) -> Limit:
         """This limit at so many tenths of its rate, for calls of this cost. The same counter: a longer period and a

@@ -319,21 +319,23 @@ def _encoded(ask: Ask, position: dict[str, int], counters: list[tuple[int, ...]]
     for at, limit in enumerate(limits):
         index = position.get(limit.key)
         if index is None:
-            counters.append((limit.kind, limit.amount, *limit.window))
+            counters.append(limit.counter)
             index = position[limit.key] = len(counters)
         elif limit.step is not None and limit.window > counters[index - 1][2:]:
             # Calls of one tick, of which one costs more or came after the load had changed: the wider window for all.
-            counters[index - 1] = (limit.kind, limit.amount, *limit.window)
-        # What never passes is told as little over the limit: all numbers stay under 2**53.
-        if limit.kind == RATE:
-            x, y = limit.span(cost if cost <= limit.burst else limit.burst + 1)
-        else:
-            x, y = (cost if cost <= limit.amount else limit.amount + 1), 0
+            counters[index - 1] = limit.counter
+        known, x, y = limit.spending
+        if known != cost:
+            _, x, y = limit.spend(cost)
         if spent is None:
             one += (index, x, y, 0, limit.shadow)
         elif spent.states[at][0] == PASSES:
             one += (index, x, y, spent.now_us if limit.kind == RATE else spent.states[at][1], False)
     return one
+
+
+_verdict = tuple.__new__
+"""A NamedTuple's own way to be made takes twice as long."""
 
 
 def _verdicts(asks: Sequence[Ask], reply: Any) -> list[Verdict]:
@@ -347,7 +349,7 @@ def _verdicts(asks: Sequence[Ask], reply: Any) -> list[Verdict]:
         at = 0
         for ask in asks:
             end = at if ask.spent is not None else at + len(ask.limits)
-            verdicts.append(Verdict(now, states[at:end]))
+            verdicts.append(_verdict(Verdict, (now, states[at:end])))
             at = end
         if at != len(states):
             raise IndexError

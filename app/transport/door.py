@@ -66,7 +66,7 @@ def json_reply(context: RequestContext, body: bytes) -> Reply:
         lines += limit_lines(context.allowance, context.retry_after_ms)
     elif context.retry_after_ms is not None:
         lines += b"retry-after: %d\r\n" % retry_after_s(context.retry_after_ms)
-    return Reply(200, lines, body)
+    return tuple.__new__(Reply, (200, lines, body))
 
 
 def draining_reply(body: bytes) -> Reply:
