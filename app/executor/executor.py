@@ -100,23 +100,36 @@ class Executor:
         return sum(state.abandoned.active for state in self._states.values())
 
     def begin(self, call: ToolCall, then: Then) -> StraightCall | None:
-        """Run a call without a coroutine, where nothing in its way can wait but the store of limits; `then` gets its
-        Execution, before this returns or later. None: nothing was done, and `execute` is the way."""
+        """Run a call without a coroutine where nothing in its way can wait but the store of limits, or refuse it where
+        it would find no place to wait for a slot: under overload that has to be cheap. `then` gets its Execution,
+        before this returns or later. None: nothing was done, and `execute` is the way."""
         state = self._states.get(call.tool_id)
-        if state is None or not state.straight or call.idempotency_key is not None:
+        if state is None or call.idempotency_key is not None or not state.breaker.quiet:
             return None
         began = perf_counter()
         try:
             tool = self.registry.lookup(call.tool_id, call.caller)
         except ToolServiceError:
             return None
-        bound = self.bound(call)
-        if tool is not state.tool or bound.slots or not state.breaker.quiet or not self.slots.take_now():
+        if tool is not state.tool:
             return None
+        bound = self.bound(call)
+        refusal = None
+        if not (state.straight and not bound.slots and self.slots.take_now()):
+            refusal = None if state.reused else self._no_place(call, state, bound)
+            if refusal is None:
+                return None
         straight = StraightCall(self, call, state, bound, then)
         straight.began = began
-        straight.begin()
+        straight.begin(refusal)
         return straight
+
+    def _no_place(self, call: ToolCall, state: ToolState, bound: Bound) -> Overloaded | None:
+        patience_s = self._patience_s(state, self.timeout_of(call, state))
+        return self._call_slots.refusal(state, bound, call.caller.tenant, patience_s)
+
+    def _patience_s(self, state: ToolState, timeout_s: float) -> float:
+        return self.control.patience_s(state.hold_s, min(QUEUE_PATIENCE_S, timeout_s))
 
     async def execute(self, call: ToolCall) -> Execution:
         """Run one call to its end. Raises nothing but CancelledError, when the whole request is cancelled."""
@@ -225,8 +238,7 @@ class Executor:
             release = self.slots.release
         else:
             await IN_TASK
-            patience_s = self.control.patience_s(state.hold_s, min(QUEUE_PATIENCE_S, timeout_s))
-            release = await self._call_slots.take(state, bound, run, patience_s)
+            release = await self._call_slots.take(state, bound, run, self._patience_s(state, timeout_s))
         try:
             state.log.reserve()
             try:

@@ -32,13 +32,7 @@ class CallSlots:
     async def take(self, state: ToolState, bound: Bound, run: Run, patience_s: float) -> Callable[[], None]:
         """Wait for every slot in one patience: those of policies first, so that a tenant that waits for itself holds
         nothing that others want, then the tool's, then the process's; how to give them back."""
-        wanted = [self._of_policies.of(rule.key, rule.amount) for rule in bound.slots]
-        rules = {id(slots): rule.rule for slots, rule in zip(wanted, bound.slots, strict=True)}
-        if state.slots is not None:
-            wanted.append(state.slots)
-        if state.is_slow:
-            wanted.append(self._control.slow_slots)
-        wanted.append(self._control.slots)
+        wanted = self._wanted(state, bound)
         if take_all_now(wanted):
             return lambda: release_all(wanted)
         patience_ends = perf_counter() + patience_s
@@ -49,10 +43,30 @@ class CallSlots:
                 held.append(slots)
         except BaseException as error:
             release_all(held)
-            if isinstance(error, Overloaded) and (rule := rules.get(id(slots))):
-                error.data["rule"] = rule
+            if isinstance(error, Overloaded):
+                _name_rule(error, bound, len(held))
             raise
         return lambda: release_all(held)
+
+    def refusal(self, state: ToolState, bound: Bound, tenant: str, patience_s: float) -> Overloaded | None:
+        """Why a call that came now would not even wait for its slots, if that is so. Takes nothing."""
+        for place, slots in enumerate(self._wanted(state, bound)):
+            if slots.running >= slots.limit:
+                error = slots.refusal(tenant, patience_s if self._control.enforces else math.inf)
+                if error is not None:
+                    _name_rule(error, bound, place)
+                return error
+        return None
+
+    def _wanted(self, state: ToolState, bound: Bound) -> list[Slots]:
+        """In the order in which they are taken."""
+        wanted = [self._of_policies.of(rule.key, rule.amount) for rule in bound.slots]
+        if state.slots is not None:
+            wanted.append(state.slots)
+        if state.is_slow:
+            wanted.append(self._control.slow_slots)
+        wanted.append(self._control.slots)
+        return wanted
 
     async def _take_slot(self, slots: Slots, run: Run, patience_s: float) -> None:
         if slots.take_now():
@@ -64,3 +78,9 @@ class CallSlots:
         if run.interrupt.requested:  # in the tick in which the slot came
             slots.release()
             raise asyncio.CancelledError
+
+
+def _name_rule(error: Overloaded, bound: Bound, place: int) -> None:
+    """The slots at this place of those wanted had none: a policy's come first."""
+    if place < len(bound.slots):
+        error.data["rule"] = bound.slots[place].rule

@@ -50,7 +50,8 @@ class Steps(Protocol):
 
 
 class StraightCall(Run):
-    """One call on the straight way. It is made with a slot in its hand, and gives it back.
+    """One call on the straight way. It is made with a slot in its hand and gives it back, unless it is made to be
+    refused.
 
     For the store of limits it is the waiter; it is decided once that has answered, or somebody has cancelled it."""
 
@@ -60,6 +61,7 @@ class StraightCall(Run):
     _arguments: dict[str, Any]
     _timeout_s = 0.0
     _decided = False
+    _has_slot = False
     _entered = False
     _reserved = False
 
@@ -70,12 +72,19 @@ class StraightCall(Run):
         self._bound = bound
         self._then = then
 
-    def begin(self) -> None:
-        """Up to the verdict of its limits or, where none binds it, to its end. Its tool is looked up."""
+    def begin(self, refusal: ToolServiceError | None) -> None:
+        """Up to the verdict of its limits or, where none binds it, to its end; to the refusal of one that has no slot,
+        unless there is something else wrong with it. Its tool is looked up."""
+        self._has_slot = refusal is None
         self._told = CurrentCall.of(self.call)
         told = current_call.set(self._told)
         try:
             self._prepare()
+            if refusal is not None:
+                self._conclude(self.ended("failed", refusal=refusal))
+                return
+            self.state.log.reserve()
+            self._reserved = True
             if self._bound.limits:
                 granted = self._steps.admission.admit_for(self, self._bound, self.state.cost)
                 if type(granted) is Ask:
@@ -97,8 +106,6 @@ class StraightCall(Run):
         self._arguments = steps.arguments_of(call, state.tool)
         self.validated = self.asked = perf_counter()
         self._timeout_s = steps.timeout_of(call, state)
-        state.log.reserve()
-        self._reserved = True
 
     # For the store of limits
 
@@ -165,7 +172,8 @@ class StraightCall(Run):
         """Its only end. Never raises: others wait in the same tick."""
         steps = self._steps
         self._decided = True
-        steps.slots.release()
+        if self._has_slot:
+            steps.slots.release()
         if self._reserved and not self.attempts:
             self.state.log.unreserve()
         if self._entered:

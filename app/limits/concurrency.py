@@ -85,16 +85,29 @@ class Slots:
         waiting = self._waiting
         if not waiting.turns:
             self._pace.begin(self._freed, self._handed_on)
-        elif self.expected_wait_s(tenant) > patience_s:
-            raise self._overloaded("No slot would come free in time")
+        refusal = self.refusal(tenant, patience_s)
+        if refusal is not None:
+            raise refusal
         if len(waiting.turns) >= self.queue_max and self.running >= self.limit:
-            self._make_room(tenant)
+            self._make_room()
         turn: Turn = asyncio.get_running_loop().create_future()
         if self.take_now():
             turn.set_result(None)
         else:
             waiting.add(turn, tenant)
         return turn
+
+    def refusal(self, tenant: str, patience_s: float) -> Overloaded | None:
+        """Why a call that came now would find no place to wait in, if that is so."""
+        waiting = self._waiting
+        if waiting.turns and self.expected_wait_s(tenant) > patience_s:
+            return self._overloaded("No slot would come free in time")
+        full = len(waiting.turns) >= self.queue_max and self.running >= self.limit
+        # Room is made only where the queues become more even by it: a swap of equals, or a tenant's only call, would be
+        # refused after its wait for nothing.
+        if full and waiting.length(tenant) + 1 >= waiting.longest:
+            return self._overloaded("Too many calls at once")
+        return None
 
     async def take(self, turn: Turn, patience_s: float) -> None:
         """Wait for `turn`. Raises Overloaded after the patience, which is never longer than the call's own deadline,
@@ -119,13 +132,8 @@ class Slots:
         self._freed += 1
         self.running -= 1
 
-    def _make_room(self, tenant: str) -> None:
-        """Only where the queues become more even: a swap of equals, or a tenant's only call, would be refused after
-        its wait for nothing."""
-        waiting = self._waiting
-        if waiting.length(tenant) + 1 >= waiting.longest:
-            raise self._overloaded("Too many calls at once")
-        turn = waiting.pop_newest_of_longest()
+    def _make_room(self) -> None:
+        turn = self._waiting.pop_newest_of_longest()
         if not turn.done():
             turn.set_exception(self._overloaded("Too many calls at once"))
 
