@@ -1,0 +1,258 @@
+"""Calls without a coroutine: the same outcome as by `execute`'s own way, whoever ends them, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from app.calls import LOCAL_CALLER, Caller, Execution, ToolCall, new_execution_id
+from app.errors import DRAINING, INVALID_PARAMS, OVERLOADED, ToolError
+from app.executor.run import Run
+from app.limits.concurrency import Slots
+from app.limits.memory_store import MemoryStore
+from app.limits.policy import Policy, parse_rate
+from app.limits.store import Ask, StoreAway, Verdict, Waiter
+from app.tools.tool import FunctionTool, tool
+from tests.executor.in_process import Rig, opened
+
+pytestmark = pytest.mark.anyio
+
+TWO_A_MINUTE = Policy(name="two", per=("tenant",), rate=parse_rate("2/minute"))
+
+
+@tool
+async def echo(message: str) -> str:
+    """Return the message."""
+    return message
+
+
+@tool
+async def fail() -> None:
+    """Fail clearly."""
+    raise ToolError("No")
+
+
+@tool
+async def crash() -> None:
+    """Fail otherwise."""
+    raise ValueError
+
+
+@tool
+async def give_bytes() -> Any:
+    """Return what JSON cannot hold."""
+    return b""
+
+
+@tool
+async def wait() -> None:
+    """Wait until cancelled."""
+    await asyncio.Event().wait()
+
+
+class LateStore:
+    """Counters that answer when they are told to: `answer` for all that was asked, `go` to be away."""
+
+    up = True
+    state = "late"
+
+    def __init__(self) -> None:
+        self.counters = MemoryStore()
+        self.asked: list[tuple[Waiter, Ask]] = []
+
+    def ask(self, ask: Ask) -> Verdict:
+        return self.counters.ask(ask)
+
+    def ask_for(self, waiter: Waiter, ask: Ask) -> None:
+        self.asked.append((waiter, ask))
+
+    def give_back(self, ask: Ask) -> None:
+        self.counters.give_back(ask)
+
+    def _waiting(self) -> Iterator[tuple[Waiter, Ask]]:
+        asked, self.asked = self.asked, []
+        return ((waiter, ask) for waiter, ask in asked if not waiter.done())
+
+    def answer(self) -> None:
+        for waiter, ask in self._waiting():
+            waiter.set_result(self.counters.ask(ask))
+
+    def go(self) -> None:
+        for waiter, _ in self._waiting():
+            waiter.set_exception(StoreAway("gone"))
+
+
+def call_of(one: FunctionTool, caller: Caller = LOCAL_CALLER, /, **parameters: Any) -> ToolCall:
+    return ToolCall(new_execution_id(), one.spec.id, parameters, caller, time.perf_counter())
+
+
+async def known(rig: Rig, *tools: FunctionTool) -> None:
+    """The executor knows a tool from its first call on, which need not run it."""
+    for one in tools:
+        refused = await rig.executor._execute(Run(call_of(one, nonsense=1)))
+        assert refused.attempts == 0
+
+
+def begun(rig: Rig, call: ToolCall) -> list[Execution]:
+    """What the call comes to: in the list as soon as it has ended."""
+    ended: list[Execution] = []
+    assert rig.executor.begin(call, ended.append) is not None, "not by the straight way"
+    return ended
+
+
+def told(execution: Execution) -> tuple[Any, ...]:
+    """All of an outcome but its id and times."""
+    refusal = execution.refusal
+    return (
+        execution.status,
+        execution.result,
+        execution.error,
+        refusal and (refusal.kind, refusal.message, refusal.execution_id == execution.execution_id),
+        execution.attempts,
+        execution.cached,
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "parameters"),
+    [
+        (echo, {"message": "hello"}),
+        (echo, {"message": 1}),
+        (echo, {}),
+        (fail, {}),
+        (crash, {}),
+        (give_bytes, {}),
+    ],
+)
+async def test_a_call_comes_to_the_same_by_either_way(one: FunctionTool, parameters: dict[str, Any]) -> None:
+    async with opened(one) as rig:
+        await known(rig, one)
+
+        async def counted(run: Callable[[], Any]) -> tuple[dict[str, int], dict[str, int], list[int]]:
+            """What a call adds to the counters."""
+            before = rig.runs(one), rig.errors(), [sum(stage.counts) for stage in rig.metrics.stages.values()]
+            await run()
+            after = rig.runs(one), rig.errors(), [sum(stage.counts) for stage in rig.metrics.stages.values()]
+            grown = [
+                {name: now[name] - then.get(name, 0) for name in now if now[name] != then.get(name, 0)}
+                for now, then in zip(after[:2], before[:2], strict=True)
+            ]
+            return grown[0], grown[1], [now - then for now, then in zip(after[2], before[2], strict=True)]
+
+        outcomes: list[Execution] = []
+
+        async def straight() -> None:
+            outcomes.extend(begun(rig, call_of(one, **parameters)))
+
+        async def by_coroutine() -> None:
+            outcomes.append(await rig.executor._execute(Run(call_of(one, **parameters))))
+
+        assert await counted(straight) == await counted(by_coroutine)
+        assert told(outcomes[0]) == told(outcomes[1]) and len(outcomes) == 2
+
+
+async def test_a_limit_refuses_it_as_it_refuses_others() -> None:
+    async with opened(echo, policies=[TWO_A_MINUTE]) as rig:
+        await known(rig, echo)
+        first, second, third = (begun(rig, call_of(echo, message="x"))[0] for _ in range(3))
+        assert first.status == second.status == "success"
+        by_coroutine = await rig.executor._execute(Run(call_of(echo, message="x")))
+        assert third.refusal is not None and by_coroutine.refusal is not None
+        assert third.refusal.kind is by_coroutine.refusal.kind and third.refusal.data == by_coroutine.refusal.data
+
+
+async def test_it_holds_its_slot_until_its_limits_have_answered_and_then_runs() -> None:
+    store = LateStore()
+    async with opened(echo, policies=[TWO_A_MINUTE], store=store) as rig:
+        await known(rig, echo)
+        ended = begun(rig, call_of(echo, message="late"))
+        assert not ended and rig.slots.running == 1 and rig.executor.concurrency == 1
+        store.answer()
+        assert ended[0].result == b'"late"' and ended[0].aside is not None and ended[0].aside.grant is not None
+
+
+async def test_cancelled_while_its_limits_are_asked_it_does_not_run_and_spends_nothing() -> None:
+    store = LateStore()
+    async with opened(echo, policies=[TWO_A_MINUTE], store=store) as rig:
+        await known(rig, echo)
+        call = call_of(echo, message="x")
+        ended = begun(rig, call)
+        assert rig.executor.calls.cancel(LOCAL_CALLER, call.execution_id, None)
+        assert ended[0].status == "cancelled" and ended[0].attempts == 0
+        assert not rig.executor.calls.cancel(LOCAL_CALLER, call.execution_id, None)
+        assert [waiter.done() for waiter, _ in store.asked] == [True], "the store gives back what it spends after all"
+        store.answer()
+        assert len(ended) == 1 and rig.runs(echo) == {}
+
+
+async def test_a_request_that_is_cancelled_while_it_waits_withdraws_its_call() -> None:
+    store = LateStore()
+    async with opened(echo, policies=[TWO_A_MINUTE], store=store) as rig:
+        await known(rig, echo)
+        waiting = rig.start(echo, {"message": "x"})
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert waiting.cancelled() and rig.is_quiet()
+        store.answer()
+        assert rig.runs(echo) == {}
+
+
+@pytest.mark.parametrize(("on_failure", "status"), [("local", "success"), ("closed", "failed")])
+async def test_without_its_store_its_policies_say_what_holds(on_failure: Any, status: str) -> None:
+    store = LateStore()
+    policy = Policy(name="two", per=("tenant",), rate=parse_rate("2/minute"), on_store_failure=on_failure)
+    async with opened(echo, policies=[policy], store=store) as rig:
+        await known(rig, echo)
+        ended = begun(rig, call_of(echo, message="x"))
+        store.go()
+        assert [execution.status for execution in ended] == [status]
+
+
+async def test_an_answer_that_fails_harms_no_other_call_of_the_tick() -> None:
+    store = LateStore()
+    async with opened(echo, policies=[TWO_A_MINUTE], store=store) as rig:
+        await known(rig, echo)
+
+        def broken(execution: Execution) -> None:
+            raise ValueError("a bug in a door")
+
+        assert rig.executor.begin(call_of(echo, message="first"), broken) is not None
+        second = begun(rig, call_of(echo, message="second"))
+        store.answer()
+        assert second[0].result == b'"second"'
+
+
+async def test_a_call_that_finds_no_place_to_wait_is_refused_without_a_task() -> None:
+    async with opened(wait, slots=Slots(1)) as rig:
+        running, queued = rig.start(wait), rig.start(wait)
+        while rig.slots.queued < 1:
+            await asyncio.sleep(0)
+        refused = begun(rig, call_of(wait))[0]
+        wrong = begun(rig, call_of(wait, unknown=1))[0]
+        assert refused.refusal is not None and refused.refusal.kind is OVERLOADED
+        assert refused.refusal.retry_after_ms is not None and rig.slots.refused >= 1
+        assert wrong.refusal is not None and wrong.refusal.kind is INVALID_PARAMS, "who tries again should know"
+        rig.executor.calls.stop_accepting()
+        draining = begun(rig, call_of(wait))[0]
+        assert draining.refusal is not None and draining.refusal.kind is DRAINING
+        for task in (running, queued):
+            task.cancel()
+        await asyncio.wait({running, queued})
+
+
+async def test_what_may_wait_or_is_not_known_yet_is_not_begun() -> None:
+    async with opened(echo, wait) as rig:
+        assert rig.executor.begin(call_of(echo, message="x"), lambda execution: None) is None
+        await known(rig, echo)
+        waiting = rig.start(wait)
+        await asyncio.sleep(0)
+        assert rig.executor.begin(call_of(wait), lambda execution: None) is None
+        keyed = call_of(echo, message="x")._replace(idempotency_key="k")
+        assert rig.executor.begin(keyed, lambda execution: None) is None
+        waiting.cancel()
+        await asyncio.wait({waiting})
