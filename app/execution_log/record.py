@@ -41,7 +41,7 @@ WHOLE_BYTES_MAX = 32_768
 NESTING_MAX = 64
 """Of a payload that is kept as JSON; deeper, as text. PostgreSQL's parser runs out of stack at some thousands."""
 
-LABELS_MAX = 4_096
+LABELS_MAX = 16_384
 """Of cleaned texts remembered."""
 
 _NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")

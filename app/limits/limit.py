@@ -8,6 +8,7 @@ microsecond, so that nothing is ever rounded; every number stays under 2**53, wh
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Any, Final, Literal
 
 RATE: Final = 0
@@ -35,6 +36,30 @@ def counter_key(*parts: str) -> str:
         encoded = part.encode("utf-8", "surrogatepass")
         digest.update(b"%d:%b" % (len(encoded), encoded))
     return KEY_PREFIX + digest.hexdigest()[:40]
+
+
+_NOTHING_SPENT = (0, 0, 0)
+
+SHAPES_KEPT = 4_096
+"""Limits of one policy have one shape; tightened ones have their own."""
+
+
+def _span(amount: int, period_us: int, cost: int) -> tuple[int, int]:
+    return divmod(cost * period_us, amount)
+
+
+@lru_cache(SHAPES_KEPT)
+def _shape(kind: Kind, amount: int, period_us: int, burst: int) -> tuple[tuple[int, int], tuple[Kind, int, int, int]]:
+    """Of many callers' limits, made once: what each of 10,000 has for itself, the garbage collector walks."""
+    window = _span(amount, period_us, burst)
+    return window, (kind, amount, *window)
+
+
+@lru_cache(SHAPES_KEPT)
+def _spending(kind: Kind, amount: int, period_us: int, burst: int, cost: int) -> tuple[int, int, int]:
+    if kind == RATE:
+        return (cost, *_span(amount, period_us, cost if cost <= burst else burst + 1))
+    return (cost, cost if cost <= amount else amount + 1, 0)
 
 
 class Limit:
@@ -88,25 +113,21 @@ class Limit:
         self.over: Any = None
         """Of admission: until when, from which cost on and with what it refuses without asking; None: ask."""
         self.step = step
-        self._tightened: tuple[int, dict[int, Limit]] = (STEPS, {})
-        self.window = self.span(burst)
-        self.counter = (kind, amount, *self.window)
-        """As the script reads it."""
-        self.spending = (0, 0, 0)
+        self._tightened: tuple[int, dict[int, Limit]] | None = None
+        self.window, self.counter = _shape(kind, amount, period_us, burst)
+        """What a full burst takes, and the counter as the script reads it."""
+        self.spending = _NOTHING_SPENT
         """A cost and what it adds to the counter; of the last one, for calls of one tool cost the same."""
         self.fallback = self if replicas == 1 else self._part(replicas)
 
     def span(self, cost: int) -> tuple[int, int]:
         """The time that `cost` calls take at this rate: microseconds, and parts of 1/`amount` of one."""
-        return divmod(cost * self.period_us, self.amount)
+        return _span(self.amount, self.period_us, cost)
 
     def spend(self, cost: int) -> tuple[int, int, int]:
         """A cost and what it adds to the counter. What never passes is told as little over the limit: all numbers stay
         under 2**53."""
-        if self.kind == RATE:
-            self.spending = (cost, *self.span(cost if cost <= self.burst else self.burst + 1))
-        else:
-            self.spending = (cost, cost if cost <= self.amount else self.amount + 1, 0)
+        self.spending = _spending(self.kind, self.amount, self.period_us, self.burst, cost)
         return self.spending
 
     def tightened(self, step: int, cost: int) -> Limit:
@@ -114,9 +135,9 @@ class Limit:
         smaller burst over the same amount, so that no store needs to know. What could pass at all still does, later."""
         if self.step is None or step >= STEPS:
             return self
-        kept_step, kept = self._tightened
-        if kept_step != step:
-            self._tightened = _, kept = step, {}
+        if self._tightened is None or self._tightened[0] != step:
+            self._tightened = (step, {})
+        kept = self._tightened[1]
         burst = max(-(-self.burst * step // STEPS), min(cost, self.burst))
         limit = kept.get(burst)
         if limit is None:

@@ -10,6 +10,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -31,9 +32,13 @@ CONCURRENT_MAX = 100_000
 NAME = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 RESERVED = ("tool:", "settings:")
 
-BOUNDS_KEPT = 10_000
-LIMITS_KEPT = 50_000
-"""Callers choose the keys where authentication is off. As many take 34 MB: a limit has its fallback with it."""
+BOUNDS_KEPT = 50_000
+LIMITS_KEPT = 100_000
+"""Callers choose the keys where authentication is off. Callers that come in turn all find theirs while they are half as
+many; one more, and each would be made anew for each call."""
+
+LET_GO_AT_ONCE = 8
+"""For each bound that is made: what is forgotten is gone before more of it comes."""
 
 
 class Rate(NamedTuple):
@@ -99,21 +104,27 @@ class SlotRule(NamedTuple):
     rule: str
 
 
+@lru_cache(1_024)
+def _one_of_equals(places: tuple[int, ...]) -> tuple[int, ...]:
+    """The same object for equal ones, of which there are as many as callers."""
+    return places
+
+
 class Bound:
     """Everything that one caller's calls of one tool must pass. Made once and kept, with what every call asks."""
 
-    __slots__ = ("_asks", "_rates", "_tightened", "adaptive", "limits", "slots", "told")
+    __slots__ = ("_ask", "_rates", "_tightened", "adaptive", "limits", "slots", "told")
 
     def __init__(self, limits: tuple[Limit, ...], slots: tuple[SlotRule, ...]) -> None:
         self.limits = limits
         self.slots = slots
         enforced = [place for place, limit in enumerate(limits) if not limit.shadow]
         rates = [place for place in enforced if limits[place].kind == RATE]
-        self.told = tuple(rates or enforced)
+        self.told = _one_of_equals(tuple(rates or enforced))
         """Places of the limits of which the tightest is told to the caller: rates, or else quotas."""
         self.adaptive = any(limit.step is not None for limit in limits)
-        self._asks: dict[int, Ask] = {}
-        self._tightened: tuple[int, dict[int, Ask]] = (STEPS, {})
+        self._ask: Ask | None = None
+        self._tightened: tuple[int, dict[int, Ask]] | None = None
         self._rates: Bound | None = None
 
     @property
@@ -125,17 +136,17 @@ class Bound:
 
     def ask(self, cost: int) -> Ask:
         """The question of a call of this cost, one object for all calls: the store knows it again. A tool has one
-        cost, so there are few."""
-        ask = self._asks.get(cost)
-        if ask is None:
-            ask = self._asks[cost] = Ask(self.limits, cost)
+        cost."""
+        ask = self._ask
+        if ask is None or ask.cost != cost:
+            ask = self._ask = Ask(self.limits, cost)
         return ask
 
     def tightened_ask(self, cost: int, step: int) -> Ask:
         """As `ask`, with adaptive limits at so many tenths of their rate."""
-        kept_step, asks = self._tightened
-        if kept_step != step:
-            self._tightened = _, asks = step, {}
+        if self._tightened is None or self._tightened[0] != step:
+            self._tightened = (step, {})
+        asks = self._tightened[1]
         ask = asks.get(cost)
         if ask is None:
             ask = asks[cost] = Ask(tuple(limit.tightened(step, cost) for limit in self.limits), cost)
@@ -194,6 +205,7 @@ class Policies:
         "_bounds",
         "_bounds_half",
         "_everywhere",
+        "_going",
         "_limits",
         "_limits_half",
         "_of_tool",
@@ -226,6 +238,8 @@ class Policies:
         self._older_bounds: dict[_Who, Bound] = {}
         self._limits: dict[str, Limit] = {}
         self._older_limits: dict[str, Limit] = {}
+        self._going: list[dict[Any, Any]] = []
+        """Forgotten, and given back piece by piece."""
 
     def __len__(self) -> int:
         """Limits that are kept."""
@@ -239,12 +253,23 @@ class Policies:
     def _bind(self, who: _Who) -> Bound:
         bound = self._older_bounds.get(who) or self._bound(who)
         if len(self._bounds) >= self._bounds_half or len(self._limits) + len(bound.limits) > self._limits_half:
-            # The older half is dropped as a whole: no order of use has to be kept up on a hit.
+            # No order of use has to be kept up on a hit: what was not asked for while a half filled is the older half.
+            self._going = [self._older_limits, self._older_bounds]
             self._older_bounds, self._bounds = self._bounds, {}
             self._older_limits, self._limits = self._limits, {}
         self._bounds[who] = bound
         self._limits.update((limit.key, limit) for limit in bound.limits)
+        if self._going:
+            self._let_go_some()
         return bound
+
+    def _let_go_some(self) -> None:
+        """Of what is forgotten: all of it at once would hold the loop for tens of milliseconds."""
+        going = self._going[-1]
+        for _ in range(min(LET_GO_AT_ONCE, len(going))):
+            going.popitem()
+        if not going:
+            self._going.pop()
 
     def _bound(self, who: _Who) -> Bound:
         rules = self._everywhere

@@ -380,3 +380,17 @@ def test_a_declaration_that_cannot_hold_is_refused_by_the_name_of_the_tool(reaso
 def test_a_limit_is_compared_by_identity() -> None:
     one, other = (Limit("k", "r", DAILY, 1) for _ in range(2))
     assert one != other and len({one, other}) == 2
+
+
+def test_ten_thousand_callers_in_turn_all_find_what_binds_them() -> None:
+    policies = Policies(EACH_AND_ALL)
+    first = [policies.bind("t", str(number), "c", "echo") for number in range(10_000)]
+    assert all(policies.bind("t", str(number), "c", "echo") is bound for number, bound in enumerate(first))
+
+
+def test_limits_of_many_callers_share_what_is_the_same_in_all() -> None:
+    policies = Policies(EACH_AND_ALL)
+    one, other = (policies.bind("t", name, "c", "echo") for name in ("one", "other"))
+    assert one.limits[0] is not other.limits[0]
+    assert one.limits[0].counter is other.limits[0].counter and one.limits[0].spend(3) is other.limits[0].spend(3)
+    assert one.told is other.told
