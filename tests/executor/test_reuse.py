@@ -98,7 +98,7 @@ async def test_a_first_call_that_has_ended_is_given_again(work: Work) -> None:
     async with opened(probe) as rig:
         first = await rig.call(probe, {"value": 1}, idempotency_key="k")
         again = await rig.call(probe, {"value": 1}, idempotency_key="k")
-        assert again.as_json().decode() == first.as_json().decode()[:-1] + ',"replayed":true}'
+        assert orjson.loads(again.as_json()) == {**orjson.loads(first.as_json()), "replayed": True}
         assert again.execution_id == first.execution_id and work.runs == 1
         assert rig.runs(probe) == {"success": 1}, "no second row is counted"
         assert rig.metrics.for_tool("probe").reuse["replayed"] == 1
