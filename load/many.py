@@ -91,17 +91,17 @@ SELECT (lpad(to_hex((extract(epoch FROM now()) * 1000)::bigint - :rows + n), 12,
         substr(md5(n::text), 1, 3) || '8' || substr(md5(n::text), 4, 15))::uuid,
     'tool_' || n % 40, '1.0.0', 'tenant-' || n % 20, 'subject-' || n % 1000, 'success', now(), now(),
     3.8, 0.1, 1, false, false, md5(n::text), 1, 31, md5(n::text) || md5(n::text)
-FROM generate_series(:first, :last) AS n
+FROM generate_series(CAST(:first AS integer), CAST(:last AS integer)) AS n
 """
 """A part of rows of the last thousand seconds, a millisecond apart, as ids of version 7 (RFC 9562, section 5.7)."""
 
 
-async def fill_log(database: str, rows: int) -> None:
+async def fill_log(database: str, rows: int, at_once: int = FILLED_AT_ONCE) -> None:
     """PostgreSQL's own rows: what is measured is the log's size, not how it was written."""
     engine = create_engine(database, 1, 1)
     try:
-        for first in range(1, rows + 1, FILLED_AT_ONCE):
-            last = min(first + FILLED_AT_ONCE - 1, rows)
+        for first in range(1, rows + 1, at_once):
+            last = min(first + at_once - 1, rows)
             async with engine.begin() as connection:
                 await connection.execute(text(FILL), {"rows": rows, "first": first, "last": last})
         async with engine.begin() as connection:
