@@ -1,6 +1,6 @@
 """The pipeline that every tool call walks, in one straight line with one epilogue.
 
-Cheapest refusal first. Whatever happens, `execute` returns an Execution, and `_finish` runs once and never awaits.
+Cheapest refusal first. Whatever happens, `execute` returns an Execution, and `finish` runs once and never awaits.
 Called by the transport's methods and by plans; knows neither HTTP nor JSON-RPC.
 """
 
