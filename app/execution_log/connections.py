@@ -48,11 +48,17 @@ async def borrowed(engine: AsyncEngine, timeout_s: float) -> AsyncIterator[Any]:
     try:
         driver = (await connection.get_raw_connection()).driver_connection
         assert driver is not None
-        cut = asyncio.get_running_loop().call_later(timeout_s, driver.terminate)
+        late = False
+
+        def give_up() -> None:
+            nonlocal late
+            late = True
+            driver.terminate()
+
+        cut = asyncio.get_running_loop().call_later(timeout_s, give_up)
         try:
             yield driver
         except BaseException as error:
-            late = asyncio.get_running_loop().time() >= cut.when()
             lost = driver.is_closed()
             if lost or not isinstance(error, asyncpg.PostgresError):
                 driver.terminate()  # nobody knows what it still waits for

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -106,35 +107,27 @@ class Executor:
         state = self._states.get(call.tool_id)
         if state is None or call.idempotency_key is not None or not state.breaker.quiet:
             return None
-        began = perf_counter()
-        try:
-            tool = self.registry.lookup(call.tool_id, call.caller)
-        except ToolServiceError:
-            return None
-        if tool is not state.tool:
+        if not self.registry.holds(state.tool):
             return None
         bound = self.bound(call)
-        refusal = None
+        refused: Callable[[], ToolServiceError] | None = None
         if not (state.straight and not bound.slots and self.slots.take_now()):
-            refusal = None if state.reused else self._no_place(call, state, bound)
-            if refusal is None:
+            patience_s = self._patience_s(state, self.timeout_of(call, state))
+            if state.reused or self._call_slots.has_place(state, bound, call.caller.tenant, patience_s):
                 return None
+            refused = partial(self._call_slots.refusal, state, bound, call.caller.tenant, patience_s)
         straight = StraightCall(self, call, state, bound, then)
-        straight.began = began
-        straight.begin(refusal)
+        straight.begin(refused)
         return straight
-
-    def _no_place(self, call: ToolCall, state: ToolState, bound: Bound) -> Overloaded | None:
-        patience_s = self._patience_s(state, self.timeout_of(call, state))
-        return self._call_slots.refusal(state, bound, call.caller.tenant, patience_s)
 
     def _patience_s(self, state: ToolState, timeout_s: float) -> float:
         return self.control.patience_s(state.hold_s, min(QUEUE_PATIENCE_S, timeout_s))
 
-    async def execute(self, call: ToolCall) -> Execution:
-        """Run one call to its end. Raises nothing but CancelledError, when the whole request is cancelled."""
+    async def execute(self, call: ToolCall, *, begun: bool = False) -> Execution:
+        """Run one call to its end; `begun`: `begin` said None to it. Raises nothing but CancelledError, when the whole
+        request is cancelled."""
         end: Promise[Execution] = Promise(self._loop)
-        straight = self.begin(call, end.put)
+        straight = self.begin(call, end.put) if not begun else None
         if straight is None:
             return await self._execute(Run(call))
         current_call.set(CurrentCall.of(call))
@@ -449,7 +442,7 @@ class Executor:
         begin = perf_counter()
         kept = None
         if self._tracing.recording:
-            marks = (run.found, run.validated, run.started)
+            marks = (run.found, run.validated, run.asked, run.started)
             kept = run.kept_trace = self._tracing.call_ended(run.call, execution, marks, known=run.state is not None)
             traced = perf_counter()
             self._tracing_stage.observe(traced - begin)

@@ -48,15 +48,32 @@ class CallSlots:
             raise
         return lambda: release_all(held)
 
-    def refusal(self, state: ToolState, bound: Bound, tenant: str, patience_s: float) -> Overloaded | None:
-        """Why a call that came now would not even wait for its slots, if that is so. Takes nothing."""
+    def has_place(self, state: ToolState, bound: Bound, tenant: str, patience_s: float) -> bool:
+        """Whether a call that came now could take its slots or wait for them. Takes nothing."""
+        slots, _ = self._first_taken(state, bound)
+        return slots is None or slots.no_place(tenant, self._patience_s(patience_s)) is None
+
+    def refusal(self, state: ToolState, bound: Bound, tenant: str, patience_s: float) -> Overloaded:
+        """Of a call that has no place, in the step in which `has_place` said so."""
+        slots, place = self._first_taken(state, bound)
+        assert slots is not None
+        error = slots.refused_for(slots.no_place(tenant, self._patience_s(patience_s)) or "")
+        _name_rule(error, bound, place)
+        return error
+
+    def _first_taken(self, state: ToolState, bound: Bound) -> tuple[Slots | None, int]:
+        """The slots that it would wait for first, and their place among those that it wants."""
+        if state.slots is None and not bound.slots and not state.is_slow:  # as most
+            slots = self._control.slots
+            return (slots if slots.running >= slots.limit else None), 0
         for place, slots in enumerate(self._wanted(state, bound)):
             if slots.running >= slots.limit:
-                error = slots.refusal(tenant, patience_s if self._control.enforces else math.inf)
-                if error is not None:
-                    _name_rule(error, bound, place)
-                return error
-        return None
+                return slots, place
+        return None, 0
+
+    def _patience_s(self, patience_s: float) -> float:
+        """What would wait longer than it may is refused on arrival, where limits adapt."""
+        return patience_s if self._control.enforces else math.inf
 
     def _wanted(self, state: ToolState, bound: Bound) -> list[Slots]:
         """In the order in which they are taken."""
@@ -71,8 +88,7 @@ class CallSlots:
     async def _take_slot(self, slots: Slots, run: Run, patience_s: float) -> None:
         if slots.take_now():
             return
-        # What would wait longer than it may is refused on arrival, where limits adapt.
-        turn = slots.wait(run.call.caller.tenant, patience_s if self._control.enforces else math.inf)
+        turn = slots.wait(run.call.caller.tenant, self._patience_s(patience_s))
         run.interrupt.watch(turn)
         await slots.take(turn, patience_s)
         if run.interrupt.requested:  # in the tick in which the slot came

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from app.limits.admission import Admission
 from app.limits.concurrency import Slots
 from app.limits.policy import Bound
 from app.limits.store import Ask, StoreAway, Verdict
+from app.tools.registry import Registry
 from app.tools.tool import Tool
 
 logger = logging.getLogger("app.executor")
@@ -34,6 +36,7 @@ class Steps(Protocol):
 
     admission: Admission
     calls: RunningCalls
+    registry: Registry
     runner: Runner
     slots: Slots
 
@@ -56,7 +59,7 @@ class StraightCall(Run):
     For the store of limits it is the waiter; it is decided once that has answered, or somebody has cancelled it."""
 
     state: ToolState
-    _told: CurrentCall
+    _context: Context
     _ask: Ask
     _arguments: dict[str, Any]
     _timeout_s = 0.0
@@ -72,16 +75,19 @@ class StraightCall(Run):
         self._bound = bound
         self._then = then
 
-    def begin(self, refusal: ToolServiceError | None) -> None:
+    def begin(self, refused: Callable[[], ToolServiceError] | None) -> None:
         """Up to the verdict of its limits or, where none binds it, to its end; to the refusal of one that has no slot,
-        unless there is something else wrong with it. Its tool is looked up."""
-        self._has_slot = refusal is None
-        self._told = CurrentCall.of(self.call)
-        told = current_call.set(self._told)
+        unless there is something else wrong with it."""
+        self._has_slot = refused is None
+        self._context = copy_context()  # its own: what validators and tools set is seen by no other call
+        self._context.run(self._begin, refused)
+
+    def _begin(self, refused: Callable[[], ToolServiceError] | None) -> None:
+        current_call.set(CurrentCall.of(self.call))
         try:
             self._prepare()
-            if refusal is not None:
-                self._conclude(self.ended("failed", refusal=refusal))
+            if refused is not None:
+                self._conclude(self.ended("failed", refusal=refused()))
                 return
             self.state.log.reserve()
             self._reserved = True
@@ -95,13 +101,13 @@ class StraightCall(Run):
             self._conclude(self._ran())
         except Exception as error:
             self._conclude(self._refused(error))
-        finally:
-            current_call.reset(told)
 
     def _prepare(self) -> None:
         steps, call, state = self._steps, self.call, self.state
         steps.calls.enter(self)
         self._entered = True
+        self.began = perf_counter()
+        steps.registry.lookup(call.tool_id, call.caller)
         self.found = perf_counter()
         self._arguments = steps.arguments_of(call, state.tool)
         self.validated = self.asked = perf_counter()
@@ -120,7 +126,10 @@ class StraightCall(Run):
 
     def _go_on(self, verdict: Verdict | None) -> None:
         self._decided = True
-        admission, told = self._steps.admission, current_call.set(self._told)
+        self._context.run(self._judged, verdict)
+
+    def _judged(self, verdict: Verdict | None) -> None:
+        admission = self._steps.admission
         try:
             if verdict is None:
                 self.grant = admission.without_store(self._ask)
@@ -129,8 +138,6 @@ class StraightCall(Run):
             self._conclude(self._ran())
         except Exception as error:
             self._conclude(self._refused(error))
-        finally:
-            current_call.reset(told)
 
     # For who cancels it
 

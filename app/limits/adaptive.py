@@ -101,7 +101,7 @@ STEP_HYSTERESIS = 0.75
 REFUSED_STRAIN = 2.0
 """Calls refused for want of a slot weigh as twice the tolerated delay."""
 
-REFUSAL_S = 60e-6
+REFUSAL_S = 40e-6
 """What a refusal takes of the loop's thread, with the HTTP around it."""
 
 REFUSING_PART = 0.25

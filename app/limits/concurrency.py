@@ -85,9 +85,9 @@ class Slots:
         waiting = self._waiting
         if not waiting.turns:
             self._pace.begin(self._freed, self._handed_on)
-        refusal = self.refusal(tenant, patience_s)
-        if refusal is not None:
-            raise refusal
+        why = self.no_place(tenant, patience_s)
+        if why is not None:
+            raise self.refused_for(why)
         if len(waiting.turns) >= self.queue_max and self.running >= self.limit:
             self._make_room()
         turn: Turn = asyncio.get_running_loop().create_future()
@@ -97,16 +97,16 @@ class Slots:
             waiting.add(turn, tenant)
         return turn
 
-    def refusal(self, tenant: str, patience_s: float) -> Overloaded | None:
-        """Why a call that came now would find no place to wait in, if that is so."""
+    def no_place(self, tenant: str, patience_s: float) -> str | None:
+        """Why a call that came now would find no place to wait in, if that is so. Counts nothing."""
         waiting = self._waiting
         if waiting.turns and self.expected_wait_s(tenant) > patience_s:
-            return self._overloaded("No slot would come free in time")
+            return "No slot would come free in time"
         full = len(waiting.turns) >= self.queue_max and self.running >= self.limit
         # Room is made only where the queues become more even by it: a swap of equals, or a tenant's only call, would be
         # refused after its wait for nothing.
         if full and waiting.length(tenant) + 1 >= waiting.longest:
-            return self._overloaded("Too many calls at once")
+            return "Too many calls at once"
         return None
 
     async def take(self, turn: Turn, patience_s: float) -> None:
@@ -135,12 +135,12 @@ class Slots:
     def _make_room(self) -> None:
         turn = self._waiting.pop_newest_of_longest()
         if not turn.done():
-            turn.set_exception(self._overloaded("Too many calls at once"))
+            turn.set_exception(self.refused_for("Too many calls at once"))
 
     def _expire(self, turn: Turn) -> None:
         if not turn.done():
             self._waiting.discard(turn)
-            turn.set_exception(self._overloaded("No slot came free in time"))
+            turn.set_exception(self.refused_for("No slot came free in time"))
 
     def _leave(self, turn: Turn) -> None:
         if turn.done() and not turn.cancelled() and turn.exception() is None:
@@ -148,7 +148,8 @@ class Slots:
         else:
             self._waiting.discard(turn)
 
-    def _overloaded(self, message: str) -> Overloaded:
+    def refused_for(self, message: str) -> Overloaded:
+        """The refusal of one more, counted."""
         self.refused += 1
         return Overloaded(message, retry_after_ms=self._pace.retry_after_ms(self.queued, self._handed_on))
 

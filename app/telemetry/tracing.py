@@ -236,11 +236,11 @@ class Tracing:
         return trace.sampled
 
     def call_ended(
-        self, call: ToolCall, execution: Execution, marks: tuple[float, float, float], *, known: bool
+        self, call: ToolCall, execution: Execution, marks: tuple[float, float, float, float], *, known: bool
     ) -> str | None:
         """Part of the epilogue; the trace id, when the call's span is kept. `marks`: when the tool was found, its
-        parameters were validated and its run began, `time.perf_counter()` seconds, 0 where it did not come to that;
-        `known`: there is such a tool."""
+        parameters were validated, its limits asked and its run begun, `time.perf_counter()` seconds, 0 where it did not
+        come to that; `known`: there is such a tool."""
         sink, trace = self._sink, call.trace
         if sink is None or trace is None:
             return None
@@ -379,7 +379,7 @@ def _ns_since(perf_s: float) -> int:
     return int((time.perf_counter() - perf_s) * 1e9)
 
 
-def _call_attributes(call: ToolCall, execution: Execution, marks: tuple[float, float, float]) -> Attributes:
+def _call_attributes(call: ToolCall, execution: Execution, marks: tuple[float, float, float, float]) -> Attributes:
     """By the conventions for tool execution. No parameter, no result, no text of an error, no subject."""
     attributes: Attributes = {
         "agentcore.execution_id": execution.execution_id,
@@ -388,13 +388,13 @@ def _call_attributes(call: ToolCall, execution: Execution, marks: tuple[float, f
         "agentcore.attempts": execution.attempts,
         "agentcore.overhead_ms": execution.overhead_s * 1e3,
     }
-    found, validated, started = marks
+    found, validated, asked, started = marks
     if found:
         attributes["agentcore.registry_ms"] = (found - call.received_at) * 1e3
     if validated:
         attributes["agentcore.validation_ms"] = (validated - found) * 1e3
     if started:
-        attributes["agentcore.limits_ms"] = (started - validated) * 1e3
+        attributes["agentcore.limits_ms"] = (started - asked) * 1e3
     if execution.attempts:
         attributes["agentcore.run_ms"] = execution.run_s * 1e3
     if execution.cached:

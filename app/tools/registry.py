@@ -183,6 +183,10 @@ class Registry:
     def __len__(self) -> int:
         return len(self.snapshot.tools)
 
+    def holds(self, tool: Tool) -> bool:
+        """Whether this very tool is still the one of its id."""
+        return self.snapshot.tools.get(tool.spec.id) is tool
+
     def lookup(self, tool_id: str, caller: Caller) -> Tool:
         """The tool, or ToolNotFound when there is none or none that the caller may call."""
         tool = self.snapshot.tools.get(tool_id)

@@ -234,6 +234,8 @@ class Dispatcher:
         work: list[Callable[[], Awaitable[None]]] = []
         pause_at = perf_counter() + BEGUN_AT_ONCE_S
         for position, request in enumerate(requests):
+            if position - batch.answered - len(work) >= BATCH_AT_ONCE:
+                await batch.next_answer()
             asked, method = batch.begin(self, position, request)
             if method is not None:
                 work.append(partial(asked.handled_in_batch, method))
@@ -256,6 +258,9 @@ class Dispatcher:
         if execution_id is None:
             self._count_error(error.kind.error_type)  # one with an id was counted by the executor
         return b'{"jsonrpc":"2.0","error":%b,"id":%b}' % (orjson.dumps(error.as_error()), request_id)
+
+
+_BROKEN = b'{"jsonrpc":"2.0","error":%b,"id":%%b}' % orjson.dumps(InternalError().as_error()).replace(b"%", b"%%")
 
 
 class _Asked:
@@ -306,7 +311,12 @@ class _Asked:
 
     def ended(self, result: bytes | Exception) -> None:
         """What its method came to, which awaited nothing."""
-        self._then(self._answer(result) if type(result) is bytes else self._failed(result))  # type: ignore[arg-type]
+        try:
+            answer = self._answer(result) if type(result) is bytes else self._failed(result)  # type: ignore[arg-type]
+        except Exception:  # nobody above would answer
+            logger.exception("answer failed")
+            answer = _BROKEN % self._request_id if self._wants_answer else None
+        self._then(answer)
 
     async def handled_by(self, method: Method) -> bytes | None:
         try:
@@ -334,26 +344,36 @@ class _Batch:
 
     def __init__(self, context: RequestContext, size: int, budget: AnswerBudget) -> None:
         self.ended = Signal()
+        self.answered = 0
+        self._next_answer: Signal | None = None
         self._context = context
         self._budget = budget
         self._answers: list[bytes | None] = [None] * size
-        self._left = size
+        self._size = size
         self._served = False
         context.batch = size
 
     def begin(self, dispatcher: Dispatcher, position: int, request: Any) -> tuple[_Asked, Method | None]:
         own = self._context.in_batch(self._budget)
-        asked = _Asked(dispatcher, own, partial(self._answered, position, own))
+        asked = _Asked(dispatcher, own, partial(self._take, position, own))
         return asked, asked.begin(request)
 
-    def _answered(self, position: int, own: RequestContext, answer: bytes | None) -> None:
+    def _take(self, position: int, own: RequestContext, answer: bytes | None) -> None:
         self._answers[position] = answer
         self._served = self._served or not own.draining
         for commit in own.commits or ():
             self._context.hold_for(commit)
-        self._left -= 1
-        if not self._left:
+        self.answered += 1
+        if self.answered == self._size:
             self.ended.complete()
+        awaited, self._next_answer = self._next_answer, None
+        if awaited is not None:
+            awaited.complete()
+
+    async def next_answer(self) -> None:
+        """Return when one more has been answered."""
+        self._next_answer = Signal()
+        await self._next_answer.wait()
 
     def answer(self) -> bytes | None:
         """Once it has ended."""

@@ -187,7 +187,7 @@ class Methods:
         call = context.call or tool_call(context, tool_id, params)
         if context.idempotency_key is not None:
             call = _with_key(call, context.idempotency_key)
-        execution = await self._executor.execute(call)
+        execution = await self._executor.execute(call, begun=context.call is not None)
         commit = settle(context, execution)
         if commit is not None:
             await commit.wait()
@@ -326,7 +326,11 @@ class _Ending:
 
     def of_call(self, execution: Execution) -> None:
         self._execution = execution
-        commit = settle(self._context, execution)
+        try:
+            commit = settle(self._context, execution)
+        except Exception as error:
+            self._then(error)
+            return
         if commit is None:
             self._committed()
         else:

@@ -36,7 +36,14 @@ class JsonRpcDoor(RpcDoor):
         return await self.reply(body, context, scope)
 
     def begin(self, body: bytes, context: RequestContext, scope: Scope, then: Replied) -> Steps | None:
-        steps = self._dispatcher.begin(body, context, lambda answer: then(_replied(answer, context)))
+        def answered(answer: bytes | None) -> None:
+            try:
+                reply = _replied(answer, context)
+            except Exception as error:
+                reply = self.failed(error)
+            then(reply)
+
+        steps = self._dispatcher.begin(body, context, answered)
         return None if steps is None else _reply_of(steps, context)
 
     async def reply(self, body: bytes, context: RequestContext, scope: Scope) -> Reply:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextvars import ContextVar
+from typing import Annotated, Any
 
 import pytest
+from pydantic import AfterValidator
 
 from app.calls import LOCAL_CALLER, Caller, Execution, ToolCall, new_execution_id
 from app.errors import DRAINING, INVALID_PARAMS, OVERLOADED, ToolError
@@ -52,6 +54,21 @@ async def give_bytes() -> Any:
 async def wait() -> None:
     """Wait until cancelled."""
     await asyncio.Event().wait()
+
+
+SEEN: ContextVar[str] = ContextVar("SEEN", default="nothing")
+
+
+def leave_a_mark(text: str) -> str:
+    before = SEEN.get()
+    SEEN.set(text)
+    return before
+
+
+@tool
+async def marked(text: Annotated[str, AfterValidator(leave_a_mark)]) -> str:
+    """Return what its validator saw of the calls before."""
+    return text
 
 
 class LateStore:
@@ -256,3 +273,24 @@ async def test_what_may_wait_or_is_not_known_yet_is_not_begun() -> None:
         assert rig.executor.begin(keyed, lambda execution: None) is None
         waiting.cancel()
         await asyncio.wait({waiting})
+
+
+async def test_what_a_validator_sets_is_seen_by_no_other_call() -> None:
+    async with opened(marked) as rig:
+        await known(rig, marked)
+        results = [begun(rig, call_of(marked, text=text))[0].result for text in ("one", "two")]
+        assert results == [b'"nothing"', b'"nothing"'] and SEEN.get() == "nothing"
+
+
+async def test_a_call_that_is_wrong_in_a_full_queue_is_not_counted_as_refused_for_want_of_a_slot() -> None:
+    async with opened(wait, slots=Slots(1)) as rig:
+        running, queued = rig.start(wait), rig.start(wait)
+        while rig.slots.queued < 1:
+            await asyncio.sleep(0)
+        begun(rig, call_of(wait, unknown=1))
+        assert rig.slots.refused == 0
+        begun(rig, call_of(wait))
+        assert rig.slots.refused == 1
+        for task in (running, queued):
+            task.cancel()
+        await asyncio.wait({running, queued})

@@ -1,0 +1,78 @@
+"""Requests of one body: how many of them are under way at once, and that none goes without its answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+import pytest
+
+from app.calls import LOCAL_CALLER
+from app.executor.plans import run_bounded
+from app.transport.jsonrpc import BATCH_AT_ONCE, Dispatcher, Ended, Method, RequestContext
+
+pytestmark = pytest.mark.anyio
+
+
+class Late:
+    """A method that is begun and ends when it is told to, by `params.n`; some are handled by awaiting."""
+
+    def __init__(self, *, awaited: frozenset[int] = frozenset()) -> None:
+        self.begun: dict[int, Ended] = {}
+        self.most = 0
+        self._awaited = awaited
+
+    def begin(self, context: RequestContext, params: dict[str, Any], then: Ended) -> bool:
+        if params["n"] in self._awaited:
+            return False
+        self.begun[params["n"]] = then
+        self.most = max(self.most, len(self.begun))
+        return True
+
+    async def handle(self, context: RequestContext, params: dict[str, Any]) -> bytes:
+        return b"%d" % params["n"]
+
+    def end(self, number: int, result: bytes | Exception) -> None:
+        self.begun.pop(number)(result)
+
+
+def dispatcher(late: Late, count_error: Callable[[str], None] = lambda kind: None) -> Dispatcher:
+    method = Method("late", ("n",), lambda params: params, late.handle, late.begin)
+    bounded: Callable[..., Awaitable[None]] = run_bounded
+    return Dispatcher({"late": method}, 100, 1_000_000, bounded, count_error)
+
+
+def batch_of(count: int) -> bytes:
+    return orjson.dumps([{"jsonrpc": "2.0", "id": n, "method": "late", "params": {"n": n}} for n in range(count)])
+
+
+async def test_a_batch_has_a_bounded_number_under_way_and_begins_the_next_as_one_is_answered() -> None:
+    late = Late(awaited=frozenset({3, 40}))
+    context = RequestContext(LOCAL_CALLER, 0.0)
+    answer = asyncio.create_task(dispatcher(late).dispatch(batch_of(50), context))
+    ended = 0
+    while ended < 48:
+        await asyncio.sleep(0)
+        for number in list(late.begun)[:1]:
+            late.end(number, b"%d" % number)
+            ended += 1
+    written = await answer
+    assert written is not None and late.most == BATCH_AT_ONCE
+    assert [(one["id"], one["result"]) for one in orjson.loads(written)] == [(n, n) for n in range(50)]
+
+
+async def test_an_answer_that_cannot_be_written_is_an_internal_error() -> None:
+    def broken(kind: str) -> None:
+        raise ValueError("a bug in a counter")
+
+    late = Late()
+    answer = asyncio.create_task(dispatcher(late, broken).dispatch(batch_of(2), RequestContext(LOCAL_CALLER, 0.0)))
+    await asyncio.sleep(0)
+    late.end(0, ValueError("a bug in a tool's way"))
+    late.end(1, b"1")
+    written = await answer
+    assert written is not None
+    first, second = orjson.loads(written)
+    assert first["id"] == 0 and first["error"]["data"]["error_type"] == "internal" and second["result"] == 1
