@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from app.calls import Caller, Execution, ToolCall, new_execution_id
 from app.errors import TOOL_TIMEOUT, InternalError, failure
 from app.execution_log.columns import COLUMNS
-from app.execution_log.record import NESTING_MAX, WHOLE_BYTES_MAX, Payloads, Recorder, identity
+from app.execution_log.record import LABELS_MAX, NESTING_MAX, WHOLE_BYTES_MAX, Payloads, Recorder, identity
 from app.execution_log.segments import RECORD_BYTES_MAX
 from app.telemetry.redaction import REDACTED
 
@@ -296,13 +296,13 @@ def test_labels_are_remembered_within_bounds() -> None:
     recorder = Recorder(64)
     call = ToolCall(new_execution_id(), "echo", {}, Caller("t", "s"), 0.0)
     ended = Execution(call.execution_id, "echo", "success", b"1", None, None, 0.0, 0.0, time.time(), 1, "t")
-    for number in range(10_000):
+    for number in range(LABELS_MAX + 100):
         labelled = call._replace(agent_id=f"agent-{number}", caller=Caller(f"t{number}", "x" * 1_000_000))
         if number > 10:
             labelled = labelled._replace(caller=Caller(f"t{number}", f"s{number}"))
         recorder.record(labelled, ended, "1", 1, "metadata")
     remembered = [*recorder._labels, *recorder._identities]
-    assert len(remembered) <= 2 * 4_096 + 1 and max(map(len, remembered)) <= 256
+    assert len(remembered) <= 2 * LABELS_MAX + 1 and max(map(len, remembered)) <= 256
 
 
 def test_what_is_reserved_for_the_largest_payloads_fits_a_frame() -> None:
