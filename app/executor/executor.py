@@ -34,7 +34,7 @@ from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission, Asked, Grant, status
 from app.limits.concurrency import QUEUE_PATIENCE_S
 from app.limits.policy import Bound
-from app.stepping import IN_TASK, Promise, settle
+from app.stepping import IN_TASK, settle
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import OFF, Tracing
 from app.tools.registry import Registry
@@ -82,7 +82,6 @@ class Executor:
         self._metrics_stage = metrics.stages["metrics"]
         self._rebuild_validators = rebuild_validators
         self._states: dict[str, ToolState] = {}
-        self._loop = asyncio.get_running_loop()  # kept: asking costs Python 3.11 a system call
 
     @property
     def concurrency(self) -> int:
@@ -123,19 +122,9 @@ class Executor:
     def _patience_s(self, state: ToolState, timeout_s: float) -> float:
         return self.control.patience_s(state.hold_s, min(QUEUE_PATIENCE_S, timeout_s))
 
-    async def execute(self, call: ToolCall, *, begun: bool = False) -> Execution:
-        """Run one call to its end; `begun`: `begin` said None to it. Raises nothing but CancelledError, when the whole
-        request is cancelled."""
-        end: Promise[Execution] = Promise(self._loop)
-        straight = self.begin(call, end.put) if not begun else None
-        if straight is None:
-            return await self._execute(Run(call))
-        current_call.set(CurrentCall.of(call))
-        try:
-            return await end.kept()
-        except BaseException:
-            straight.cancel()
-            raise
+    async def execute(self, call: ToolCall) -> Execution:
+        """Run one call to its end. Raises nothing but CancelledError, when the whole request is cancelled."""
+        return await self._execute(Run(call))
 
     async def _fetch(self, call: ToolCall) -> None:
         """Run it whatever is kept of earlier calls."""

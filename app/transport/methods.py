@@ -187,7 +187,7 @@ class Methods:
         call = context.call or tool_call(context, tool_id, params)
         if context.idempotency_key is not None:
             call = _with_key(call, context.idempotency_key)
-        execution = await self._executor.execute(call, begun=context.call is not None)
+        execution = await self._executor.execute(call)
         commit = settle(context, execution)
         if commit is not None:
             await commit.wait()

@@ -1,4 +1,4 @@
-"""Calls without a coroutine: the same outcome as by `execute`'s own way, whoever ends them, and nothing left behind."""
+"""Calls without a coroutine: the same outcome as by `execute`, whoever ends them, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pydantic import AfterValidator
 
 from app.calls import LOCAL_CALLER, Caller, Execution, ToolCall, new_execution_id
 from app.errors import DRAINING, INVALID_PARAMS, OVERLOADED, ToolError
-from app.executor.run import Run
 from app.limits.concurrency import Slots
 from app.limits.memory_store import MemoryStore
 from app.limits.policy import Policy, parse_rate
@@ -110,7 +109,7 @@ def call_of(one: FunctionTool, caller: Caller = LOCAL_CALLER, /, **parameters: A
 async def known(rig: Rig, *tools: FunctionTool) -> None:
     """The executor knows a tool from its first call on, which need not run it."""
     for one in tools:
-        refused = await rig.executor._execute(Run(call_of(one, nonsense=1)))
+        refused = await rig.executor.execute(call_of(one, nonsense=1))
         assert refused.attempts == 0
 
 
@@ -166,7 +165,7 @@ async def test_a_call_comes_to_the_same_by_either_way(one: FunctionTool, paramet
             outcomes.extend(begun(rig, call_of(one, **parameters)))
 
         async def by_coroutine() -> None:
-            outcomes.append(await rig.executor._execute(Run(call_of(one, **parameters))))
+            outcomes.append(await rig.executor.execute(call_of(one, **parameters)))
 
         assert await counted(straight) == await counted(by_coroutine)
         assert told(outcomes[0]) == told(outcomes[1]) and len(outcomes) == 2
@@ -177,7 +176,7 @@ async def test_a_limit_refuses_it_as_it_refuses_others() -> None:
         await known(rig, echo)
         first, second, third = (begun(rig, call_of(echo, message="x"))[0] for _ in range(3))
         assert first.status == second.status == "success"
-        by_coroutine = await rig.executor._execute(Run(call_of(echo, message="x")))
+        by_coroutine = await rig.executor.execute(call_of(echo, message="x"))
         assert third.refusal is not None and by_coroutine.refusal is not None
         assert third.refusal.kind is by_coroutine.refusal.kind and third.refusal.data == by_coroutine.refusal.data
 
@@ -204,19 +203,6 @@ async def test_cancelled_while_its_limits_are_asked_it_does_not_run_and_spends_n
         assert [waiter.done() for waiter, _ in store.asked] == [True], "the store gives back what it spends after all"
         store.answer()
         assert len(ended) == 1 and rig.runs(echo) == {}
-
-
-async def test_a_request_that_is_cancelled_while_it_waits_withdraws_its_call() -> None:
-    store = LateStore()
-    async with opened(echo, policies=[TWO_A_MINUTE], store=store) as rig:
-        await known(rig, echo)
-        waiting = rig.start(echo, {"message": "x"})
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.wait({waiting})
-        assert waiting.cancelled() and rig.is_quiet()
-        store.answer()
-        assert rig.runs(echo) == {}
 
 
 @pytest.mark.parametrize(("on_failure", "status"), [("local", "success"), ("closed", "failed")])
