@@ -6,7 +6,7 @@ gate that does, then FastAPI for REST, documents and ops.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import urlsplit
 
 import orjson
@@ -24,7 +24,7 @@ from app.service import Service
 from app.settings import http_url, is_loopback
 from app.transport import documents, ops, rest
 from app.transport.admin import CacheRoutes, KeyRoutes
-from app.transport.door import CLOSE, Receive, RpcDoor, Scope, Send, json_headers, respond
+from app.transport.door import CLOSE, Door, Receive, Scope, Send, json_headers, respond
 from app.transport.executions import ExecutionRoutes
 from app.transport.gate import Gate, open_paths
 from app.transport.jsonrpc import Dispatcher
@@ -68,11 +68,12 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
     resource = ProtectedResource(settings.jwt_issuer, settings.public_url)
     mcp = McpDoor(create_mcp_dispatcher(service), resource, *shared)
     fastapi = create_fastapi(service, methods)
-    rpc: dict[str, RpcDoor] = {RPC_PATH: door, MCP_PATH: mcp}
-    inner: ASGIApp = Doors(
-        {**rpc, **dict.fromkeys(METADATA_PATHS, ResourceDoor(resource))},
+    doors = Doors(
+        {RPC_PATH: door, MCP_PATH: mcp},
+        dict.fromkeys(METADATA_PATHS, ResourceDoor(resource)),
         Gate(fastapi, access, authentication, open_paths(fastapi.routes), count_error),
     )
+    inner: ASGIApp = doors
     if settings.cors_allow_origins:
         inner = CORSMiddleware(
             inner,
@@ -88,7 +89,7 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
             ],
         )
     own = (origin_of(settings.public_url),) if settings.public_url else ()
-    return Guard(inner, (*settings.cors_allow_origins, *own), rpc, loopback_only=is_loopback(host))
+    return Guard(inner, (*settings.cors_allow_origins, *own), doors.at, loopback_only=is_loopback(host))
 
 
 def create_mcp_dispatcher(service: Service) -> McpDispatcher:
@@ -172,13 +173,18 @@ def count_requests(app: FastAPI, registry: CollectorRegistry) -> None:
 class Doors:
     """Paths with a door of their own go to it, everything else through the gate to FastAPI."""
 
-    def __init__(self, doors: Mapping[str, ASGIApp], rest: Gate) -> None:
+    def __init__(self, doors: Mapping[str, Door], documents: Mapping[str, ASGIApp], rest: Gate) -> None:
         self._doors = doors
+        self._documents = documents
         self._rest = rest
+
+    def at(self, path: str) -> Door | None:
+        return self._doors.get(path)
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http":
-            door = self._doors.get(scope["path"])
+            path = scope["path"]
+            door = self.at(path) or self._documents.get(path)
             if door is not None:
                 return door(scope, receive, send)
             if scope["method"] == "HEAD":
@@ -191,10 +197,10 @@ class Guard:
     can point its own name at 127.0.0.1 (DNS rebinding)."""
 
     def __init__(
-        self, inner: ASGIApp, origins: tuple[str, ...], rpc_doors: Mapping[str, RpcDoor], *, loopback_only: bool
+        self, inner: ASGIApp, origins: tuple[str, ...], door_at: Callable[[str], Door | None], *, loopback_only: bool
     ) -> None:
         self._inner = inner
-        self.rpc_doors = rpc_doors
+        self.door_at = door_at
         """By path: what the protocol lane may answer in our place, for requests that it knows we let through."""
         self._origins = frozenset(origins)
         self._any_origin = "*" in origins

@@ -1,7 +1,7 @@
-"""What both RPC doors do: who calls, the method, the body within its bounds, and one reply written whole.
+"""What all doors of calls do: who calls, the method, the body within its bounds, and one reply written whole.
 
-`RpcDoor` is plain ASGI and stands ahead of FastAPI's router, which costs 33 µs a request more; `lane.py` has the same
-doors answer without ASGI, by `reply`. Knows HTTP; knows no method and no tool.
+`Door` is plain ASGI and stands ahead of FastAPI's router, which costs 33 µs a request more; `lane.py` has the same
+doors answer without ASGI, by `begin`. Knows HTTP; knows no method and no tool.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class AsgiClient:
             pass
 
 
-class RpcDoor(ABC):
-    """A POST door of JSON-RPC messages."""
+class Door(ABC):
+    """A POST door. Its errors are those of JSON-RPC unless it says otherwise."""
 
     reads_headers = True
     """Whether `reply` looks at any."""
@@ -132,7 +132,7 @@ class RpcDoor(ABC):
         authentication_s = perf_counter() - begin
         self.authentication.observe(authentication_s)
         if scope["method"] != "POST":
-            await respond(send, 405, [(b"allow", b"POST"), NO_BODY])
+            await self._allow_post_alone(scope, send, begin)
             return
         exchange: Exchange | None = scope["extensions"].get(EXTENSION) if "extensions" in scope else None
         body = None if exchange is None else exchange.body()
@@ -142,7 +142,7 @@ class RpcDoor(ABC):
             except ClientGone:
                 return
             except ToolServiceError as error:
-                await self._refuse(send, error)
+                await self._refuse(send, error, begin)
                 return
         received_at = perf_counter() - authentication_s  # what a slow client took for its body is not ours
         context = RequestContext(caller, received_at, AsgiClient(receive, exchange), self.tracing.begin(headers))
@@ -163,9 +163,13 @@ class RpcDoor(ABC):
         logger.error("request failed", exc_info=error)
         internal = InternalError()
         self._count_error(internal.kind.error_type)
-        body = orjson.dumps({"jsonrpc": "2.0", "error": internal.as_error(), "id": None})
+        body = self.written(internal)
         lines = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
         return Reply(500, lines + CLOSE_LINE, body)
+
+    def written(self, error: ToolServiceError) -> bytes:
+        """A refusal of the whole request, as a body."""
+        return orjson.dumps({"jsonrpc": "2.0", "error": error.as_error(), "id": None})
 
     def is_plain(self, request: bytes) -> bool:
         """Whether `reply` can answer it: one whole response, nothing streamed before it."""
@@ -186,10 +190,17 @@ class RpcDoor(ABC):
 
     async def _turn_away(self, scope: Scope, send: Send, error: ToolServiceError) -> None:
         """Nobody's request."""
-        await self._refuse(send, error)
+        await self._say(send, error)
 
-    async def _refuse(self, send: Send, error: ToolServiceError) -> None:
-        answer = orjson.dumps({"jsonrpc": "2.0", "error": error.as_error(), "id": None})
+    async def _allow_post_alone(self, scope: Scope, send: Send, began: float) -> None:
+        await respond(send, 405, [(b"allow", b"POST"), NO_BODY])
+
+    async def _refuse(self, send: Send, error: ToolServiceError, began: float) -> None:
+        """A request whose body did not come as it should."""
+        await self._say(send, error)
+
+    async def _say(self, send: Send, error: ToolServiceError) -> None:
+        answer = self.written(error)
         await respond(send, error.http_status, refusal_headers(error, answer), answer)
 
 

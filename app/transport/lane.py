@@ -1,8 +1,8 @@
-"""The protocol lane: the RPC doors answered inside the protocol class, without parser, scope, cycle or task.
+"""The protocol lane: the doors of calls answered inside the protocol class, without parser, scope, cycle or task.
 
 Clients send the same head with every call. A head that went the whole way once, through the parser and the guard, is
 remembered by its bytes; the next request with those bytes needs only its body. Whatever is new, unusual or incomplete
-goes on to the ASGI application behind, which behaves the same: both doors reply by the same `RpcDoor.reply`. What
+goes on to the ASGI application behind, which behaves the same: the same `Door` is behind both. What
 changes from call to call (the credential's standing, drain, a slow reader) is asked for each time. PROTOCOL_LANE turns
 the lane off; docs/adr/0019-protocol-lane.md has the figures.
 """
@@ -10,7 +10,7 @@ the lane off; docs/adr/0019-protocol-lane.md has the figures.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextvars import Context, copy_context
 from time import perf_counter
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from app.calls import Caller, current_call
 from app.errors import ToolServiceError
 from app.stepping import Stepper
 from app.transport.access_log import ms_since, tell, told_call
-from app.transport.door import CLOSE_LINE, Reply, RpcDoor, Scope
+from app.transport.door import CLOSE_LINE, Door, Reply, Scope
 from app.transport.jsonrpc import RequestContext
 from app.transport.protocol import IDLE, BoundedHttpProtocol, is_open
 from app.transport.wire import Wire
@@ -63,7 +63,7 @@ class KnownHead:
 
     __slots__ = ("body_bytes", "door", "presented", "scope")
 
-    def __init__(self, door: RpcDoor, scope: Scope, presented: Presented, body_bytes: int) -> None:
+    def __init__(self, door: Door, scope: Scope, presented: Presented, body_bytes: int) -> None:
         self.door = door
         self.scope = scope
         self.presented = presented
@@ -71,10 +71,10 @@ class KnownHead:
 
 
 class Lane:
-    """What the connections of one server share: the doors by path, and the heads that were seen lately."""
+    """What the connections of one server share: the doors, and the heads that were seen lately."""
 
-    def __init__(self, doors: Mapping[str, RpcDoor], is_good_host: Callable[[bytes], bool]) -> None:
-        self._doors = {path.encode(): door for path, door in doors.items()}
+    def __init__(self, door_at: Callable[[str], Door | None], is_good_host: Callable[[bytes], bool]) -> None:
+        self._door_at = door_at
         self._is_good_host = is_good_host
         self.heads: dict[bytes, KnownHead] = {}
         self._older: dict[bytes, KnownHead] = {}
@@ -88,10 +88,11 @@ class Lane:
             self._keep(head, known)
         return known
 
-    def learn(self, head: bytes, path: bytes, scope: Scope, body_bytes: int) -> None:
-        """Remember a head that went the whole way, if it is one of the usual."""
-        door = self._doors.get(path)
-        if door is None or len(head) > HEAD_BYTES_MAX or not self._is_usual(scope):
+    def learn(self, head: bytes, target: bytes, scope: Scope, body_bytes: int) -> None:
+        """Remember a head that went the whole way, if it is one of the usual; its target is a path without escapes."""
+        path: str = scope["path"]
+        door = self._door_at(path)
+        if door is None or target != path.encode() or len(head) > HEAD_BYTES_MAX or not self._is_usual(scope):
             return
         try:
             presented = door.access.presented(scope["headers"])
@@ -99,7 +100,7 @@ class Lane:
             return
         self._keep(head, KnownHead(door, self._scope_for(door, scope), presented, body_bytes))
 
-    def _scope_for(self, door: RpcDoor, scope: Scope) -> Scope:
+    def _scope_for(self, door: Door, scope: Scope) -> Scope:
         """What the door asks of a scope; one for all heads where it asks for no header."""
         path, scheme = scope["path"], scope["scheme"]
         if door.reads_headers:
@@ -119,6 +120,7 @@ class Lane:
     def _keep(self, head: bytes, known: KnownHead) -> None:
         if self._bytes >= HEADS_BYTES_MAX // 2:
             self._older, self.heads, self._bytes = self.heads, {}, 0
+            self._scopes = {}
         self._bytes += len(head) + HEAD_OWN_BYTES + (SCOPE_BYTES if known.door.reads_headers else 0)
         self.heads[head] = known
 

@@ -16,10 +16,10 @@ from app.transport.door import (
     CLOSE_LINE,
     NO_BODY,
     RETRY_LATER_LINE,
+    Door,
     Headers,
     Receive,
     Reply,
-    RpcDoor,
     Scope,
     Send,
     json_headers,
@@ -35,7 +35,7 @@ from app.transport.mcp_stream import ProgressStream
 MCP_PATH = "/mcp"
 
 
-class McpDoor(RpcDoor):
+class McpDoor(Door):
     """POST /mcp."""
 
     def __init__(self, dispatcher: McpDispatcher, resource: ProtectedResource, *shared: Any) -> None:
@@ -88,7 +88,7 @@ class McpDoor(RpcDoor):
     async def _turn_away(self, scope: Scope, send: Send, error: ToolServiceError) -> None:
         """A 401 has no body: its challenge says all that a client needs."""
         if error.kind is not UNAUTHENTICATED:
-            await self._refuse(send, error)
+            await self._say(send, error)
             return
         challenge = self._resource.challenge(scope, refused=not isinstance(error, CredentialMissing))
         await respond(send, 401, [(b"www-authenticate", challenge), NO_BODY])

@@ -7,9 +7,9 @@ from typing import Any
 
 from app.transport.door import (
     NO_CONTENT,
+    Door,
     Replied,
     Reply,
-    RpcDoor,
     Scope,
     Send,
     Steps,
@@ -22,7 +22,7 @@ from app.transport.jsonrpc import Dispatcher, RequestContext
 RPC_PATH = "/api/v1/jsonrpc"
 
 
-class JsonRpcDoor(RpcDoor):
+class JsonRpcDoor(Door):
     """POST /api/v1/jsonrpc."""
 
     reads_headers = False

@@ -135,7 +135,7 @@ class Server(uvicorn.Server):
 
 def protocol_for(app: Guard, wire: Wire, *, lane: bool) -> type[BoundedHttpProtocol]:
     """The class of every connection to this application."""
-    return lane_class(Lane(app.rpc_doors, app.is_good_host), wire) if lane else protocol_class(wire)
+    return lane_class(Lane(app.door_at, app.is_good_host), wire) if lane else protocol_class(wire)
 
 
 def freeze_garbage() -> None:

@@ -30,7 +30,7 @@ from app.settings import read_settings
 from app.telemetry.metrics import Histogram
 from app.transport import exchange, lane, protocol
 from app.transport.app import Guard, create_app
-from app.transport.door import Reply, RpcDoor, Scope
+from app.transport.door import Door, Reply, Scope
 from app.transport.jsonrpc import RequestContext
 from app.transport.lane import HEADS_BYTES_MAX, Lane, LaneProtocol, LaneRequest, lane_class
 from app.transport.protocol import BoundedHttpProtocol
@@ -48,7 +48,7 @@ class Told(Exception):
     pass
 
 
-class OddDoor(RpcDoor):
+class OddDoor(Door):
     """Raises when told to, and tells by what it was reached and what it finds in its context."""
 
     async def reply(self, body: bytes, context: RequestContext, scope: Scope) -> Reply:
@@ -68,7 +68,7 @@ class Odd:
         self.errors: list[str] = []
         access = Authenticator(None, "off", 600.0)  # type: ignore[arg-type]  # nobody asks for a key
         self.door = OddDoor(access, Histogram((1.0,)), self.errors.append, 1_000, WAIT_S)
-        app = Guard(self.door, (), {RPC: self.door}, loopback_only=True)
+        app = Guard(self.door, (), {RPC: self.door}.get, loopback_only=True)
         self.wire = Wire()
         self.http = protocol_for(app, self.wire, lane=by_lane)
         config = uvicorn.Config(
