@@ -201,7 +201,7 @@ class Settings(BaseModel):
         10.0, gt=0, le=300, description="Seconds in which a request's headers, then its body, must arrive"
     )
     protocol_lane: bool = Field(
-        True, description="false: every request goes through ASGI, those of the RPC doors too; for comparison"
+        True, description="false: every request goes through ASGI, those of the doors of calls too; for comparison"
     )
     drain_seconds: float = Field(
         5.0, ge=0, le=300, description="Seconds to go on serving after SIGTERM, while endpoints are removed"

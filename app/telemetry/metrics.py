@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from time import time
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,11 +18,13 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from app.calls import STATUSES, Execution, Status
 from app.errors import ERROR_TYPES
+from app.telemetry.histogram import Histogram
+from app.telemetry.http_requests import HttpRequests
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 """Of the series that the library keeps: a third more lines, which Prometheus does not read."""
@@ -67,52 +68,6 @@ STAGE_BUCKETS_S = (0.5e-6, 1e-6, 2.5e-6, 5e-6, 10e-6, 25e-6, 50e-6, 100e-6, 250e
 """From a look-up in memory, past a round trip to Redis, to the patience of the queue."""
 
 DURATION_BUCKETS_S = (250e-6, 1e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-
-
-class Seen(NamedTuple):
-    """The last sampled observation of a bucket: an exemplar of OpenMetrics."""
-
-    value: float
-    trace_id: str
-    at_s: float
-
-
-Bucket = tuple[str, float] | tuple[str, float, Exemplar]
-"""Upper bound, cumulated count and, where a sampled call fell into it, that call."""
-
-
-class Histogram:
-    """Counts per bucket and a sum; cumulated only when read."""
-
-    __slots__ = ("bounds", "counts", "seen", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.seen: dict[int, Seen] = {}
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def observe_traced(self, value: float, trace_id: str) -> None:
-        """`observe` for a call whose trace is kept: the bucket shows the id, which needs no escapes."""
-        bucket = bisect_left(self.bounds, value)
-        self.counts[bucket] += 1
-        self.total += value
-        self.seen[bucket] = Seen(value, trace_id, time())
-
-    def buckets(self) -> list[Bucket]:
-        """Cumulated, as the exposition format wants them."""
-        cumulated = 0
-        rows: list[Bucket] = []
-        for bucket, (bound, count) in enumerate(zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True)):
-            cumulated += count
-            rows.append((bound, cumulated))
-            if (seen := self.seen.get(bucket)) is not None:
-                rows[-1] = (bound, cumulated, Exemplar({"trace_id": seen.trace_id}, seen.value, seen.at_s))
-        return rows
 
 
 class Marks(Protocol):
@@ -172,7 +127,7 @@ class Metrics(Collector):
     `gauges[name]` and `counters[name]` for the names in GAUGES and COUNTERS, `log_rows` (LogWriter.counts, by
     LOG_OUTCOMES), `database_pool` (by POOL_STATES), `limit_decisions`, `wire_refusals`. What is not hung in shows 0.
 
-    `registry` is for what the client library keeps itself: process, Python, and `http_*` of the REST routes.
+    `registry` is for what the client library keeps itself, of process and Python, and for `http_*` of the REST routes.
     """
 
     def __init__(self) -> None:
@@ -194,6 +149,8 @@ class Metrics(Collector):
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
+        self.http_requests = HttpRequests()
+        self.registry.register(self.http_requests)
 
     def observe_stages(self, marks: Marks, run_s: float) -> None:
         """Of one call, at its end: as far as it came, and `execution` where it ran. Written out, for a function of its

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from app.telemetry.metrics import DURATION_BUCKETS_S, REUSES, RUN_STATUSES, Histogram, Metrics, Seen, ToolSeries
+from app.telemetry.histogram import Histogram, Seen
+from app.telemetry.metrics import DURATION_BUCKETS_S, REUSES, RUN_STATUSES, Metrics, ToolSeries
 
 TOOLS_A_STEP = 100
 """Written between two turns of the loop: about half a millisecond. A thread would hold it for 5 ms at a time, which is

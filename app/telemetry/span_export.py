@@ -101,12 +101,6 @@ class SpanExport:
             server_request_hook=_without_secrets,
         )
 
-    def current(self) -> tuple[str, str, bool] | None:
-        context = current_span().get_span_context()
-        if not context.is_valid:
-            return None
-        return f"{context.trace_id:032x}", f"{context.span_id:016x}", context.trace_flags.sampled
-
     async def close(self) -> None:
         """Send what waits, within CLOSE_S. The thread is a daemon: it does not keep the process."""
         self._closed = True

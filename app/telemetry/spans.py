@@ -112,7 +112,4 @@ class SpanSink(Protocol):
     def instrument(self, app: Any, own_paths: str) -> None:
         """Let FastAPI's instrumentation make the spans of an application's routes."""
 
-    def current(self) -> tuple[str, str, bool] | None:
-        """Of the span around us, where FastAPI's instrumentation made one: trace id, span id, whether it is sampled."""
-
     async def close(self) -> None: ...

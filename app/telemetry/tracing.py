@@ -158,13 +158,16 @@ class Outgoing:
 
 
 class TracedRequest(Protocol):
-    """What the span of a request says of it. `method` is one of ours, or None; `batch`: how many came together."""
+    """What the span of a request says of it. `method` is one of ours, or None; `batch`: how many came together;
+    `route`: the template of a REST path, and its scheme."""
 
     caller: Caller
     trace: Any
     method: str | None
     error: ToolServiceError | None
     batch: int | None
+    route: str | None
+    scheme: str
 
 
 class Tracing:
@@ -174,7 +177,8 @@ class Tracing:
         self.enabled = enabled
         self.recording = sink is not None
         """Spans go somewhere. Without, ids are made and propagated all the same."""
-        self._common_to_requests: Attributes = {}
+        self._common_to_rpc: Attributes = {}
+        self._common_to_rest: Attributes = {}
         self.listens_at({})
         self._sampler = sampler
         self._sink = sink
@@ -184,7 +188,8 @@ class Tracing:
 
     def listens_at(self, server: Attributes) -> None:
         """What every SERVER span says of where this process listens."""
-        self._common_to_requests = {"rpc.system.name": "jsonrpc", "jsonrpc.protocol.version": "2.0", **server}
+        self._common_to_rpc = {"rpc.system.name": "jsonrpc", "jsonrpc.protocol.version": "2.0", **server}
+        self._common_to_rest = {"http.request.method": "POST", **server}
 
     @property
     def outcomes(self) -> Mapping[str, int]:
@@ -199,16 +204,6 @@ class Tracing:
             if name == b"traceparent":
                 return self._continued(headers)
         return RequestTrace()
-
-    def join(self, headers: Headers) -> RequestTrace | None:
-        """The same where FastAPI's instrumentation may have made the request's span, which it then ends itself."""
-        around = None if self._sink is None else self._sink.current()
-        if around is None:
-            return self.begin(headers)
-        trace = self.begin(headers)
-        if trace is not None:
-            trace.trace_id, trace._span_id, trace.sampled = around
-        return trace
 
     def _continued(self, headers: Headers) -> RequestTrace:
         trace = RequestTrace()
@@ -306,30 +301,24 @@ class Tracing:
         return reason if self._keeps_tail and tokens.take(time.perf_counter()) else None
 
     def request_ended(self, request: TracedRequest, began: float) -> None:
-        """A JSON-RPC request was answered; `began`, `time.perf_counter()` seconds."""
+        """A request for a door was answered; `began`, `time.perf_counter()` seconds."""
         trace: RequestTrace | None = request.trace
         if self._sink is None or trace is None:
             return
-        method, error, batch = request.method, request.error, request.batch
+        error, route = request.error, request.route
         tail = None
         if not self._is_sampled(trace) and not trace.kept:
             tail = self._tail(error is not None and error.kind in KEPT_REFUSALS, time.perf_counter() - began)
             if tail is None:
                 return
-        attributes: Attributes = {"agentcore.tenant": request.caller.tenant}
-        if batch is not None:
-            attributes["agentcore.batch_size"] = batch
-        else:
-            attributes["rpc.method"] = method or "_OTHER"
-        if error is not None:
-            attributes["error.type"] = attributes["rpc.response.status_code"] = str(error.kind.rpc_code)
+        attributes = _rpc_attributes(request) if route is None else _rest_attributes(request)
         if tail is not None:
             attributes["agentcore.tail"] = tail
         assert trace.trace_id is not None
         end_ns = time.time_ns()
         self._sink.keep(
             SpanNote(
-                method or "jsonrpc",
+                f"POST {route}" if route is not None else request.method or "jsonrpc",
                 "server",
                 trace.trace_id,
                 trace.span_id,
@@ -337,9 +326,9 @@ class Tracing:
                 True,
                 end_ns - _ns_since(began),
                 end_ns,
-                self._common_to_requests,
+                self._common_to_rpc if route is None else self._common_to_rest,
                 attributes,
-                error is not None,
+                "error.type" in attributes,
                 trace.state,
             )
         )
@@ -377,6 +366,31 @@ NO_SPANS: Mapping[str, int] = dict.fromkeys(SPAN_OUTCOMES, 0)
 
 def _ns_since(perf_s: float) -> int:
     return int((time.perf_counter() - perf_s) * 1e9)
+
+
+def _rpc_attributes(request: TracedRequest) -> Attributes:
+    attributes: Attributes = {"agentcore.tenant": request.caller.tenant}
+    if request.batch is not None:
+        attributes["agentcore.batch_size"] = request.batch
+    else:
+        attributes["rpc.method"] = request.method or "_OTHER"
+    if request.error is not None:
+        attributes["error.type"] = attributes["rpc.response.status_code"] = str(request.error.kind.rpc_code)
+    return attributes
+
+
+def _rest_attributes(request: TracedRequest) -> Attributes:
+    """By the conventions for HTTP servers, to which what the client did wrong is no error."""
+    status = 200 if request.error is None else request.error.http_status
+    attributes: Attributes = {
+        "agentcore.tenant": request.caller.tenant,
+        "http.route": request.route or "",
+        "http.response.status_code": status,
+        "url.scheme": request.scheme,
+    }
+    if status >= 500:
+        attributes["error.type"] = str(status)
+    return attributes
 
 
 def _call_attributes(call: ToolCall, execution: Execution, marks: tuple[float, float, float, float]) -> Attributes:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import orjson
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
-from prometheus_fastapi_instrumentator import Instrumentator, metrics
+from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator.metrics import Info
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -22,6 +22,7 @@ from app.errors import PermissionDenied
 from app.executor.plans import run_bounded
 from app.service import Service
 from app.settings import http_url, is_loopback
+from app.telemetry.http_requests import HttpRequests
 from app.transport import documents, ops, rest
 from app.transport.admin import CacheRoutes, KeyRoutes
 from app.transport.door import CLOSE, Door, Receive, Scope, Send, json_headers, respond
@@ -34,6 +35,7 @@ from app.transport.mcp_methods import McpMethods
 from app.transport.mcp_resource import METADATA_PATHS, ProtectedResource
 from app.transport.methods import Methods
 from app.transport.openrpc import openrpc_document
+from app.transport.rest_door import RestDoor, tool_id_in
 from app.transport.rpc import RPC_PATH, JsonRpcDoor
 
 HOSTS_REMEMBERED_MAX = 64
@@ -70,6 +72,7 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
     fastapi = create_fastapi(service, methods)
     doors = Doors(
         {RPC_PATH: door, MCP_PATH: mcp},
+        RestDoor(methods, service.metrics.http_requests, *shared),
         dict.fromkeys(METADATA_PATHS, ResourceDoor(resource)),
         Gate(fastapi, access, authentication, open_paths(fastapi.routes), count_error),
     )
@@ -138,57 +141,53 @@ def create_fastapi(service: Service, methods: Methods) -> FastAPI:
     app.include_router(KeyRoutes(service.keys, service.access, *bounds).router())
     app.include_router(CacheRoutes(service.registry, service.forget_results).router())
     documents.mount(app, methods.table(), settings.public_url, always_asks=service.access.always_asks)
-    count_requests(app, service.metrics.registry)
+    count_requests(app, service.metrics.http_requests, service.metrics.registry)
     service.tracing.instrument(app, OWN_PATHS)
     return app
 
-
-REQUEST_BUCKETS_S = (1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-ROUTE_BUCKETS_S = (5e-3, 25e-3, 0.1, 1.0)
-"""Few, for there is one of each for every route and method."""
-
-COUNTED_METHODS = frozenset({"GET", "POST", "DELETE"})
-"""Anything else is counted as one: who calls may name dozens."""
 
 NOT_REST = r"^/(?!api/)"
 OWN_PATHS = "/livez,/readyz,/metrics,/docs,/openapi.json,/.well-known/"
 """Patterns of paths without a span: nobody traces a probe."""
 
 
-def count_requests(app: FastAPI, registry: CollectorRegistry) -> None:
+def count_requests(app: FastAPI, requests: HttpRequests, registry: CollectorRegistry) -> None:
     """`http_*` of the REST routes, by route. What no route answers is one series, whatever its path was."""
-    count = metrics.default(
-        latency_highr_buckets=REQUEST_BUCKETS_S, latency_lowr_buckets=ROUTE_BUCKETS_S, registry=registry
-    )
 
-    def bounded(info: Info) -> None:
-        if info.method not in COUNTED_METHODS:
-            info.method = "other"
-        if count is not None:
-            count(info)
+    def observe(info: Info) -> None:
+        answered = {} if info.response is None else info.response.headers
+        requests.observe(
+            info.modified_handler,
+            info.method,
+            info.modified_status,
+            info.modified_duration,
+            int(info.request.headers.get("content-length", 0)),
+            int(answered.get("content-length", 0)),
+        )
 
-    Instrumentator(excluded_handlers=[NOT_REST], registry=registry).add(bounded).instrument(app)
+    Instrumentator(excluded_handlers=[NOT_REST], registry=registry).add(observe).instrument(app)
 
 
 class Doors:
     """Paths with a door of their own go to it, everything else through the gate to FastAPI."""
 
-    def __init__(self, doors: Mapping[str, Door], documents: Mapping[str, ASGIApp], rest: Gate) -> None:
+    def __init__(self, doors: Mapping[str, Door], execute: Door, documents: Mapping[str, ASGIApp], rest: Gate) -> None:
         self._doors = doors
+        self._execute = execute
         self._documents = documents
         self._rest = rest
 
     def at(self, path: str) -> Door | None:
-        return self._doors.get(path)
+        return self._doors.get(path) or (self._execute if tool_id_in(path) else None)
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http":
+            if scope["method"] == "HEAD":
+                scope = {**scope, "method": "GET"}  # the server itself leaves out the body of an answer to HEAD
             path = scope["path"]
             door = self.at(path) or self._documents.get(path)
             if door is not None:
                 return door(scope, receive, send)
-            if scope["method"] == "HEAD":
-                scope = {**scope, "method": "GET"}  # the server itself leaves out the body of an answer to HEAD
         return self._rest(scope, receive, send)
 
 

@@ -1,7 +1,7 @@
 """The OpenAPI document of the whole service and the page that shows it, both built once.
 
-FastAPI contributes its routes; the shapes and the RPC doors, which stand ahead of FastAPI, are added here: JSON-RPC
-from the method table, MCP as `mcp_openapi.py` has it.
+FastAPI contributes its routes; the shapes and the doors, which stand ahead of FastAPI, are added here: JSON-RPC from
+the method table, MCP as `mcp_openapi.py` has it, the execute path of REST.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from app.transport.mcp import MCP_PATH
 from app.transport.mcp_openapi import mcp_operation, mcp_schemas
 from app.transport.methods import MethodSpec
 from app.transport.openapi import (
+    EXECUTE_REFUSALS,
     EXECUTE_TOOL,
     EXPORT_TOOLS,
     GET_LIMITS,
@@ -35,6 +36,7 @@ from app.transport.openapi import (
     response,
 )
 from app.transport.openrpc import schemas_of
+from app.transport.rest_door import EXECUTE_PATH
 from app.transport.rpc import RPC_PATH
 
 TAGS = [
@@ -60,7 +62,7 @@ requests wait on one connection; and 405 with `Allow` to another method. A conne
 ANSWERS = {
     each.id: each
     for each in (
-        *(LIST_TOOLS, EXPORT_TOOLS, GET_TOOL, EXECUTE_TOOL, GET_LIMITS),
+        *(LIST_TOOLS, EXPORT_TOOLS, GET_TOOL, GET_LIMITS),
         *(LIST_EXECUTIONS, GET_EXECUTION, EXPORT_EXECUTIONS),
         *(LIST_KEYS, CREATE_KEY, REVOKE_KEY, FORGET_RESULTS),
     )
@@ -114,7 +116,7 @@ def mount(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None, *, 
 
 
 def openapi_document(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None, *, always_asks: bool) -> Json:
-    """Every route of the application, and the RPC doors, the first of this table."""
+    """Every route of the application, and the doors, the first of this table."""
     document = get_openapi(
         title=app.title,
         version=app.version,
@@ -129,8 +131,12 @@ def openapi_document(app: FastAPI, table: Sequence[MethodSpec], public_url: str 
             if operation["operationId"] in ANSWERS:  # get_openapi leaves out whatever is null, in examples too
                 answer = ANSWERS[operation["operationId"]]
                 operation["responses"][str(answer.status)] = answer.answer
-    doors = {RPC_PATH: {"post": _door(table)}, MCP_PATH: {"post": mcp_operation()}}
-    document["paths"] = {**doors, **document["paths"]}
+    paths = {RPC_PATH: {"post": _door(table)}, MCP_PATH: {"post": mcp_operation()}}
+    for path, item in document["paths"].items():
+        paths[path] = item
+        if EXECUTE_PATH.startswith(path) and path.endswith("}"):
+            paths[EXECUTE_PATH] = {"post": EXECUTE_TOOL.written("tools", EXECUTE_REFUSALS)}
+    document["paths"] = paths
     _say_who_may(document, open_paths(app.routes))
     schemas = {**_shapes(table), **_envelopes(table), **mcp_schemas()}
     document["components"] = {"schemas": schemas, "securitySchemes": CREDENTIALS}

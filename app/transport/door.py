@@ -18,7 +18,7 @@ import orjson
 from app.access.authenticator import Authenticator
 from app.access.credential import CredentialMissing
 from app.errors import UNAUTHENTICATED, BodyTooLarge, BodyTooSlow, InternalError, ToolServiceError
-from app.telemetry.metrics import Histogram
+from app.telemetry.histogram import Histogram
 from app.telemetry.tracing import OFF, Tracing
 from app.transport.access_log import LINE
 from app.transport.allowance import limit_lines, retry_after_s

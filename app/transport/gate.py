@@ -19,7 +19,7 @@ from app.access.authenticator import Authenticator
 from app.access.credential import CredentialMissing
 from app.calls import Caller
 from app.errors import ToolServiceError
-from app.telemetry.metrics import Histogram
+from app.telemetry.histogram import Histogram
 from app.transport.door import refusal_headers, respond
 from app.transport.methods import require_scope
 

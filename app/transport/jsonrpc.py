@@ -132,6 +132,10 @@ class RequestContext:
     """What the answer says went wrong, of a request alone."""
     batch: int | None = None
     """Requests in the batch; None for one alone."""
+    route: str | None = None
+    """Of a request of REST: the template of its path."""
+    scheme = "http"
+    """Set beside it."""
     idempotency_key: str | None = None
     """Of the header, for the one call that the request makes."""
     call: ToolCall | None = None

@@ -112,6 +112,18 @@ class Operation:
             "openapi_extra": self.extra,
         }
 
+    def written(self, tag: str, statuses: Iterable[int]) -> Json:
+        """The operation as OpenAPI has it, for a route that is none of FastAPI's."""
+        answers = {self.status: self.answer, **refusals(statuses)}
+        return {
+            "tags": [tag],
+            "operationId": self.id,
+            "summary": self.summary,
+            "description": self.description,
+            **self.extra,
+            "responses": {str(status): answer for status, answer in answers.items()},
+        }
+
 
 LIST_TOOLS = Operation(
     "listTools",
@@ -167,6 +179,7 @@ GET_LIMITS = Operation(
     ),
     {"parameters": [TOOL_ID]},
 )
+EXECUTE_REFUSALS = (400, 403, 404, 408, 409, 413, 414, 422, 429, 500, 503)
 EXECUTE_TOOL = Operation(
     "executeTool",
     "Run a tool",

@@ -1,4 +1,4 @@
-"""REST: discovery and one execute route, over the same registry and executor as the JSON-RPC door.
+"""REST: discovery, over the same registry as the JSON-RPC door; calls have a door of their own, `rest_door.py`.
 
 Owns how a request's query and body are read and how a refusal becomes an HTTP status. Answers are bytes that the
 registry and the methods built; FastAPI routes them and documents them.
@@ -6,8 +6,7 @@ registry and the methods built; FastAPI routes them and documents them.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import orjson
@@ -19,18 +18,14 @@ from starlette.routing import compile_path
 
 from app.errors import DRAINING, InternalError, InvalidParams, InvalidRequest, MethodNotFound, ToolServiceError
 from app.service import Service
-from app.telemetry.tracing import Tracing
 from app.tools.exports import export
 from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import violations
 from app.transport import openapi
 from app.transport.allowance import limit_headers
-from app.transport.door import AsgiClient, ClientGone, header_key, read_body
-from app.transport.exchange import EXTENSION
 from app.transport.gate import caller_with
-from app.transport.jsonrpc import RequestContext, decode
-from app.transport.methods import SCOPE_EXECUTE, SCOPE_READ, Methods
-from app.transport.shapes import ExportQuery, NoParams, Params, RestExecuteBody, ToolsQuery
+from app.transport.methods import SCOPE_READ, Methods
+from app.transport.shapes import ExportQuery, NoParams, Params, ToolsQuery
 
 P = TypeVar("P", bound=Params)
 M = TypeVar("M", bound=BaseModel)
@@ -39,15 +34,12 @@ REPEATABLE = frozenset({"tag"})
 """Query parameters that are lists."""
 
 READ_REFUSALS = (403, 414, 422, 500)
-EXECUTE_REFUSALS = (400, 403, 404, 408, 409, 413, 414, 422, 429, 500, 503)
 
 
 def mount(app: FastAPI, service: Service, methods: Methods) -> None:
     """Add the routes, and the one shape of every error of this application."""
     answer_errors(app, service.metrics.count_error)
-    settings = service.settings
-    bounds = settings.max_request_bytes, settings.request_read_timeout_s
-    tools = ToolRoutes(service.registry, methods, service.tracing, *bounds)
+    tools = ToolRoutes(service.registry, methods)
     app.include_router(tools.router())
     limits = APIRouter(prefix="/api/v1/limits", tags=["limits"], default_response_class=Response)
     described = openapi.GET_LIMITS.described((*READ_REFUSALS, 404, 503))
@@ -58,14 +50,9 @@ def mount(app: FastAPI, service: Service, methods: Methods) -> None:
 class ToolRoutes:
     """The endpoints under /api/v1/tools, and what is left of a tool's limits."""
 
-    def __init__(
-        self, registry: Registry, methods: Methods, tracing: Tracing, body_bytes_max: int, read_timeout_s: float
-    ) -> None:
-        self._tracing = tracing
+    def __init__(self, registry: Registry, methods: Methods) -> None:
         self._registry = registry
         self._methods = methods
-        self._body_bytes_max = body_bytes_max
-        self._read_timeout_s = read_timeout_s
 
     def router(self) -> APIRouter:
         routes = APIRouter(prefix="/api/v1/tools", tags=["tools"], default_response_class=Response)
@@ -73,12 +60,6 @@ class ToolRoutes:
         routes.add_api_route("/export", self.export, methods=["GET"], **openapi.EXPORT_TOOLS.described(READ_REFUSALS))
         routes.add_api_route(
             "/{tool_id}", self.detail, methods=["GET"], **openapi.GET_TOOL.described((*READ_REFUSALS, 404))
-        )
-        routes.add_api_route(
-            "/{tool_id}/execute",
-            self.execute,
-            methods=["POST"],
-            **openapi.EXECUTE_TOOL.described(EXECUTE_REFUSALS),
         )
         return routes
 
@@ -110,22 +91,6 @@ class ToolRoutes:
         read_query(request, NoParams)
         return _json(await self._methods.limit_status(caller, request.path_params["tool_id"]))
 
-    async def execute(self, request: Request) -> Response:
-        caller = caller_with(request, SCOPE_EXECUTE)
-        read_query(request, NoParams)
-        try:
-            body = await read_body(request.receive, self._body_bytes_max, self._read_timeout_s)
-        except ClientGone:
-            return Response(status_code=400)  # nobody is there to read it
-        exchange = request.scope.get("extensions", {}).get(EXTENSION)
-        trace = self._tracing.join(request.scope["headers"])
-        context = RequestContext(caller, time.perf_counter(), AsgiClient(request.receive, exchange), trace=trace)
-        context.idempotency_key = header_key(request.scope["headers"])
-        asked = validated(RestExecuteBody, decode(body) if body else {}, strict=True)
-        written = await self._methods.execute(context, request.path_params["tool_id"], asked)
-        await context.committed()
-        return _json(written, limit_headers(context.allowance))
-
 
 def read_query(request: Request, shape: type[P]) -> P:
     """The query as its shape. Unknown names are refused, and repeated ones where the shape has no list."""
@@ -148,10 +113,8 @@ def validated(shape: type[M], value: Any, *, strict: bool) -> M:
         raise InvalidParams("Invalid parameters; /openapi.json shows the schema", violations(error)) from None
 
 
-def _json(written: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> Response:
-    response = Response(written, media_type="application/json")
-    response.raw_headers.extend(headers)
-    return response
+def _json(written: bytes) -> Response:
+    return Response(written, media_type="application/json")
 
 
 def answer_errors(app: FastAPI, count_error: Callable[[str], None]) -> None:
@@ -177,12 +140,19 @@ async def _unroutable(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return error_response(MethodNotFound("No such path; /openapi.json lists what there is"))
-    refusal = InvalidRequest(f"{error.detail}; /openapi.json lists what there is")
+    refusal = wrong_method() if error.status_code == 405 else InvalidRequest(str(error.detail))
     refusal.http_status = error.status_code
     response = error_response(refusal)
     if error.status_code == 405:
         response.headers["Allow"] = ", ".join(sorted(_methods_of(request)))
     return response
+
+
+def wrong_method() -> InvalidRequest:
+    """405, whose `Allow` says which methods there are."""
+    refusal = InvalidRequest("No such method for this path; /openapi.json lists what there is")
+    refusal.http_status = 405
+    return refusal
 
 
 def _methods_of(request: Request) -> set[str]:

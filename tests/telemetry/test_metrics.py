@@ -13,7 +13,8 @@ import pytest
 from prometheus_client.openmetrics import parser
 
 from app.clients import close_engine, create_engine, pool_states
-from app.telemetry.metrics import LOG_OUTCOMES, POOL_STATES, STAGES, Histogram, Metrics
+from app.telemetry.histogram import Histogram
+from app.telemetry.metrics import LOG_OUTCOMES, POOL_STATES, STAGES, Metrics
 from app.telemetry.system import SystemWatch
 from tests.conftest import Running, Serve
 from tests.otlp import OtlpReceiver

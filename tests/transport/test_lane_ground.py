@@ -27,7 +27,7 @@ from app.access.authenticator import Authenticator
 from app.calls import CurrentCall, current_call
 from app.service import open_service
 from app.settings import read_settings
-from app.telemetry.metrics import Histogram
+from app.telemetry.histogram import Histogram
 from app.transport import exchange, lane, protocol
 from app.transport.app import Guard, create_app
 from app.transport.door import Door, Reply, Scope

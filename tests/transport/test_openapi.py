@@ -24,6 +24,7 @@ from app.settings import read_settings
 from app.transport.app import create_fastapi
 from app.transport.mcp import MCP_PATH
 from app.transport.methods import Methods
+from app.transport.rest_door import EXECUTE_PATH
 from app.transport.rpc import RPC_PATH
 from tests.conftest import ROOT, Running, Serve, places_in
 
@@ -69,7 +70,7 @@ def test_every_route_is_documented_and_nothing_else(tmp_path: Path) -> None:
         return served, {(method, path) for method, path, _ in operations(document)}
 
     served, documented = asyncio.run(compared())
-    assert documented == served | {("post", RPC_PATH), ("post", MCP_PATH)}
+    assert documented == served | {("post", path) for path in (RPC_PATH, MCP_PATH, EXECUTE_PATH)}
 
 
 def test_every_operation_says_what_it_is(document: Json) -> None:
