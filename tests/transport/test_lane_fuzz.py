@@ -117,6 +117,19 @@ MCP_BODIES = [
     b"{",
 ]
 
+REST_BODIES = [
+    b'{"parameters":{"message":"x"}}',
+    b'{"parameters":{"message":"x"},"agent_id":"a"}',
+    b'{"parameters":{"message":1}}',
+    b'{"parameters":{"message":"x"},"tool_id":"echo"}',
+    b'{"parameters":3}',
+    b"{}",
+    b"[]",
+    b"{",
+]
+REST = b"/api/v1/tools/%b/execute"
+REST_TOOLS = (b"echo", b"echo", b"wait", b"fail_clearly", b"raise_exception", b"nope", b"hidden", b"e%63ho", b"a%2Fb")
+
 HEADERS = [
     (),
     (),
@@ -163,10 +176,14 @@ def any_request(dice: random.Random) -> Asked:
                 Asked(http(SIMPLE, path=RPC + b"?a=b")),
                 Asked(http(SIMPLE, path=RPC + b"/")),
                 Asked(http(b"")),
-                Asked(http(b'{"parameters":{"message":"x"}}', path=b"/api/v1/tools/echo/execute")),
+                Asked(http(REST_BODIES[0], path=REST % b"echo?a=b", verb=b"PUT")),
+                Asked(http(REST_BODIES[0], path=REST % b"echo" + b"?a=b")),
+                Asked(b"HEAD %b HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" % (REST % b"echo"), has_body=False),
             ]
         )
     path, bodies = (MCP, MCP_BODIES) if dice.random() < 0.2 else (RPC, BODIES)
+    if dice.random() < 0.2:
+        path, bodies = REST % dice.choice(REST_TOOLS), REST_BODIES
     body = dice.choice(bodies)
     if dice.random() < 0.05:
         return Asked(chunked(dice, body, path))
@@ -216,12 +233,12 @@ def any_connections(dice: random.Random, requests: int) -> Iterator[list[Burst]]
 TRIES = 5
 
 
-def answers(door: Door, bursts: list[Burst]) -> list[Any]:
+def answers(door: Door, bursts: list[Burst]) -> tuple[list[Any], bool]:
     """What came back over one connection, without ids and times; None is its end. Where a refusal ends a connection on
-    which more was sent, the system may throw away what was not read yet: then all is said again."""
+    which more was sent, the system may throw away what was not read yet: then all is said again, and True is told."""
     for left in reversed(range(TRIES)):
         try:
-            return answers_once(door, bursts)
+            return answers_once(door, bursts), left < TRIES - 1
         except ConnectionResetError:
             if not left:
                 raise
@@ -276,10 +293,11 @@ def doors() -> Iterator[list[Door]]:
 
 def test_ten_thousand_requests_are_answered_alike_by_both_doors(doors: list[Door]) -> None:
     dice = random.Random(SEED)
-    count, taken = 0, []
+    count, taken, ran_again = 0, [], False
     with ThreadPoolExecutor(len(doors)) as pool:
         for number, bursts in enumerate(any_connections(dice, REQUESTS)):
-            by_lane, by_asgi = pool.map(lambda door, bursts=bursts: answers(door, bursts), doors)
+            (by_lane, first), (by_asgi, second) = pool.map(lambda door, bursts=bursts: answers(door, bursts), doors)
+            ran_again = ran_again or first or second
             asked = [one for burst in bursts for one in burst.asked]
             for one, mine, theirs in zip(asked, by_lane, by_asgi, strict=False):
                 if not is_which(one):
@@ -291,4 +309,4 @@ def test_ten_thousand_requests_are_answered_alike_by_both_doors(doors: list[Door
     assert taken.count("lane") > len(taken) / 5, "pipelined and cut ones are the parser's"
     for name in ("tool_executions_total", "tool_errors_total"):
         lane, asgi = (door.running.metric(name) for door in doors)
-        assert lane == asgi, name
+        assert lane == asgi or ran_again, name
