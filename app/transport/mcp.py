@@ -6,7 +6,7 @@ Knows no method and no tool. What it may cost is in docs/adr/0016-mcp-door.md.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from typing import Any
 
 from app.access.credential import CredentialMissing
@@ -19,9 +19,11 @@ from app.transport.door import (
     Door,
     Headers,
     Receive,
+    Replied,
     Reply,
     Scope,
     Send,
+    Steps,
     json_headers,
     json_reply,
     respond,
@@ -44,7 +46,23 @@ class McpDoor(Door):
         self._resource = resource
 
     async def reply(self, body: bytes, context: RequestContext, scope: Scope) -> Reply:
-        answer = await self._dispatcher.dispatch(body, routing_of(scope), context, _unheard)
+        return await self._reply_of(
+            self._dispatcher.dispatch(body, routing_of(scope), context, _unheard), context, scope
+        )
+
+    def begin(self, body: bytes, context: RequestContext, scope: Scope, then: Replied) -> Steps | None:
+        def answered(answer: Answer) -> None:
+            try:
+                reply = self._rendered(answer, context, scope)
+            except Exception as error:
+                reply = self.failed(error)
+            then(reply)
+
+        steps = self._dispatcher.begin(body, routing_of(scope), context, answered)
+        return None if steps is None else self._reply_of(steps, context, scope)
+
+    async def _reply_of(self, steps: Coroutine[Any, Any, Answer], context: RequestContext, scope: Scope) -> Reply:
+        answer = await steps
         if context.commits is not None:
             await context.committed()
         return self._rendered(answer, context, scope)

@@ -6,7 +6,7 @@ Imports no web framework. The door reads the body and the headers, and writes th
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple
 
 import orjson
@@ -84,35 +84,102 @@ class McpDispatcher:
         self._count_error = count_error
         self._tolerate_mismatch = tolerate_mismatch
 
-    async def dispatch(self, body: bytes, routing: Routing, context: RequestContext, progress_to: ProgressTo) -> Answer:
-        """The response to a body, whatever it is."""
-        version = routing.version
+    def begin(
+        self, body: bytes, routing: Routing, context: RequestContext, then: Callable[[Answer], None]
+    ) -> Coroutine[Any, Any, Answer] | None:
+        """Answer a body that asks for no progress. None: `then` gets the response, before this returns or later; else
+        the steps that it takes, which return it."""
         try:
             message = decode(body)
-            if type(message) is list:
-                return await self._dispatch_batch(message, routing, version, context)
+        except ToolServiceError as error:
+            then(self._refused(error, b"null", context, modern=False))
+            return None
+        if type(message) is list or _method_of(message) != CALL:
+            return self._dispatch(message, routing, context, _to_nowhere)
+        modern = is_modern(message, routing.version)
+        request_id = readable_id(message)
+
+        def ended(result: bytes | Exception) -> None:
+            then(self._answered(result, request_id, context, modern=modern, method=CALL))
+
+        try:
+            request = self._read(message, request_id, routing, modern=modern)
+            if request is None:
+                then(ACCEPTED)
+                return None
+            context.method = CALL
+            steps = self._methods.begin_call(context, request, routing, ended)
+        except Exception as error:
+            ended(error)
+            return None
+        return None if steps is None else self._awaited(steps, request_id, context, modern=modern, method=CALL)
+
+    async def dispatch(self, body: bytes, routing: Routing, context: RequestContext, progress_to: ProgressTo) -> Answer:
+        """The response to a body, whatever it is."""
+        try:
+            message = decode(body)
         except ToolServiceError as error:
             return self._refused(error, b"null", context, modern=False)
-        return await self._dispatch_one(message, routing, version, context, progress_to)
+        return await self._dispatch(message, routing, context, progress_to)
+
+    async def _dispatch(
+        self, message: Any, routing: Routing, context: RequestContext, progress_to: ProgressTo
+    ) -> Answer:
+        version = routing.version
+        if type(message) is not list:
+            return await self._dispatch_one(message, routing, version, context, progress_to)
+        try:
+            return await self._dispatch_batch(message, routing, version, context)
+        except ToolServiceError as error:
+            return self._refused(error, b"null", context, modern=False)
 
     async def _dispatch_one(
         self, message: Any, routing: Routing, version: str | None, context: RequestContext, progress_to: ProgressTo
     ) -> Answer:
         modern = is_modern(message, version)
         request_id = readable_id(message)
+        method = _method_of(message)
         try:
-            request = request_of(message, request_id, modern=modern)
+            request = self._read(message, request_id, routing, modern=modern)
             if request is None:
                 return ACCEPTED
-            if modern:
-                check_modern(request, routing, tolerate_mismatch=self._tolerate_mismatch)
-            result = await self._call(request, routing, context, progress_to)
-        except ToolServiceError as error:
-            return self._refused(error, request_id, context, modern=modern, method=_method_of(message))
-        except Exception:
-            logger.exception("method failed")
-            return self._refused(InternalError(), request_id, context, modern=modern)
-        return Answer(200, b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (request_id, result))
+            steps = self._call(request, routing, context, progress_to)
+        except Exception as error:
+            return self._answered(error, request_id, context, modern=modern, method=method)
+        return await self._awaited(steps, request_id, context, modern=modern, method=method)
+
+    def _read(self, message: Any, request_id: bytes, routing: Routing, *, modern: bool) -> Request | None:
+        """None: a notification. Raises what is wrong with it."""
+        request = request_of(message, request_id, modern=modern)
+        if request is not None and modern:
+            check_modern(request, routing, tolerate_mismatch=self._tolerate_mismatch)
+        return request
+
+    async def _awaited(
+        self, steps: Awaitable[bytes], request_id: bytes, context: RequestContext, *, modern: bool, method: str | None
+    ) -> Answer:
+        result: bytes | Exception
+        try:
+            result = await steps
+        except Exception as error:
+            result = error
+        return self._answered(result, request_id, context, modern=modern, method=method)
+
+    def _answered(
+        self,
+        result: bytes | Exception,
+        request_id: bytes,
+        context: RequestContext,
+        *,
+        modern: bool,
+        method: str | None,
+    ) -> Answer:
+        if isinstance(result, bytes):
+            return Answer(200, b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (request_id, result))
+        if isinstance(result, ToolServiceError):
+            return self._refused(result, request_id, context, modern=modern, method=method)
+        logger.error("method failed", exc_info=result)
+        return self._refused(InternalError(), request_id, context, modern=modern)
 
     def _call(
         self, request: Request, routing: Routing, context: RequestContext, progress_to: ProgressTo

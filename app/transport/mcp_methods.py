@@ -20,7 +20,7 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import OFF, Tracing
 from app.tools.registry import Registry, ToolFilter, decode_cursor, encode_cursor
 from app.tools.tool import Tool
-from app.transport.jsonrpc import RequestContext
+from app.transport.jsonrpc import Ended, RequestContext
 from app.transport.mcp_protocol import (
     CALL,
     LEGACY_VERSIONS,
@@ -35,7 +35,7 @@ from app.transport.mcp_protocol import (
 )
 from app.transport.mcp_results import SERVER_INFO, advice, definition, failed, finished, refused, rendered
 from app.transport.mcp_stream import HangUp
-from app.transport.methods import NO_ROOM, SCOPE_EXECUTE, SCOPE_READ, kept_trace, require_scope, settle
+from app.transport.methods import NO_ROOM, SCOPE_EXECUTE, SCOPE_READ, Ending, kept_trace, require_scope, settle
 
 SCOPES = {LIST: SCOPE_READ, CALL: SCOPE_EXECUTE}
 """What a method needs; those that are not here only describe the service."""
@@ -113,6 +113,32 @@ class McpMethods:
     async def _call(
         self, context: RequestContext, request: Request, routing: Routing, on_progress: Progress | None
     ) -> bytes:
+        call, tool = self._asked_for(context, request, routing, on_progress)
+        lacks = self._lacks(call, tool, request)
+        return await self.execute(context, call, tool, modern=request.modern) if lacks is None else lacks
+
+    def begin_call(
+        self, context: RequestContext, request: Request, routing: Routing, then: Ended
+    ) -> Awaitable[bytes] | None:
+        """A call without a coroutine, if it can be helped. None: `then` gets its result, before this returns or later;
+        else it has to be awaited. Raises what is wrong with the request."""
+        call, tool = self._asked_for(context, request, routing, None)
+        lacks = self._lacks(call, tool, request)
+        if lacks is not None:
+            then(lacks)
+            return None
+        context.call = call
+
+        def written(context: RequestContext, execution: Execution) -> bytes:
+            return self._written(context, execution, tool, modern=request.modern)
+
+        if self._executor.begin(call, Ending(written, context, then).of_call) is not None:
+            return None
+        return self.execute(context, call, tool, modern=request.modern)
+
+    def _asked_for(
+        self, context: RequestContext, request: Request, routing: Routing, on_progress: Progress | None
+    ) -> tuple[ToolCall, Tool]:
         require_scope(context.caller, SCOPE_EXECUTE)
         tool = self._tool(request.params.get("name"), context.caller)
         arguments = request.params.get("arguments", {})
@@ -124,14 +150,17 @@ class McpMethods:
             raise Malformed("arguments must be an object")
         if "traceparent" in request.meta and context.trace is not None and not context.trace.remote:
             context.trace = self._tracing.begin(_carried(request.meta))
-        call = tool_call(context, request, tool, arguments, on_progress)
+        return tool_call(context, request, tool, arguments, on_progress), tool
+
+    def _lacks(self, call: ToolCall, tool: Tool, request: Request) -> bytes | None:
+        """The answer to arguments that do not fit, of a client that lacks what the tool needs besides."""
         if request.modern and tool.spec.client_capabilities:
             try:
-                check_capabilities(tool, arguments, request)
+                check_capabilities(tool, call.parameters, request)
             except InvalidParams as refusal:
                 self._metrics.count_error(INVALID_PARAMS.error_type)
                 return failed(advice(refusal), request.modern, call.execution_id)
-        return await self.execute(context, call, tool, modern=request.modern)
+        return None
 
     def _tool(self, name: Any, caller: Caller) -> Tool | None:
         if type(name) is not str:
@@ -147,6 +176,10 @@ class McpMethods:
         commit = settle(context, execution)
         if commit is not None:
             await commit.wait()
+        return self._written(context, execution, tool, modern=modern)
+
+    def _written(self, context: RequestContext, execution: Execution, tool: Tool, *, modern: bool) -> bytes:
+        """Once its row is kept."""
         if execution.refusal is not None:
             return refused(execution.refusal, modern=modern)
         if (
@@ -179,17 +212,28 @@ def tool_call(
 ) -> ToolCall:
     """The call that a request asks for."""
     execution_id, trace, meta = new_execution_id(), context.trace, request.meta
-    return ToolCall(
-        execution_id,
-        tool.spec.id,
-        arguments,
-        context.caller,
-        context.received_at,
-        trace_id=None if trace is None else trace.id_of_call(execution_id, None),
-        idempotency_key=_idempotency_key(meta) if meta else None,
-        client=context.client,
-        on_progress=on_progress,
-        trace=trace,
+    return tuple.__new__(  # ToolCall(...) takes three times as long
+        ToolCall,
+        (
+            execution_id,
+            tool.spec.id,
+            arguments,
+            context.caller,
+            context.received_at,
+            None,
+            None if trace is None else trace.id_of_call(execution_id, None),
+            None,
+            None,
+            None,
+            None,
+            None,
+            _idempotency_key(meta) if meta else None,
+            context.client,
+            False,
+            on_progress,
+            trace,
+            None,
+        ),
     )
 
 

@@ -180,7 +180,7 @@ class Methods:
             return False
         require_scope(context.caller, SCOPE_EXECUTE)
         context.call = call = tool_call(context, params.tool_id, params)
-        return self._executor.begin(call, _Ending(self, context, then).of_call) is not None
+        return self._executor.begin(call, Ending(self.written, context, then).of_call) is not None
 
     async def execute(self, context: RequestContext, tool_id: str, params: shapes.RestExecuteBody) -> bytes:
         """One call to its Execution, written. Raises the refusal when it did not run."""
@@ -314,13 +314,16 @@ class Methods:
         return execution.as_dict()
 
 
-class _Ending:
-    """What follows a call that nobody awaits: its commit, then its result."""
+class Ending:
+    """What follows a call that nobody awaits: its commit, then its result as `written` has it, or the refusal that it
+    raises."""
 
-    __slots__ = ("_context", "_execution", "_methods", "_then")
+    __slots__ = ("_context", "_execution", "_then", "_written")
 
-    def __init__(self, methods: Methods, context: RequestContext, then: Ended) -> None:
-        self._methods = methods
+    def __init__(
+        self, written: Callable[[RequestContext, Execution], bytes], context: RequestContext, then: Ended
+    ) -> None:
+        self._written = written
         self._context = context
         self._then = then
 
@@ -339,7 +342,7 @@ class _Ending:
     def _committed(self, _: Any = None) -> None:
         result: bytes | Exception
         try:
-            result = self._methods.written(self._context, self._execution)
+            result = self._written(self._context, self._execution)
         except Exception as error:
             result = error
         self._then(result)
