@@ -11,9 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
 from types import coroutine
-from typing import Any, Generic, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 logger = logging.getLogger("app.stepping")
 
@@ -98,21 +96,6 @@ class _Directly:
     def __await__(self) -> Generator[Signal, None, None]:
         self._signal._asyncio_future_blocking = True
         yield self._signal
-
-
-class Promise(Signal, Generic[T]):
-    """A value that somebody puts, once, for one who awaits it."""
-
-    __slots__ = ("_value",)
-
-    def put(self, value: T) -> None:
-        self._value = value
-        self.complete()
-
-    async def kept(self) -> T:
-        if not self.done:
-            await self.wait()
-        return self._value
 
 
 def settle(future: asyncio.Future[None]) -> None:

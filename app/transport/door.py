@@ -10,6 +10,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ class Door(ABC):
     """A POST door. Its errors are those of JSON-RPC unless it says otherwise."""
 
     reads_headers = True
-    """Whether `reply` looks at any."""
+    """Whether `begin` looks at any."""
 
     def __init__(
         self,
@@ -115,6 +116,7 @@ class Door(ABC):
         self.access = access
         self.authentication = authentication
         self.tracing = tracing
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._count_error = count_error
         self._body_bytes_max = body_bytes_max
         self._read_timeout_s = read_timeout_s
@@ -149,8 +151,13 @@ class Door(ABC):
         line = scope.get(LINE)
         if line is not None:
             line.context = context
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()  # kept: asking for it costs Python 3.11 a system call
+        ended: asyncio.Future[Reply] = self._loop.create_future()
+        reply: Reply | None
         try:
-            reply = await self._reply_or_stream(body, context, scope, send)
+            steps = self.begin_asgi(body, context, scope, send, partial(_put, ended))
+            reply = await (ended if steps is None else steps)
         except Exception as error:
             reply = self.failed(error)
         # A 500 and a 503 end the connection, which is the cycle's to do.
@@ -159,7 +166,7 @@ class Door(ABC):
         self.tracing.request_ended(context, begin)
 
     def failed(self, error: BaseException) -> Reply:
-        """What a bug in `reply` is answered with."""
+        """What a bug is answered with."""
         logger.error("request failed", exc_info=error)
         internal = InternalError()
         self._count_error(internal.kind.error_type)
@@ -172,21 +179,21 @@ class Door(ABC):
         return orjson.dumps({"jsonrpc": "2.0", "error": error.as_error(), "id": None})
 
     def is_plain(self, request: bytes) -> bool:
-        """Whether `reply` can answer it: one whole response, nothing streamed before it."""
+        """Whether `begin` can answer it: one whole response, nothing streamed before it."""
         return True
 
-    async def _reply_or_stream(self, body: bytes, context: RequestContext, scope: Scope, send: Send) -> Reply | None:
-        """None: it was streamed."""
-        return await self.reply(body, context, scope)
-
-    def begin(self, body: bytes, context: RequestContext, scope: Scope, then: Replied) -> Steps | None:
-        """`reply` for who awaits nothing if it can be helped. None: `then` gets the reply, before this returns or
-        later; else the steps that it takes, which return it."""
-        return self.reply(body, context, scope)
+    def begin_asgi(
+        self, body: bytes, context: RequestContext, scope: Scope, send: Send, then: Replied
+    ) -> Coroutine[Any, Any, Reply | None] | None:
+        """`begin` for what the lane never brings: a header that is another one in each request, an answer in pieces.
+        Steps that return None have streamed it."""
+        return self.begin(body, context, scope, then)
 
     @abstractmethod
-    async def reply(self, body: bytes, context: RequestContext, scope: Scope) -> Reply:
-        """The whole response to a body, to be sent as it is. Of the scope it asks for headers and scheme alone."""
+    def begin(self, body: bytes, context: RequestContext, scope: Scope, then: Replied) -> Steps | None:
+        """Answer a body, awaiting nothing if it can be helped. None: `then` gets the whole response, before this
+        returns or later; else the steps that it takes, which return it. Of the scope it asks for headers, path and
+        scheme."""
 
     async def _turn_away(self, scope: Scope, send: Send, error: ToolServiceError) -> None:
         """Nobody's request."""
@@ -202,6 +209,11 @@ class Door(ABC):
     async def _say(self, send: Send, error: ToolServiceError) -> None:
         answer = self.written(error)
         await respond(send, error.http_status, refusal_headers(error, answer), answer)
+
+
+def _put(ended: asyncio.Future[Reply], reply: Reply) -> None:
+    if not ended.done():  # whoever waited may have been cancelled
+        ended.set_result(reply)
 
 
 def header_key(headers: Headers) -> str | None:

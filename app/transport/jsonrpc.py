@@ -28,7 +28,7 @@ from app.errors import (
     ToolServiceError,
 )
 from app.execution_log.commit import Commit
-from app.stepping import IN_TASK, Promise, Signal
+from app.stepping import IN_TASK, Signal
 
 logger = logging.getLogger("app.jsonrpc")
 
@@ -220,12 +220,6 @@ class Dispatcher:
         asked = _Asked(self, context, then)
         method = asked.begin(request)
         return None if method is None else asked.handled_by(method)
-
-    async def dispatch(self, body: bytes, context: RequestContext) -> bytes | None:
-        """`begin`, awaited."""
-        end: Promise[bytes | None] = Promise()
-        steps = self.begin(body, context, end.put)
-        return await (end.kept() if steps is None else steps)
 
     async def _dispatch_batch(self, requests: list[Any], context: RequestContext) -> bytes | None:
         if not 0 < len(requests) <= self._batch_max:

@@ -45,11 +45,6 @@ class McpDoor(Door):
         self._dispatcher = dispatcher
         self._resource = resource
 
-    async def reply(self, body: bytes, context: RequestContext, scope: Scope) -> Reply:
-        return await self._reply_of(
-            self._dispatcher.dispatch(body, routing_of(scope), context, _unheard), context, scope
-        )
-
     def begin(self, body: bytes, context: RequestContext, scope: Scope, then: Replied) -> Steps | None:
         def answered(answer: Answer) -> None:
             try:
@@ -70,9 +65,14 @@ class McpDoor(Door):
     def is_plain(self, request: bytes) -> bool:
         return b"progressToken" not in request
 
-    async def _reply_or_stream(self, body: bytes, context: RequestContext, scope: Scope, send: Send) -> Reply | None:
+    def begin_asgi(
+        self, body: bytes, context: RequestContext, scope: Scope, send: Send, then: Replied
+    ) -> Coroutine[Any, Any, Reply | None] | None:
         if self.is_plain(body) or not _takes_events(scope["headers"]):
-            return await self.reply(body, context, scope)
+            return self.begin(body, context, scope, then)
+        return self._streamed(body, context, scope, send)
+
+    async def _streamed(self, body: bytes, context: RequestContext, scope: Scope, send: Send) -> Reply | None:
         stream: ProgressStream | None = None
 
         def progress_to(token: str | int) -> Progress:
@@ -121,10 +121,6 @@ def routing_of(scope: Scope) -> Routing:
 
 
 _ROUTING = "agentcore.mcp_routing"
-
-
-def _unheard(token: str | int) -> None:
-    """Nobody takes events."""
 
 
 def _takes_events(headers: Headers) -> bool:

@@ -14,7 +14,6 @@ import orjson
 from starlette.requests import Request
 
 from app.errors import DRAINING, InternalError, ToolServiceError
-from app.stepping import Promise
 from app.telemetry.http_requests import HttpRequests
 from app.transport.allowance import limit_lines, retry_after_s
 from app.transport.door import (
@@ -82,20 +81,16 @@ class RestDoor(Door):
             return None
         return self._executed(tool_id, params, context, len(body))
 
-    async def reply(self, body: bytes, context: RequestContext, scope: Scope) -> Reply:
-        end: Promise[Reply] = Promise()
-        steps = self.begin(body, context, scope, end.put)
-        return await (end.kept() if steps is None else steps)
-
-    async def _reply_or_stream(self, body: bytes, context: RequestContext, scope: Scope, send: Send) -> Reply | None:
+    def begin_asgi(self, body: bytes, context: RequestContext, scope: Scope, send: Send, then: Replied) -> Steps | None:
         try:
-            if scope["query_string"]:  # the lane takes no request that has one
+            if scope["query_string"]:
                 read_query(Request(scope), NoParams)
         except ToolServiceError as error:
             context.route, context.scheme = EXECUTE_PATH, scope["scheme"]
-            return self._replied(error, context, len(body))
+            then(self._replied(error, context, len(body)))
+            return None
         context.idempotency_key = header_key(scope["headers"])
-        return await self.reply(body, context, scope)
+        return self.begin(body, context, scope, then)
 
     async def _executed(self, tool_id: str, params: Any, context: RequestContext, request_bytes: int) -> Reply:
         result: bytes | Exception

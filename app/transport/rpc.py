@@ -31,9 +31,9 @@ class JsonRpcDoor(Door):
         super().__init__(*shared)
         self._dispatcher = dispatcher
 
-    async def _reply_or_stream(self, body: bytes, context: RequestContext, scope: Scope, send: Send) -> Reply | None:
-        context.idempotency_key = header_key(scope["headers"])  # the lane takes no request that has one
-        return await self.reply(body, context, scope)
+    def begin_asgi(self, body: bytes, context: RequestContext, scope: Scope, send: Send, then: Replied) -> Steps | None:
+        context.idempotency_key = header_key(scope["headers"])
+        return self.begin(body, context, scope, then)
 
     def begin(self, body: bytes, context: RequestContext, scope: Scope, then: Replied) -> Steps | None:
         def answered(answer: bytes | None) -> None:
@@ -45,9 +45,6 @@ class JsonRpcDoor(Door):
 
         steps = self._dispatcher.begin(body, context, answered)
         return None if steps is None else _reply_of(steps, context)
-
-    async def reply(self, body: bytes, context: RequestContext, scope: Scope) -> Reply:
-        return await _reply_of(self._dispatcher.dispatch(body, context), context)
 
 
 async def _reply_of(steps: Coroutine[Any, Any, bytes | None], context: RequestContext) -> Reply:

@@ -44,6 +44,13 @@ def dispatcher(late: Late, count_error: Callable[[str], None] = lambda kind: Non
     return Dispatcher({"late": method}, 100, 1_000_000, bounded, count_error)
 
 
+def answered(dispatcher: Dispatcher, body: bytes, context: RequestContext) -> asyncio.Task[bytes | None]:
+    """On its way: a batch takes steps."""
+    steps = dispatcher.begin(body, context, lambda answer: None)
+    assert steps is not None
+    return asyncio.create_task(steps)
+
+
 def batch_of(count: int) -> bytes:
     return orjson.dumps([{"jsonrpc": "2.0", "id": n, "method": "late", "params": {"n": n}} for n in range(count)])
 
@@ -51,7 +58,7 @@ def batch_of(count: int) -> bytes:
 async def test_a_batch_has_a_bounded_number_under_way_and_begins_the_next_as_one_is_answered() -> None:
     late = Late(awaited=frozenset({3, 40}))
     context = RequestContext(LOCAL_CALLER, 0.0)
-    answer = asyncio.create_task(dispatcher(late).dispatch(batch_of(50), context))
+    answer = answered(dispatcher(late), batch_of(50), context)
     ended = 0
     while ended < 48:
         await asyncio.sleep(0)
@@ -68,7 +75,7 @@ async def test_an_answer_that_cannot_be_written_is_an_internal_error() -> None:
         raise ValueError("a bug in a counter")
 
     late = Late()
-    answer = asyncio.create_task(dispatcher(late, broken).dispatch(batch_of(2), RequestContext(LOCAL_CALLER, 0.0)))
+    answer = answered(dispatcher(late, broken), batch_of(2), RequestContext(LOCAL_CALLER, 0.0))
     await asyncio.sleep(0)
     late.end(0, ValueError("a bug in a tool's way"))
     late.end(1, b"1")

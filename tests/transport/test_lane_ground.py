@@ -30,7 +30,7 @@ from app.settings import read_settings
 from app.telemetry.histogram import Histogram
 from app.transport import exchange, lane, protocol
 from app.transport.app import Guard, create_app
-from app.transport.door import Door, Reply, Scope
+from app.transport.door import Door, Replied, Reply, Scope, Steps
 from app.transport.jsonrpc import RequestContext
 from app.transport.lane import HEADS_BYTES_MAX, Lane, LaneProtocol, LaneRequest, lane_class
 from app.transport.protocol import BoundedHttpProtocol
@@ -51,7 +51,10 @@ class Told(Exception):
 class OddDoor(Door):
     """Raises when told to, and tells by what it was reached and what it finds in its context."""
 
-    async def reply(self, body: bytes, context: RequestContext, scope: Scope) -> Reply:
+    def begin(self, body: bytes, context: RequestContext, scope: Scope, then: Replied) -> Steps:
+        return self._reply(body, context)
+
+    async def _reply(self, body: bytes, context: RequestContext) -> Reply:
         if body == b"raise":
             raise Told("secret")
         found = current_call.get()
