@@ -76,6 +76,13 @@ QUICK_S = 0.05
 RESERVE_PART = 0.1
 """Slots that only quick calls get, while there are any: a few of them carry many quick calls past the slow ones."""
 
+RESERVE_GROWTH = 1.5
+RESERVE_PART_MAX = 0.5
+"""Where quick calls take more than that, they get half as many again as they take, up to half of all."""
+
+QUICK_WEIGHT = 0.3
+"""Of one window in what quick calls take, when it becomes less."""
+
 QUICK_LATELY_WINDOWS = 100
 """10 s without a quick call, and all slots are for the slow ones."""
 
@@ -107,6 +114,10 @@ REFUSAL_S = 40e-6
 REFUSING_PART = 0.25
 """Of the time. Past it the delay is made by callers who come again at once and not by the calls that run: fewer slots
 would only mean more refusals, down to the floor and for as long as they go on."""
+
+GROWTH_REFUSING = 0.1
+"""Part of itself that the limit then grows by in one window: a thousand callers that come at one moment take it down in
+two windows, and by its root it would need three seconds to come back."""
 
 Clock = Callable[[], float]
 
@@ -148,16 +159,18 @@ class Gradient:
         calls were refused for want of a slot, and so many that the delay comes of that."""
         self.delay_s += SMOOTHING * (min(rtt_s, SAMPLE_S_MAX) - self.delay_s)
         if refusing:
-            self._grow()
+            self._grow(GROWTH_REFUSING)
         elif self.strain > 1:
-            if rtt_s > self.tolerated_s:  # else it is over, and what was done about it may have been enough
+            # Else it is over, and what was done about it may have been enough; or too few run to be the reason, as at
+            # the start of a process, and the next ones would be refused for a stall that is none of theirs.
+            if rtt_s > self.tolerated_s and in_flight > self.floor:
                 self._shrink(max(GRADIENT_MIN, self.strain**-0.5), in_flight)
         elif dropped or in_flight >= IN_USE * self._limit:
             self._grow()
         return self.limit
 
-    def _grow(self) -> None:
-        self._limit = min(self.ceiling, self._limit + math.sqrt(self._limit))
+    def _grow(self, part: float = 0.0) -> None:
+        self._limit = min(self.ceiling, self._limit + max(math.sqrt(self._limit), part * self._limit))
 
     def learn(self, rtt_s: float) -> None:
         """A delay that was met while there was little to do: it is normal, and no reason to keep the limit down."""
@@ -215,6 +228,8 @@ class LoadControl:
         self._lags_s = 0.0
         self._lags = 0
         self._in_flight = 0
+        self._quick = 0
+        self._quick_taken = 0.0
         self._waited = False
         self._refused = 0
         self._calm_windows = RELIEF_WINDOWS
@@ -277,6 +292,7 @@ class LoadControl:
         self._lags_s += lag_s
         self._lags += 1
         self._in_flight = max(self._in_flight, self.slots.running)
+        self._quick = max(self._quick, self.slots.running - self.slow_slots.running)
         self._waited = self._waited or self.slots.queued > 0 or self.slow_slots.queued > 0
 
     def decide(self) -> None:
@@ -302,7 +318,7 @@ class LoadControl:
             self._resize(limit)
         self._refused = refused
         self._delays_s = self._lags_s = 0.0
-        self._delays = self._lags = self._in_flight = 0
+        self._delays = self._lags = self._in_flight = self._quick = 0
         self._waited = False
 
     def _allowed_s(self) -> float:
@@ -324,12 +340,22 @@ class LoadControl:
         self.quick_seen = False
 
     def _resize(self, limit: int) -> None:
+        reserve = self._reserve(limit)
+        of_slow = limit - reserve
+        if reserve:  # slow calls that were let in before, under a higher limit, must not keep quick ones out
+            limit = max(limit, min(self._gradient.ceiling, self.slow_slots.running + max(1, int(limit * RESERVE_PART))))
         if limit != self.slots.limit:
             self.slots.resize(limit)
-        quick = self._windows_without_quick < QUICK_LATELY_WINDOWS and limit > 1
-        of_slow = limit - max(1, int(limit * RESERVE_PART)) if quick else limit
         if of_slow != self.slow_slots.limit:
             self.slow_slots.resize(of_slow)
+
+    def _reserve(self, limit: int) -> int:
+        """Slots that slow calls do not get."""
+        self._quick_taken = max(self._quick, self._quick_taken + QUICK_WEIGHT * (self._quick - self._quick_taken))
+        if self._windows_without_quick >= QUICK_LATELY_WINDOWS or limit == 1:
+            return 0
+        wanted = max(limit * RESERVE_PART, RESERVE_GROWTH * self._quick_taken)
+        return max(1, int(min(limit * RESERVE_PART_MAX, wanted)))
 
     def _tighten(self, dropped: bool) -> None:
         """Towards the inverse of the strain. A change of less than a step and a bit changes nothing: no flutter."""

@@ -53,6 +53,13 @@ def test_delay_brings_the_limit_down_from_what_really_runs_and_never_below_the_f
     assert FLOOR == gradient.floor <= gradient.limit <= 2 * FLOOR, "its steps end where the root of it is a fifth"
 
 
+def test_a_stall_while_hardly_anything_runs_takes_no_slots_away() -> None:
+    """As at the start of a process: the first burst would be refused for it."""
+    gradient = Gradient(1500)
+    assert {gradient.on_sample(0.2, in_flight, False) for in_flight in range(FLOOR + 1)} == {1500}
+    assert gradient.on_sample(0.2, FLOOR + 1, False) < 2 * FLOOR
+
+
 def test_a_limit_that_is_used_grows_back_to_its_ceiling_when_the_delay_is_gone() -> None:
     gradient = Gradient(1500)
     for _ in range(100):
@@ -192,6 +199,32 @@ def test_slow_calls_leave_some_slots_to_quick_ones_as_long_as_there_are_any(mach
     assert control.slow_slots.limit == 100
 
 
+def test_quick_calls_get_half_as_many_slots_again_as_they_take_up_to_half_of_all(machine: Machine) -> None:
+    control = machine.control(100, "enforce")
+    for quick, reserved in ((4, 10), (20, 30), (60, 50)):
+        control.quick_seen = True
+        control.slow_slots.running = 5
+        machine.window(control, running=5 + quick)
+        assert control.slow_slots.limit == 100 - reserved
+    for _ in range(20):
+        machine.window(control, running=5)
+    assert control.slow_slots.limit == 90
+
+
+def test_slow_calls_that_were_let_in_before_keep_no_quick_ones_out(machine: Machine) -> None:
+    control = machine.control(1000, "enforce")
+    control.slow_slots.running = 400
+    for _ in range(4):
+        control.quick_seen = True
+        machine.window(control, 0.1, running=400)
+    assert control.limit < 400 and control.slow_slots.limit < 400, "no slow call comes in"
+    assert control.slots.limit == 400 + int(control.limit * RESERVE_PART)
+    control.slow_slots.running = 0
+    control.quick_seen = True
+    machine.window(control, 0.0, running=0)
+    assert control.slots.limit == control.limit
+
+
 def test_under_pressure_nobody_waits_for_long_beside_what_calls_take(machine: Machine) -> None:
     control = machine.control(100, "enforce")
     assert control.patience_s(0.01, 1.0) == 1.0
@@ -285,6 +318,16 @@ def test_a_delay_that_refusals_make_takes_no_slots_away(machine: Machine) -> Non
 
 REFUSED_TOO_MANY = int(REFUSING_PART * 0.1 / REFUSAL_S) + 1
 """In a window of a tenth of a second."""
+
+
+def test_a_limit_that_makes_most_of_the_refusals_comes_back_within_two_seconds(machine: Machine) -> None:
+    control = machine.control(1500)
+    machine.window(control, 0.2, running=700)
+    machine.window(control, 0.2, running=700)
+    assert control.slots.limit < 600
+    for _ in range(20):
+        machine.window(control, 0.1, refused=REFUSED_TOO_MANY, running=control.slots.limit)
+    assert control.slots.limit == 1500
 
 
 # All of it, under simulated load
