@@ -137,17 +137,20 @@ class Door(ABC):
             await self._allow_post_alone(scope, send, begin)
             return
         exchange: Exchange | None = scope["extensions"].get(EXTENSION) if "extensions" in scope else None
-        body = None if exchange is None else exchange.body()
-        if body is None:
-            try:
+        context = RequestContext(caller, begin, AsgiClient(receive, exchange), self.tracing.begin(headers))
+        try:
+            self.check(context, scope)
+            body = None if exchange is None else exchange.body()
+            if body is None:
                 body = await read_body(receive, self._body_bytes_max, self._read_timeout_s)
-            except ClientGone:
-                return
-            except ToolServiceError as error:
-                await self._refuse(send, error, begin)
-                return
-        received_at = perf_counter() - authentication_s  # what a slow client took for its body is not ours
-        context = RequestContext(caller, received_at, AsgiClient(receive, exchange), self.tracing.begin(headers))
+        except ClientGone:
+            return
+        except ToolServiceError as error:
+            context.error = error
+            await self._refuse(send, error, begin)
+            self.tracing.request_ended(context, begin)
+            return
+        context.received_at = perf_counter() - authentication_s  # what a slow client took for its body is not ours
         line = scope.get(LINE)
         if line is not None:
             line.context = context
@@ -182,6 +185,9 @@ class Door(ABC):
         """Whether `begin` can answer it: one whole response, nothing streamed before it."""
         return True
 
+    def check(self, context: RequestContext, scope: Scope) -> None:  # noqa: B027  # most have nothing to look at
+        """Raises what is wrong before the body is asked for."""
+
     def begin_asgi(
         self, body: bytes, context: RequestContext, scope: Scope, send: Send, then: Replied
     ) -> Coroutine[Any, Any, Reply | None] | None:
@@ -203,7 +209,7 @@ class Door(ABC):
         await respond(send, 405, [(b"allow", b"POST"), NO_BODY])
 
     async def _refuse(self, send: Send, error: ToolServiceError, began: float) -> None:
-        """A request whose body did not come as it should."""
+        """A request that was no good before there was a body."""
         await self._say(send, error)
 
     async def _say(self, send: Send, error: ToolServiceError) -> None:

@@ -38,7 +38,9 @@ of the JSON-RPC door with one each fit a half."""
 
 HEAD_OWN_BYTES = 350
 SCOPE_BYTES = 1_500
-"""What a head takes beside its bytes, and what its headers take where the door reads them; by sys.getsizeof."""
+SHARED_SCOPE_BYTES = 500
+"""What a head takes beside its bytes, what its headers take where the door reads them, and what all heads of one path
+take together where it does not; by sys.getsizeof."""
 
 NOT_REMEMBERED = frozenset(
     (
@@ -105,7 +107,7 @@ class Lane:
         path, scheme = scope["path"], scope["scheme"]
         if door.reads_headers:
             return {"headers": scope["headers"], "path": path, "scheme": scheme}
-        return self._scopes.setdefault((path, scheme), {"headers": [], "path": path, "scheme": scheme})
+        return self._scopes.get((path, scheme)) or {"headers": [], "path": path, "scheme": scheme}
 
     def _is_usual(self, scope: Scope) -> bool:
         if scope["method"] != "POST" or scope["http_version"] != "1.1":
@@ -121,7 +123,12 @@ class Lane:
         if self._bytes >= HEADS_BYTES_MAX // 2:
             self._older, self.heads, self._bytes = self.heads, {}, 0
             self._scopes = {}
-        self._bytes += len(head) + HEAD_OWN_BYTES + (SCOPE_BYTES if known.door.reads_headers else 0)
+        self._bytes += len(head) + HEAD_OWN_BYTES
+        if known.door.reads_headers:
+            self._bytes += SCOPE_BYTES
+        elif (shared := (known.scope["path"], known.scope["scheme"])) not in self._scopes:
+            self._scopes[shared] = known.scope
+            self._bytes += SHARED_SCOPE_BYTES + len(known.scope["path"])
         self.heads[head] = known
 
 

@@ -58,15 +58,23 @@ class RestDoor(Door):
         self._methods = methods
         self._requests = requests
 
-    def begin(self, body: bytes, context: RequestContext, scope: Scope, then: Replied) -> Steps | None:
+    def check(self, context: RequestContext, scope: Scope) -> None:
+        self._expect_scope(context, scope)
+        if scope["query_string"]:  # the lane takes no request that has one
+            read_query(Request(scope), NoParams)
+
+    def _expect_scope(self, context: RequestContext, scope: Scope) -> None:
         context.route, context.scheme = EXECUTE_PATH, scope["scheme"]
+        require_scope(context.caller, SCOPE_EXECUTE)
+
+    def begin(self, body: bytes, context: RequestContext, scope: Scope, then: Replied) -> Steps | None:
         tool_id = tool_id_in(scope["path"])
 
         def ended(result: bytes | Exception) -> None:
             then(self._replied(result, context, len(body)))
 
         try:
-            require_scope(context.caller, SCOPE_EXECUTE)
+            self._expect_scope(context, scope)
             asked = decode(body) if body else {}
             parameters = asked.get("parameters") if type(asked) is dict and len(asked) == 1 else None
             params: Any
@@ -82,13 +90,6 @@ class RestDoor(Door):
         return self._executed(tool_id, params, context, len(body))
 
     def begin_asgi(self, body: bytes, context: RequestContext, scope: Scope, send: Send, then: Replied) -> Steps | None:
-        try:
-            if scope["query_string"]:
-                read_query(Request(scope), NoParams)
-        except ToolServiceError as error:
-            context.route, context.scheme = EXECUTE_PATH, scope["scheme"]
-            then(self._replied(error, context, len(body)))
-            return None
         context.idempotency_key = header_key(scope["headers"])
         return self.begin(body, context, scope, then)
 

@@ -24,6 +24,7 @@ from app.transport.gate import caller_with, is_open
 from tests.access.keyring import change_keys, make_key
 from tests.conftest import START_S_MAX, Running, end, places_in, start_service
 from tests.servers import make_folder, remove_folder
+from tests.transport.test_protocol import Peer
 
 RPC, TOOLS, ADMIN = "/api/v1/jsonrpc", "/api/v1/tools", "/api/v1/admin/keys"
 
@@ -351,6 +352,14 @@ def test_a_scope_that_a_key_lacks_is_403_on_rest_and_an_error_in_json_rpc(guarde
     assert refused.status_code == 403 and refused.json()["error"]["code"] == -32003
     answer = guarded.service.http.post(RPC, json=CALL, headers=headers)
     assert answer.status_code == 200 and answer.json()["error"]["code"] == -32003
+
+
+def test_who_may_not_execute_is_told_so_before_the_body_is_read(guarded: Guarded) -> None:
+    head = f"POST {TOOLS}/echo/execute?a=1 HTTP/1.1\r\nHost: 127.0.0.1\r\nX-API-Key: {guarded.other}\r\n"
+    peer = Peer(guarded.service.port)
+    refused = peer.send(head.encode() + b"Content-Length: 20\r\n\r\n").response()
+    assert refused.status == 403 and refused.json["error"]["code"] == -32003
+    peer.close()
 
 
 def test_each_item_of_a_batch_is_held_to_the_scopes(guarded: Guarded) -> None:
