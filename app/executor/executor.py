@@ -112,9 +112,10 @@ class Executor:
         refused: Callable[[], ToolServiceError] | None = None
         if not (state.straight and not bound.slots and self.slots.take_now()):
             patience_s = self._patience_s(state, self.timeout_of(call, state))
-            if state.reused or self._call_slots.has_place(state, bound, call.caller.tenant, patience_s):
+            no_place = None if state.reused else self._call_slots.no_place(state, bound, call.caller.tenant, patience_s)
+            if no_place is None:
                 return None
-            refused = partial(self._call_slots.refusal, state, bound, call.caller.tenant, patience_s)
+            refused = partial(no_place.refusal, bound)
         straight = StraightCall(self, call, state, bound, then)
         straight.begin(refused)
         return straight

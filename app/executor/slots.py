@@ -9,12 +9,27 @@ import asyncio
 import math
 from collections.abc import Callable
 from time import perf_counter
+from typing import NamedTuple
 
 from app.errors import Overloaded
 from app.executor.run import Run, ToolState
 from app.limits.adaptive import LoadControl
 from app.limits.concurrency import Slots, SlotTable, release_all, take_all_now
 from app.limits.policy import Bound
+
+
+class NoPlace(NamedTuple):
+    """Slots in which a call finds no place, where they stand among those that it wants, and why. Holds in the step in
+    which it was found."""
+
+    slots: Slots
+    place: int
+    message: str
+
+    def refusal(self, bound: Bound) -> Overloaded:
+        error = self.slots.refused_for(self.message)
+        _name_rule(error, bound, self.place)
+        return error
 
 
 class CallSlots:
@@ -48,18 +63,11 @@ class CallSlots:
             raise
         return lambda: release_all(held)
 
-    def has_place(self, state: ToolState, bound: Bound, tenant: str, patience_s: float) -> bool:
-        """Whether a call that came now could take its slots or wait for them. Takes nothing."""
-        slots, _ = self._first_taken(state, bound)
-        return slots is None or slots.no_place(tenant, self._patience_s(patience_s)) is None
-
-    def refusal(self, state: ToolState, bound: Bound, tenant: str, patience_s: float) -> Overloaded:
-        """Of a call that has no place, in the step in which `has_place` said so."""
+    def no_place(self, state: ToolState, bound: Bound, tenant: str, patience_s: float) -> NoPlace | None:
+        """Why a call that came now could neither take its slots nor wait for them, if that is so. Takes nothing."""
         slots, place = self._first_taken(state, bound)
-        assert slots is not None
-        error = slots.refused_for(slots.no_place(tenant, self._patience_s(patience_s)) or "")
-        _name_rule(error, bound, place)
-        return error
+        message = None if slots is None else slots.no_place(tenant, self._patience_s(patience_s))
+        return None if slots is None or message is None else NoPlace(slots, place, message)
 
     def _first_taken(self, state: ToolState, bound: Bound) -> tuple[Slots | None, int]:
         """The slots that it would wait for first, and their place among those that it wants."""
