@@ -225,8 +225,9 @@ class _Timestamps:
         self._last = (-1, "")
 
     def rfc3339(self, unix_s: float) -> str:
-        """UTC with milliseconds, as `2026-11-20T15:00:00.000Z`."""
-        millisecond = int(unix_s * 1000)
+        """UTC with milliseconds, as `2026-11-20T15:00:00.000Z`. By way of whole microseconds, which is what rows keep:
+        an answer and its row tell the same."""
+        millisecond = int(unix_s * 1e6 + 0.5) // 1000
         known, text = self._last
         if millisecond != known:
             second, rest = divmod(millisecond, 1000)

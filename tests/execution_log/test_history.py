@@ -83,6 +83,12 @@ async def walk(history: ExecutionHistory, tenant: str | None, filters: Filters, 
             return found
 
 
+@pytest.mark.parametrize("unix_s", [1795285573.5249999, 1795285573.525, 1795285573.9999996, 0.0009996, 1e9])
+def test_a_time_reads_the_same_in_an_answer_and_in_its_row_which_keeps_microseconds(unix_s: float) -> None:
+    assert rfc3339(unix_s) == rfc3339(round(unix_s * 1e6) / 1e6)
+    assert abs(datetime.fromisoformat(rfc3339(unix_s)).timestamp() - unix_s) < 0.001
+
+
 async def test_a_row_has_the_columns_and_its_payloads_with_size_and_digest(engine: AsyncEngine) -> None:
     page = await ExecutionHistory(engine).page("acme", Filters(), 1)
     row = orjson.loads(page.rows[0])
