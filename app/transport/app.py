@@ -1,7 +1,7 @@
 """The ASGI application: who answers which path, top to bottom.
 
-First the guard against browsers and DNS rebinding, then the RPC doors, which ask for a credential themselves, then the
-gate that does, then FastAPI for REST, documents and ops.
+First the guard against browsers and DNS rebinding, then the doors of calls, which ask for a credential themselves, then
+the gate that does, then FastAPI for the rest of REST, documents and ops.
 """
 
 from __future__ import annotations

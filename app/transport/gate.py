@@ -1,4 +1,4 @@
-"""Who may come in at all: every path but the RPC doors passes here, whether there is a route or not.
+"""Who may come in at all: every path but the doors of calls passes here, whether there is a route or not.
 
 Routes need a credential unless their endpoint says that it is open; what an endpoint needs beyond that, it asks itself.
 """

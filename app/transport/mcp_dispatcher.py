@@ -259,4 +259,4 @@ def _method_of(message: Any) -> str | None:
 
 
 def _to_nowhere(token: str | int) -> None:
-    """A batch is one JSON document: it has no place for notifications."""
+    """An answer that is one JSON document, as that to a batch, has no place for notifications."""

@@ -6,7 +6,6 @@ FastAPI serves every other REST route; there, with its telemetry, a call costs s
 
 from __future__ import annotations
 
-import logging
 from time import perf_counter
 from typing import Any
 
@@ -33,8 +32,6 @@ from app.transport.jsonrpc import RequestContext, decode
 from app.transport.methods import SCOPE_EXECUTE, Methods, PlainExecute, require_scope
 from app.transport.rest import read_query, validated, wrong_method
 from app.transport.shapes import NoParams, RestExecuteBody
-
-logger = logging.getLogger("app.door")
 
 EXECUTE_PATH = "/api/v1/tools/{tool_id}/execute"
 _BEFORE, _AFTER = EXECUTE_PATH.split("{tool_id}")
