@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import http.server
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -79,7 +80,8 @@ def spans_in(request: ExportTraceServiceRequest) -> list[Span]:
 class OtlpReceiver:
     """Listens on loopback. `status` is what it answers; `stall()` lets exports wait until `resume()`."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+        self._scheme = "http" if tls is None else "https"
         self.status = 200
         self.headers: list[dict[str, str]] = []
         self.bodies: list[bytes] = []
@@ -115,6 +117,8 @@ class OtlpReceiver:
                 """A service that was killed in the middle of an export is no news."""
 
         self._server = Server(("127.0.0.1", port), Handler)
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
@@ -122,7 +126,8 @@ class OtlpReceiver:
     @property
     def environ(self) -> dict[str, str]:
         """Settings of a service that exports here, without the usual 5 s of gathering."""
-        return {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.port}", "OTEL_BSP_SCHEDULE_DELAY": "20"}
+        endpoint = f"{self._scheme}://127.0.0.1:{self.port}"
+        return {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "20"}
 
     @property
     def spans(self) -> list[Span]:

@@ -256,7 +256,7 @@ def open_span_export(sampler: HeadSampler, environ: Mapping[str, str], version: 
         except Exception as error:  # bad variables, each library in its own way: serving does not depend on it
             reason = str(error) if isinstance(error, NotSupported) else type(error).__name__
             logger.error("no spans go there", extra={"exporter": name, "reason": reason})
-    for noisy in ("urllib3", "requests"):
+    for noisy in ("httpcore", "urllib3", "requests"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if exporters:
         return SpanExport(exporters, _resource(version), sampler, environ, last_words)
@@ -282,11 +282,13 @@ def _exporter(name: str, environ: Mapping[str, str]) -> SpanExporter:
         return _grpc_exporter()
     if protocol not in (None, "", "http/protobuf"):
         raise NotSupported("OTEL_EXPORTER_OTLP_PROTOCOL takes http/protobuf and grpc")
-    return _http_exporter()
+    return _http_exporter(environ)
 
 
-def _http_exporter() -> SpanExporter:
+def _http_exporter(environ: Mapping[str, str]) -> SpanExporter:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    from app.telemetry.span_transport import HttpcoreTransport, is_able
 
     encoder = Encoder()
 
@@ -300,7 +302,7 @@ def _http_exporter() -> SpanExporter:
             sent = client.export(encoder.encode(spans).SerializeToString())
             return SpanExportResult.SUCCESS if sent.success else SpanExportResult.FAILURE
 
-    return HttpExporter()
+    return HttpExporter(_transport=HttpcoreTransport(environ)) if is_able(environ) else HttpExporter()
 
 
 def _grpc_exporter() -> SpanExporter:

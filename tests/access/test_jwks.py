@@ -11,17 +11,11 @@ import ssl
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from app.access.jwks import (
     DOCUMENT_BYTES_MAX,
@@ -40,6 +34,7 @@ from app.access.jwks import (
 )
 from app.errors import DependencyUnavailable
 from tests.access.tokens import document, ec_key, ed448_key, ed_key, jwk, rsa_key
+from tests.certificates import make_certificate
 from tests.origin import WAIT_S_MAX, Origin, Received, Reply, origin, redirect, response
 
 pytestmark = pytest.mark.anyio
@@ -474,17 +469,8 @@ async def test_issuer_without_a_trusted_certificate_is_not_believed(tmp_path: Pa
 
 def self_signed(folder: Path) -> ssl.SSLContext:
     """A server's context with a certificate for 127.0.0.1 that nobody has signed but itself."""
-    key, now = ec_key(), datetime.now(UTC)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "issuer.test")])
-    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
-    built = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    built = built.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
-    certificate = built.add_extension(address, critical=False).sign(key, hashes.SHA256())
-    pem = folder / "server.pem"
-    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    pem.write_bytes(secret + certificate.public_bytes(Encoding.PEM))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
+    context.load_cert_chain(make_certificate(folder, "127.0.0.1"))
     return context
 
 

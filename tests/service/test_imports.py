@@ -24,12 +24,13 @@ OF_PARTS = {
     "yaml": {"LIMITS_FILE": "limits.yaml"},
     "jwt": {"JWT_ISSUER": "https://issuer", "JWT_AUDIENCE": "us", "JWT_ALGORITHMS": "HS256", "JWT_SECRET": "x" * 32},
     "opentelemetry.sdk.trace": {"OTEL_TRACES_EXPORTER": "console"},
-    "requests": {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"},
+    "opentelemetry.exporter.otlp": {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"},
 }
 """Libraries that come with a setting, and the settings."""
 
-NEVER_AT_START = {"lxml", "grpc", "pydantic.v1"}
-"""What tools import that read pages, one exporter of two, and what FastAPI asks of models in a route's signature."""
+NEVER_AT_START = {"lxml", "grpc", "requests", "pydantic.v1"}
+"""What tools import that read pages, one exporter of two and what the other would send by, and what FastAPI asks of
+models in a route's signature."""
 
 
 def modules_of_service(folder: Path, **environ: str) -> set[str]:
