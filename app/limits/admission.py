@@ -57,7 +57,7 @@ class Grant:
     def give_back(self) -> None:
         """The call did not run after all."""
         if self.ask.cost:
-            self.store.give_back(self.ask._replace(spent=self.verdict))
+            self.store.give_back(self.ask.back(self.verdict))
 
     def allowances(self) -> list[Allowance]:
         """One for each limit that is enforced."""
@@ -108,7 +108,7 @@ class Asked:
         """Cancelled in the tick in which the answer came; any later answer the store gives back itself."""
         future = self.future
         if future.done() and not future.cancelled() and future.exception() is None and future.result().passes:
-            self._admission.store.give_back(self._ask._replace(spent=future.result()))
+            self._admission.store.give_back(self._ask.back(future.result()))
 
 
 class Admission:

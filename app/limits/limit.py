@@ -38,8 +38,6 @@ def counter_key(*parts: str) -> str:
     return KEY_PREFIX + digest.hexdigest()[:40]
 
 
-_NOTHING_SPENT = (0, 0, 0)
-
 SHAPES_KEPT = 4_096
 """Limits of one policy have one shape; tightened ones have their own."""
 
@@ -56,10 +54,10 @@ def _shape(kind: Kind, amount: int, period_us: int, burst: int) -> tuple[tuple[i
 
 
 @lru_cache(SHAPES_KEPT)
-def _spending(kind: Kind, amount: int, period_us: int, burst: int, cost: int) -> tuple[int, int, int]:
+def _spending(kind: Kind, amount: int, period_us: int, burst: int, cost: int) -> tuple[int, int]:
     if kind == RATE:
-        return (cost, *_span(amount, period_us, cost if cost <= burst else burst + 1))
-    return (cost, cost if cost <= amount else amount + 1, 0)
+        return _span(amount, period_us, cost if cost <= burst else burst + 1)
+    return cost if cost <= amount else amount + 1, 0
 
 
 class Limit:
@@ -83,7 +81,6 @@ class Limit:
         "period_us",
         "rule",
         "shadow",
-        "spending",
         "step",
         "window",
     )
@@ -116,19 +113,16 @@ class Limit:
         self._tightened: tuple[int, dict[int, Limit]] | None = None
         self.window, self.counter = _shape(kind, amount, period_us, burst)
         """What a full burst takes, and the counter as the script reads it."""
-        self.spending = _NOTHING_SPENT
-        """A cost and what it adds to the counter; of the last one, for calls of one tool cost the same."""
         self.fallback = self if replicas == 1 else self._part(replicas)
 
     def span(self, cost: int) -> tuple[int, int]:
         """The time that `cost` calls take at this rate: microseconds, and parts of 1/`amount` of one."""
         return _span(self.amount, self.period_us, cost)
 
-    def spend(self, cost: int) -> tuple[int, int, int]:
-        """A cost and what it adds to the counter. What never passes is told as little over the limit: all numbers stay
-        under 2**53."""
-        self.spending = _spending(self.kind, self.amount, self.period_us, self.burst, cost)
-        return self.spending
+    def spending(self, cost: int) -> tuple[int, int]:
+        """What a cost adds to the counter. What never passes is told as little over the limit: all numbers stay under
+        2**53."""
+        return _spending(self.kind, self.amount, self.period_us, self.burst, cost)
 
     def tightened(self, step: int, cost: int) -> Limit:
         """This limit at so many tenths of its rate, for calls of this cost. The same counter: a longer period and a

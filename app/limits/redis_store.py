@@ -23,7 +23,7 @@ import orjson
 from app.clients import Locate
 from app.limits.limit import RATE, Limit, counter_key
 from app.limits.redis_link import LinkLost, RedisLink
-from app.limits.store import PASSES, Ask, StoreAway, Verdict, Waiter
+from app.limits.store import PASSES, Ask, Sent, StoreAway, Verdict, Waiter
 
 logger = logging.getLogger("app.limits")
 
@@ -178,7 +178,7 @@ class RedisStore:
             if not waiter.done():
                 waiter.set_result(verdict)
             elif ask.cost and verdict.passes:  # the call was cancelled meanwhile: it never ran
-                self.give_back(ask._replace(spent=verdict))
+                self.give_back(ask.back(verdict))
         if not self._pending:
             self._quiet.set()
         elif not self._flush_due:
@@ -299,39 +299,36 @@ class RedisStore:
 
 
 def _encode(asks: Sequence[Ask]) -> tuple[list[str], bytes]:
-    """KEYS and ARGV[1] of the script. Limits of one key are one and the same; so are asks of one caller for one tool,
-    which are encoded once."""
-    position: dict[str, int] = {}
-    counters: list[tuple[int, ...]] = []
-    known: dict[int, list[int]] = {}
-    encoded: list[list[int]] = []
+    """KEYS and ARGV[1] of the script. Calls of one caller for one tool share their ask."""
+    numbers: dict[int, int] = {}
+    keys: list[str] = []
+    written: list[bytes] = []
+    order: list[int] = []
     for ask in asks:
-        one = known.get(id(ask))
-        if one is None:
-            one = known[id(ask)] = _encoded(ask, position, counters)
-        encoded.append(one)
-    return list(position), orjson.dumps((counters, encoded))
+        number = numbers.get(id(ask))
+        if number is None:
+            of_ask, one = ask.sent or _written(ask)
+            keys += of_ask
+            written.append(one)
+            number = numbers[id(ask)] = len(written)
+        order.append(number)
+    return keys, b"[[%b],%b]" % (b",".join(written), orjson.dumps(order))
 
 
-def _encoded(ask: Ask, position: dict[str, int], counters: list[tuple[int, ...]]) -> list[int]:
-    limits, cost, spent = ask
-    one = [0 if spent is None else 1]
-    for at, limit in enumerate(limits):
-        index = position.get(limit.key)
-        if index is None:
-            counters.append(limit.counter)
-            index = position[limit.key] = len(counters)
-        elif limit.step is not None and limit.window > counters[index - 1][2:]:
-            # Calls of one tick, of which one costs more or came after the load had changed: the wider window for all.
-            counters[index - 1] = limit.counter
-        known, x, y = limit.spending
-        if known != cost:
-            _, x, y = limit.spend(cost)
-        if spent is None:
-            one += (index, x, y, 0, limit.shadow)
-        elif spent.states[at][0] == PASSES:
-            one += (index, x, y, spent.now_us if limit.kind == RATE else spent.states[at][1], False)
-    return one
+def _written(ask: Ask) -> Sent:
+    keys = []
+    one: list[int] = [0 if ask.spent is None else 1]
+    for at, limit in enumerate(ask.limits):
+        token = 0
+        if ask.spent is not None:
+            status, period, _ = ask.spent.states[at]
+            if status != PASSES:
+                continue
+            token = ask.spent.now_us if limit.kind == RATE else period
+        keys.append(limit.key)
+        one += (0, *limit.counter, *limit.spending(ask.cost), token, limit.shadow)
+    ask.sent = tuple(keys), orjson.dumps(one)
+    return ask.sent
 
 
 _verdict = tuple.__new__

@@ -13,17 +13,30 @@ from app.limits.limit import Limit
 
 PASSES, REFUSES, WOULD_REFUSE = 0, 1, 2
 
+Sent = tuple[tuple[str, ...], bytes]
+"""Of an ask: the keys of its counters, and what is wanted of each."""
+
 
 class StoreAway(Exception):
     """The store did not answer in its time, or not as it should: what holds now is each limit's `on_failure`."""
 
 
-class Ask(NamedTuple):
-    """Spend `cost` at every limit, or, with the verdict that spent it, give it back. A cost of 0 is a question."""
+class Ask:
+    """Spend `cost` at every limit, or, with the verdict that spent it, give it back. A cost of 0 is a question.
 
-    limits: tuple[Limit, ...]
-    cost: int
-    spent: Verdict | None = None
+    Nothing in it changes but `sent`, which is of the store that sends it: what it sends, made once."""
+
+    __slots__ = ("cost", "limits", "sent", "spent")
+
+    def __init__(self, limits: tuple[Limit, ...], cost: int, spent: Verdict | None = None) -> None:
+        self.limits = limits
+        self.cost = cost
+        self.spent = spent
+        self.sent: Sent | None = None
+
+    def back(self, spent: Verdict) -> Ask:
+        """The ask that gives back what this one has spent."""
+        return Ask(self.limits, self.cost, spent)
 
 
 class Verdict(NamedTuple):

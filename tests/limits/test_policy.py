@@ -392,5 +392,5 @@ def test_limits_of_many_callers_share_what_is_the_same_in_all() -> None:
     policies = Policies(EACH_AND_ALL)
     one, other = (policies.bind("t", name, "c", "echo") for name in ("one", "other"))
     assert one.limits[0] is not other.limits[0]
-    assert one.limits[0].counter is other.limits[0].counter and one.limits[0].spend(3) is other.limits[0].spend(3)
+    assert one.limits[0].counter is other.limits[0].counter and one.limits[0].spending(3) is other.limits[0].spending(3)
     assert one.told is other.told

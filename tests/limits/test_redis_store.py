@@ -8,18 +8,14 @@ import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from app.clients import redis_locator
 from app.limits.redis_store import BATCH_ASKS_MAX, BATCH_COUNTERS_MAX, PENDING_MAX
 from app.limits.store import Ask, StoreAway, Verdict
+from tests.certificates import make_certificate
 from tests.limits.stores import (
     SOON_S,
     answer,
@@ -151,6 +147,17 @@ async def test_a_flushed_script_is_loaded_once_and_charges_once(each_redis: Redi
         assert store.up
 
 
+@pytest.mark.parametrize("order", [(5, 2, 2, 2, 2, 2), (2, 5, 2, 2, 2, 2), (2, 2, 2, 2, 2, 5)])
+async def test_asks_of_one_counter_in_one_tick_go_by_the_widest_window_among_them(
+    one_redis: RedisServer, order: tuple[int, ...]
+) -> None:
+    """As when the load changes while they come: who asks first must not decide for the others."""
+    async with running(one_redis.url) as store:
+        limits = {burst: rate(10, burst=burst, name=f"of {order}") for burst in order}
+        verdicts = await asyncio.gather(*(answer(store, Ask((limits[burst],), 1)) for burst in order))
+        assert [verdict.passes for verdict in verdicts] == [True] * 5 + [False]
+
+
 async def test_flushed_keys_let_one_limit_more_in_at_most(each_redis: RedisServer) -> None:
     async with running(each_redis.url) as store:
         limits = rate(10), daily(10), monthly(10)
@@ -227,7 +234,7 @@ async def test_what_is_given_back_last_of_all_still_reaches_redis(one_redis: Red
     async with running(one_redis.url) as store:
         ask = Ask((limit,), 4)
         spent = await answer(store, ask)
-        store.give_back(ask._replace(spent=spent))
+        store.give_back(ask.back(spent))
     async with running(one_redis.url) as store:
         assert used(await answer(store, Ask((limit,), 0))) == 0
 
@@ -352,31 +359,6 @@ async def behind_tls(target_port: int, certificate: Path) -> AsyncIterator[int]:
     finally:
         server.close()
         await asyncio.gather(*tasks)
-
-
-def make_certificate(folder: Path, name: str) -> Path:
-    """Its own authority, with its key, in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = folder / f"{name}.pem"
-    path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + certificate.public_bytes(serialization.Encoding.PEM)
-    )
-    return path
 
 
 @pytest.mark.parametrize(

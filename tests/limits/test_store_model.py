@@ -123,7 +123,7 @@ class BothStores(RuleBasedStateMachine):
             expected = self.memory.ask(ask)
             assert (answer.now_us, list(answer.states)) == (expected.now_us, list(expected.states))
             if ask.cost and answer.passes:
-                self.spent.append(ask._replace(spent=answer))
+                self.spent.append(ask.back(answer))
 
     @rule(data=st.data(), count=st.integers(1, 6))
     def ask(self, data: st.DataObject, count: int) -> None:
@@ -133,7 +133,7 @@ class BothStores(RuleBasedStateMachine):
                 asks.append(self.spent.pop(data.draw(st.integers(0, len(self.spent) - 1))))
             else:
                 some = data.draw(st.lists(st.sampled_from(self.limits), unique=True, min_size=1))
-                asks.append(Ask(tuple(some), data.draw(costs)))
+                asks += [Ask(tuple(some), data.draw(costs))] * data.draw(st.integers(1, 3))  # as one caller's calls do
         self.compare(asks)
 
     @rule(which=st.integers(0, 2), cost=st.integers(1, 3))

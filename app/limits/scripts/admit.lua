@@ -1,12 +1,16 @@
 -- Decides a list of asks against their counters, one after the other, each of them all or nothing.
 --
--- KEYS        one per counter, all under the hash tag {limits}
--- ARGV[1]     JSON: [counters, asks]
---   counter   [kind, amount, window_us, window_rem]: kind 0 is a rate (GCRA), 1 a daily, 2 a monthly quota
---   ask       [op, counter, x, y, token, shadow, counter, x, y, token, shadow, ...]; op 0 spends, 1 gives back
+-- KEYS        one for each counter of each ask, in their order; the same one as often as it is asked. All under the
+--             hash tag {limits}
+-- ARGV[1]     JSON: [asks, order]
+--   ask       [op, 0, kind, amount, window_us, window_rem, x, y, token, shadow, 0, kind, ...]: nine for each of its
+--             counters; op 0 spends, 1 gives back
+--             0       where the script notes which counter it is
+--             kind    0 is a rate (GCRA), 1 a daily, 2 a monthly quota
 --             x, y    rate: what the ask costs in time, microseconds and parts of 1/amount of one; quota: the cost, 0
 --             token   give back: when it was spent (rate) or in which period (quota)
 --             shadow  true: told, not enforced
+--   order     which ask is next, counted from 1: callers of one kind ask the same
 -- ARGV[2]     Unix microseconds to be believed instead of the server's clock; empty outside of tests
 --
 -- Value of a key, packed doubles:   rate   TAT in microseconds, parts of 1/amount of one, amount
@@ -48,22 +52,60 @@ while first_day(month_now + 1) <= today do month_now = month_now + 1 end
 while first_day(month_now) > today do month_now = month_now - 1 end
 
 local request = cjson.decode(ARGV[1])
-local counters, asks = request[1], request[2]
-local stored = #KEYS > 0 and redis.call('MGET', unpack(KEYS)) or {}
+local asks, order = request[1], request[2]
+
+-- Where things stand behind the begin of a counter's part of an ask.
+local KIND, AMOUNT, WINDOW_US, WINDOW_REM, X, Y, TOKEN, SHADOW, PART = 1, 2, 3, 4, 5, 6, 7, 8, 9
+
+-- Asks that name the same key mean one counter. Where their windows differ, since one costs more or came after the load
+-- had changed, the wider one holds for all.
+local keys, by, from, place, differ = {}, {}, {}, {}, false
+local n = 0
+for _, ask in ipairs(asks) do
+  for at = 2, #ask, PART do
+    n = n + 1
+    local key = KEYS[n]
+    local i = place[key]
+    if not i then
+      i = #keys + 1
+      keys[i], place[key], by[i], from[i] = key, i, ask, at
+    else
+      local us, rem = by[i][from[i] + WINDOW_US], by[i][from[i] + WINDOW_REM]
+      if ask[at + WINDOW_US] ~= us or ask[at + WINDOW_REM] ~= rem then
+        differ = true
+        if ask[at + WINDOW_US] > us or (ask[at + WINDOW_US] == us and ask[at + WINDOW_REM] > rem) then
+          by[i], from[i] = ask, at
+        end
+      end
+    end
+    ask[at] = i
+  end
+end
+if differ then
+  for _, ask in ipairs(asks) do
+    for at = 2, #ask, PART do
+      local widest, begin = by[ask[at]], from[ask[at]]
+      ask[at + WINDOW_US], ask[at + WINDOW_REM] = widest[begin + WINDOW_US], widest[begin + WINDOW_REM]
+    end
+  end
+end
+
+local stored = #keys > 0 and redis.call('MGET', unpack(keys)) or {}
 local a, b, changed, set_back = {}, {}, {}, {}
 
-for i, counter in ipairs(counters) do
-  local value = stored[i]
-  if counter[1] == 0 then
+for i, ask in ipairs(by) do
+  local value, at = stored[i], from[i]
+  local kind = ask[at + KIND]
+  if kind == 0 then
     if value then
       local amount
       a[i], b[i], amount = struct.unpack('<ddd', value)
-      if amount ~= counter[2] then -- the policy has changed: its parts of a microsecond are other ones
+      if amount ~= ask[at + AMOUNT] then -- the policy has changed: its parts of a microsecond are other ones
         a[i], b[i] = a[i] + 1, 0
       end
-      local far = now + counter[3] + 1
+      local far = now + ask[at + WINDOW_US] + 1
       if a[i] > far then -- the clock was set back: what was spent is spent, and no more than all of it
-        a[i], b[i] = far - 1, counter[4]
+        a[i], b[i] = far - 1, ask[at + WINDOW_REM]
         set_back[i] = true
       end
     else
@@ -73,7 +115,7 @@ for i, counter in ipairs(counters) do
       a[i], b[i] = now, 0
     end
   else
-    local period = counter[1] == 1 and today or month_now
+    local period = kind == 1 and today or month_now
     if value then
       a[i], b[i] = struct.unpack('<dd', value)
     else
@@ -88,46 +130,51 @@ for i, counter in ipairs(counters) do
   end
 end
 
-local function refuses(i, counter, x, y)
+local function refuses(i, ask, at)
+  local x, y = ask[at + X], ask[at + Y]
   if x == 0 and y == 0 then
     return false
   end
   if set_back[i] then -- written even when it refuses: from here on its time passes again
     changed[i] = true
   end
-  if counter[1] ~= 0 then
-    return b[i] + x > counter[2]
+  local amount = ask[at + AMOUNT]
+  if ask[at + KIND] ~= 0 then
+    return b[i] + x > amount
   end
-  local us, rem = a[i] + x - counter[3], b[i] + y - counter[4]
+  local us, rem = a[i] + x - ask[at + WINDOW_US], b[i] + y - ask[at + WINDOW_REM]
   if rem < 0 then
-    us, rem = us - 1, rem + counter[2]
-  elseif rem >= counter[2] then
-    us, rem = us + 1, rem - counter[2]
+    us, rem = us - 1, rem + amount
+  elseif rem >= amount then
+    us, rem = us + 1, rem - amount
   end
   return us > now or (us == now and rem > 0)
 end
 
-local function spend(i, counter, x, y)
+local function spend(i, ask, at)
+  local x, y = ask[at + X], ask[at + Y]
   if x == 0 and y == 0 then
     return
   end
   changed[i] = true
-  if counter[1] ~= 0 then
+  if ask[at + KIND] ~= 0 then
     b[i] = b[i] + x
     return
   end
+  local amount = ask[at + AMOUNT]
   a[i], b[i] = a[i] + x, b[i] + y
-  if b[i] >= counter[2] then
-    a[i], b[i] = a[i] + 1, b[i] - counter[2]
+  if b[i] >= amount then
+    a[i], b[i] = a[i] + 1, b[i] - amount
   end
 end
 
 -- Time that has passed since has given a part back already: only the rest may be, or calls would be let in twice.
-local function give_back(i, counter, x, y, token)
+local function give_back(i, ask, at)
+  local x, y, token = ask[at + X], ask[at + Y], ask[at + TOKEN]
   if set_back[i] then
     changed[i] = true
   end
-  if counter[1] ~= 0 then
+  if ask[at + KIND] ~= 0 then
     if a[i] == token then
       b[i] = math.max(0, b[i] - x)
       changed[i] = true
@@ -138,7 +185,7 @@ local function give_back(i, counter, x, y, token)
   if us > 0 or (us == 0 and y > 0) then
     a[i], b[i] = a[i] - us, b[i] - y
     if b[i] < 0 then
-      a[i], b[i] = a[i] - 1, b[i] + counter[2]
+      a[i], b[i] = a[i] - 1, b[i] + ask[at + AMOUNT]
     end
     if a[i] < now then
       a[i], b[i] = now, 0
@@ -148,19 +195,18 @@ local function give_back(i, counter, x, y, token)
 end
 
 local reply = {now}
-for _, ask in ipairs(asks) do
+for _, number in ipairs(order) do
+  local ask = asks[number]
   if ask[1] == 1 then
-    for at = 2, #ask, 5 do
-      local i = ask[at]
-      give_back(i, counters[i], ask[at + 1], ask[at + 2], ask[at + 3])
+    for at = 2, #ask, PART do
+      give_back(ask[at], ask, at)
     end
   else
     local first, pass = #reply, true
-    for at = 2, #ask, 5 do
-      local i = ask[at]
+    for at = 2, #ask, PART do
       local status = 0
-      if refuses(i, counters[i], ask[at + 1], ask[at + 2]) then
-        if ask[at + 4] then
+      if refuses(ask[at], ask, at) then
+        if ask[at + SHADOW] then
           status = 2
         else
           status, pass = 1, false
@@ -171,10 +217,10 @@ for _, ask in ipairs(asks) do
       reply[#reply + 1] = 0
     end
     local slot = first + 1
-    for at = 2, #ask, 5 do
+    for at = 2, #ask, PART do
       local i = ask[at]
       if pass and reply[slot] == 0 then
-        spend(i, counters[i], ask[at + 1], ask[at + 2])
+        spend(i, ask, at)
       end
       reply[slot + 1], reply[slot + 2] = a[i], b[i]
       slot = slot + 3
@@ -182,15 +228,16 @@ for _, ask in ipairs(asks) do
   end
 end
 
-for i, counter in ipairs(counters) do
+for i, ask in ipairs(by) do
   if changed[i] then
-    if counter[1] == 0 then
+    local kind, amount = ask[from[i] + KIND], ask[from[i] + AMOUNT]
+    if kind == 0 then
       local left_ms = math.ceil((a[i] - now) / 1000) + RATE_MARGIN_MS
-      redis.call('SET', KEYS[i], struct.pack('<ddd', a[i], b[i], counter[2]), 'PX', left_ms)
+      redis.call('SET', keys[i], struct.pack('<ddd', a[i], b[i], amount), 'PX', left_ms)
     else
-      local ends = counter[1] == 1 and a[i] + 1 or first_day(a[i] + 1)
+      local ends = kind == 1 and a[i] + 1 or first_day(a[i] + 1)
       local left_ms = (ends * 86400 - seconds) * 1000 + PERIOD_MARGIN_MS
-      redis.call('SET', KEYS[i], struct.pack('<dd', a[i], b[i]), 'PX', left_ms)
+      redis.call('SET', keys[i], struct.pack('<dd', a[i], b[i]), 'PX', left_ms)
     end
   end
 end
