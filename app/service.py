@@ -202,6 +202,7 @@ async def open_service(
         stack.push_async_callback(supervisor.close)
         if log is not None:
             stack.push_async_callback(log.drain, LOG_DRAIN_S)
+        stack.push_async_callback(executor.stop)
         yield service
 
 

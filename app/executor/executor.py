@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from functools import partial
+from contextvars import copy_context
 from time import perf_counter
 from typing import Any
 
@@ -24,15 +24,16 @@ from app.errors import (
     ToolServiceError,
 )
 from app.execution_log.log import NO_LOG, ExecutionLog, ToolLog
+from app.executor.on_loop import CANCELLED, UNWIND_S, LoopRun
 from app.executor.reuse import Replayed, Reuse, Wanted
-from app.executor.run import LONG_IN_PLACE_S, Run, ToolState
-from app.executor.runner import CANCELLED, Interrupt, Runner, cancelled_from_outside
+from app.executor.run import LONG_IN_PLACE_S, Run, ToolState, TurnedAway
+from app.executor.runner import Interrupt, Runner, cancelled_from_outside
 from app.executor.running import RunningCalls
-from app.executor.slots import CallSlots
+from app.executor.slots import CallSlots, NoPlace
 from app.executor.straight import StraightCall, Then
 from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission, Asked, Grant, status
-from app.limits.concurrency import QUEUE_PATIENCE_S
+from app.limits.concurrency import QUEUE_PATIENCE_S, take_all_now
 from app.limits.policy import Bound
 from app.stepping import IN_TASK, settle
 from app.telemetry.metrics import Metrics
@@ -99,26 +100,45 @@ class Executor:
         """Runs that were given up and still live."""
         return sum(state.abandoned.active for state in self._states.values())
 
-    def begin(self, call: ToolCall, then: Then) -> StraightCall | None:
-        """Run a call without a coroutine where nothing in its way can wait but the store of limits, or refuse it where
-        it would find no place to wait for a slot: under overload that has to be cheap. `then` gets its Execution,
-        before this returns or later. None: nothing was done, and `execute` is the way."""
+    def begin(self, call: ToolCall, then: Then) -> bool:
+        """Run a call without a coroutine where nothing in its way can wait but the store of limits and the tool, or
+        refuse it where it would find no place to wait for a slot. `then` gets its Execution, before this returns or
+        later. False: nothing was done, and `execute` is the way."""
         state = self._states.get(call.tool_id)
         if state is None or call.idempotency_key is not None or not state.breaker.quiet:
-            return None
+            return False
         if not self.registry.holds(state.tool):
-            return None
+            return False
         bound = self.bound(call)
-        refused: Callable[[], ToolServiceError] | None = None
-        if not (state.straight and not bound.slots and self.slots.take_now()):
-            patience_s = self._patience_s(state, self.timeout_of(call, state))
-            no_place = None if state.reused else self._call_slots.no_place(state, bound, call.caller.tenant, patience_s)
-            if no_place is None:
-                return None
-            refused = partial(no_place.refusal, bound)
-        straight = StraightCall(self, call, state, bound, then)
-        straight.begin(refused)
-        return straight
+        takes = self._take_slow_slots if state.is_slow else self.slots.take_now
+        if state.straight and not bound.slots and takes():
+            StraightCall(self, call, state, bound, then).begin()
+            return True
+        patience_s = self._patience_s(state, self.timeout_of(call, state))
+        no_place = None if state.reused else self._call_slots.no_place(state, bound, call.caller.tenant, patience_s)
+        if no_place is None:
+            return False
+        self._turn_away(call, state, bound, no_place, then)
+        return True
+
+    def _turn_away(self, call: ToolCall, state: ToolState, bound: Bound, no_place: NoPlace, then: Then) -> None:
+        """Refuse it, for what else is wrong with it if there is something. Under overload that is most of the work: it
+        is entered nowhere and has no context of its own but for what a validator may set."""
+        run = TurnedAway(call, state)
+        refusal: ToolServiceError
+        try:
+            self.calls.check(call)
+            self.registry.lookup(call.tool_id, call.caller)
+            copy_context().run(self.arguments_of, call, state.tool)
+            refusal = no_place.refusal(bound)
+        except ToolServiceError as error:
+            refusal = error
+        execution = run.ended("failed", refusal=refusal)
+        self.finish(run, execution)
+        then(execution)
+
+    def _take_slow_slots(self) -> bool:
+        return take_all_now((self.control.slow_slots, self.slots))
 
     def _patience_s(self, state: ToolState, timeout_s: float) -> float:
         return self.control.patience_s(state.hold_s, min(QUEUE_PATIENCE_S, timeout_s))
@@ -245,7 +265,7 @@ class Executor:
                         if state.in_place:
                             self.ran_in_place(state, run.run_s)
                         else:
-                            self._learn_how_long(state, run.run_s)
+                            self.learn_how_long(state, run.run_s)
             finally:
                 if not run.attempts:
                     state.log.unreserve()
@@ -262,7 +282,7 @@ class Executor:
         if run_s > LONG_IN_PLACE_S or state.long_in_place:
             state.ran_in_place(run_s)
 
-    def _learn_how_long(self, state: ToolState, run_s: float) -> None:
+    def learn_how_long(self, state: ToolState, run_s: float) -> None:
         state.hold_s = self.control.ran(state.hold_s, run_s)
         state.is_slow = self.control.is_slow(state.hold_s)
 
@@ -334,6 +354,25 @@ class Executor:
         context = self._context(call, deadline) if state.takes_context else None
         return self.runner.run_in_place(state.tool, arguments, context, deadline, call.execution_id)
 
+    def begin_run(
+        self,
+        call: ToolCall,
+        run: Run,
+        state: ToolState,
+        arguments: dict[str, Any],
+        deadline: float,
+        then: Callable[[LoopRun], None],
+    ) -> LoopRun:
+        """A tool that waits: `then` gets the run once it has ended. Raises Overloaded: nothing ran."""
+        run.attempts += 1
+        if call.deadline is not None and call.deadline < deadline:
+            deadline = call.deadline
+        try:
+            return self.runner.begin(state.tool, arguments, self._context(call, deadline), state.abandoned, then)
+        except Overloaded:
+            self._did_not_run(run)
+            raise
+
     async def _run(self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float) -> Any:
         tool = state.tool
         watcher: asyncio.Task[None] | None = None
@@ -347,15 +386,23 @@ class Executor:
                     _cancel_when_gone(call.client, run.interrupt), name=f"client-watch:{call.execution_id}"
                 )
             return await self.runner.run(tool, arguments, context, run.interrupt, state.abandoned)
-        except Overloaded:  # refused after all: nothing ran, this time
-            run.attempts -= 1
-            if not run.attempts and run.grant is not None:
-                run.grant.give_back()
-                run.grant = None
+        except Overloaded:
+            self._did_not_run(run)
             raise
         finally:
             if watcher is not None:
                 watcher.cancel()
+
+    def _did_not_run(self, run: Run) -> None:
+        """Refused after all, this time."""
+        run.attempts -= 1
+        if not run.attempts and run.grant is not None:
+            run.grant.give_back()
+            run.grant = None
+
+    async def stop(self) -> None:
+        """Cancel what still runs, at the end of the process: what was cut off has a row too. Bounded."""
+        await self.calls.cut_off(2 * UNWIND_S)
 
     def bound(self, call: ToolCall) -> Bound:
         """The limits and slots of the call. Where nobody says who calls, the agent's own name for itself does."""

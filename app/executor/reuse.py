@@ -16,8 +16,8 @@ from app.cache.results import CachedTool, Found, ResultCache
 from app.cache.singleflight import Flight, Flights, Lead, Turn
 from app.calls import Execution, ToolCall, new_execution_id
 from app.errors import TOOL_CANCELLED, TOOL_ERROR, TOOL_TIMEOUT, Failure, RunFailed
+from app.executor.on_loop import TIMED_OUT
 from app.executor.run import Run, ToolState
-from app.executor.runner import TIMED_OUT
 from app.limits.policy import Bound
 from app.tools.tool import Tool
 

@@ -88,8 +88,9 @@ class ToolState:
         """None: its results are not kept."""
         self.reused = cached is not None or (tool.spec.read_only and not tool.never_waits)
         """A call may be answered by another one's run. What never waits never runs beside another."""
-        self.straight = self.in_place and self.slots is None and self.retries is None and not self.reused
-        """Nothing in the way of a call can wait but the store of limits."""
+        on_loop = not tool.blocking and not tool.spec.cancel_on_disconnect
+        self.straight = on_loop and self.slots is None and self.retries is None and not self.reused
+        """Nothing in the way of a call can wait but the store of limits and the run itself, which nobody watches."""
 
     def ran_in_place(self, run_s: float) -> None:
         """Runs now and then that are long, by a pause of the machine's, say nothing."""
@@ -162,3 +163,11 @@ class Run(Aside):
 
     def failed(self, failed: RunFailed) -> Execution:
         return self.ended(_STATUS.get(failed.cause.category, "failed"), error=failed.cause)
+
+
+class TurnedAway(Run):
+    """A call that found no place: nobody cancels it, and it has no times."""
+
+    def __init__(self, call: ToolCall, state: ToolState) -> None:
+        self.call = call
+        self.state = state

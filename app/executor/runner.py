@@ -9,19 +9,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 from app.errors import (
     RESULT_INVALID,
     RESULT_TOO_LARGE,
-    TOOL_CANCELLED,
     TOOL_CRASHED,
     TOOL_ERROR,
-    TOOL_TIMEOUT,
     Failure,
     Overloaded,
     RunFailed,
@@ -30,14 +28,12 @@ from app.errors import (
     failure,
 )
 from app.executor.containment import contain_exits, in_tool
+from app.executor.on_loop import CANCELLED, STARTS_LATER, TIMED_OUT, UNWIND_S, LoopRun, start
 from app.executor.threads import Job, ThreadPool
 from app.telemetry.supervision import ignore_result
 from app.tools.tool import Tool, ToolContext
 
 logger = logging.getLogger("app.tools")
-
-UNWIND_S = 0.02
-"""What a cancelled tool gets to close its connections before it is abandoned."""
 
 ABANDONED_PER_TOOL_MAX = 8
 """Below the threads of the pool: one tool that hangs for ever must not take all of them."""
@@ -45,8 +41,6 @@ ABANDONED_PER_TOOL_MAX = 8
 RETRY_AFTER_MS_MAX = 86_400_000
 """A day. An agent that is told to come back later than that has been told no."""
 
-TIMED_OUT = failure(TOOL_TIMEOUT, "The tool did not finish within its deadline")
-CANCELLED = failure(TOOL_CANCELLED, "The call was cancelled")
 CRASHED = failure(TOOL_CRASHED, "The tool failed unexpectedly")
 CANCELLED_ITSELF = failure(TOOL_CRASHED, "The tool cancelled itself")
 
@@ -120,12 +114,28 @@ class Runner:
             ended = await self._in_thread(tool, arguments, context, interrupt, abandoned)
         else:
             ended = await self._on_loop(tool, arguments, context, interrupt, abandoned)
-        if ended.cancelled():
-            raise RunFailed(CANCELLED_ITSELF)
-        error = ended.exception()
-        if error is not None:
-            raise RunFailed(_cause(error, tool, context.execution_id)) from error
-        return ended.result()
+        return _returned(ended, tool, context.execution_id)
+
+    def begin(
+        self,
+        tool: Tool,
+        arguments: dict[str, Any],
+        context: ToolContext,
+        abandoned: Abandoned,
+        then: Callable[[LoopRun], None],
+    ) -> LoopRun:
+        """`run` of a tool on the loop, without a coroutine: `then` gets it once it has ended, to be asked what the tool
+        `returned`. Raises Overloaded when it could not begin: then nothing ran."""
+        abandoned.refuse_past_cap()
+        run = LoopRun(self._loop, context.deadline, partial(self._abandon, abandoned=abandoned), then)
+        run.begin(_contained(tool, arguments, context), f"tool:{tool.spec.id}")
+        return run
+
+    def returned(self, run: LoopRun, tool: Tool, execution_id: str) -> Any:
+        """Of a run that has ended. Raises RunFailed."""
+        if run.cause is not None:
+            raise RunFailed(run.cause)
+        return _returned(run.task, tool, execution_id)
 
     def encode(self, tool: Tool, value: Any) -> bytes:
         """The result as JSON bytes, checked and bounded. Raises RunFailed."""
@@ -173,9 +183,9 @@ class Runner:
         self, tool: Tool, arguments: dict[str, Any], context: ToolContext, interrupt: Interrupt, abandoned: Abandoned
     ) -> asyncio.Future[Any]:
         """The tool's task, done."""
-        task = _start(self._loop, _contained(tool, arguments, context), name=f"tool:{tool.spec.id}")
+        task = start(self._loop, _contained(tool, arguments, context), f"tool:{tool.spec.id}")
         try:
-            if _STARTS_LATER:
+            if STARTS_LATER:
                 # One turn of the loop, in which the task begins: a tool that never waits ends in it, without a timer.
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
@@ -270,6 +280,16 @@ async def _contained(tool: Tool, arguments: dict[str, Any], context: ToolContext
         raise RuntimeError(f"raised {type(error).__name__}") from error
 
 
+def _returned(ended: asyncio.Future[Any], tool: Tool, execution_id: str) -> Any:
+    """What the tool returned. Raises RunFailed."""
+    if ended.cancelled():
+        raise RunFailed(CANCELLED_ITSELF)
+    error = ended.exception()
+    if error is not None:
+        raise RunFailed(_cause(error, tool, execution_id)) from error
+    return ended.result()
+
+
 def _cause(error: BaseException, tool: Tool, execution_id: str) -> Failure:
     """What an agent may know of a tool's exception: all of a ToolError, nothing of any other."""
     if isinstance(error, ToolError):
@@ -288,13 +308,3 @@ def _told_by_tool(error: ToolError) -> Failure:
     # Built anew, because a subclass may have set a code that ToolError would not take.
     code = ToolError("", code=error.code).code
     return Failure(code, TOOL_ERROR.category, clean_text(str(error)), bool(error.retryable), retry_after_ms)
-
-
-_STARTS_LATER = sys.version_info < (3, 12)
-
-
-def _start(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-    if sys.version_info >= (3, 12):
-        # Runs until the first real wait before it returns: a tool that never waits costs 0.6 µs instead of 3.
-        return asyncio.Task(coroutine, loop=loop, name=name, eager_start=True)
-    return asyncio.Task(coroutine, loop=loop, name=name)

@@ -5,6 +5,7 @@ Knows no tool and no limit; the executor enters each call and takes it out again
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 
 from app.bus import Bus, Message
@@ -22,6 +23,7 @@ class RunningCalls:
         self._by_id: dict[str, Run] = {}
         self._by_call_id: dict[tuple[str, str, str], Run] = {}
         self._accepting = True
+        self._ended = False
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -30,22 +32,38 @@ class RunningCalls:
         """From now on every new call is refused as draining; what runs goes on."""
         self._accepting = False
 
+    async def cut_off(self, patience_s: float) -> None:
+        """Cancel all that run, and give them so long to end. Nothing comes in any more, whoever let it in before: the
+        end of one call of a batch would begin the next."""
+        self._accepting = False
+        self._ended = True
+        running = list(self._by_id.values())
+        for run in running:
+            run.cancel()
+        if running:
+            await asyncio.sleep(patience_s)
+
     def admitted(self, calls: Iterable[ToolCall]) -> list[ToolCall]:
         """Let a request's calls in together: a drain that begins later does not cut it in two. Raises Draining."""
         if not self._accepting:
             raise Draining
         return [call._replace(admitted=True) for call in calls]
 
-    def enter(self, run: Run) -> None:
-        """Raises Draining, and InvalidParams for a call_id that another one of the caller's has."""
-        call = run.call
-        if not (self._accepting or call.admitted):
+    def check(self, call: ToolCall) -> None:
+        """Whether it may come in. Raises Draining, and InvalidParams for a call_id that another one of the caller's
+        has."""
+        if not (self._accepting or (call.admitted and not self._ended)):
             raise Draining
+        if call.call_id is not None and (call.caller.tenant, call.caller.subject, call.call_id) in self._by_call_id:
+            raise InvalidParams.at("call_id", "A running call of yours has this call_id")
+
+    def enter(self, run: Run) -> None:
+        """Raises as `check` does."""
+        call = run.call
+        if call.call_id is not None or not self._accepting:
+            self.check(call)
         if call.call_id is not None:
-            key = (call.caller.tenant, call.caller.subject, call.call_id)
-            if key in self._by_call_id:
-                raise InvalidParams.at("call_id", "A running call of yours has this call_id")
-            self._by_call_id[key] = run
+            self._by_call_id[call.caller.tenant, call.caller.subject, call.call_id] = run
         self._by_id[call.execution_id] = run
 
     def leave(self, run: Run) -> None:

@@ -1,7 +1,8 @@
-"""A call whose tool never waits, from its slot to its Execution without a coroutine.
+"""A call from its slot to its Execution without a coroutine of its own.
 
-The store of limits calls it back; everything else on its way happens at once. It walks the executor's own steps in the
-executor's order: `Executor.begin` says which calls it is for, `Executor.execute` has the way of all others.
+The store of limits calls it back, and a tool that waits does; everything else on its way happens at once. It walks the
+executor's own steps in the executor's order: `Executor.begin` says which calls it is for, `Executor.execute` has the
+way of all others.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any, Protocol
 from app.breaker import SUCCEEDED
 from app.calls import CurrentCall, Execution, ToolCall, current_call
 from app.errors import InternalError, RunFailed, ToolServiceError
+from app.executor.on_loop import CANCELLED, LoopRun
 from app.executor.run import Run, ToolState
-from app.executor.runner import CANCELLED, Runner
+from app.executor.runner import Runner
 from app.executor.running import RunningCalls
+from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission
 from app.limits.concurrency import Slots
 from app.limits.policy import Bound
@@ -36,6 +39,7 @@ class Steps(Protocol):
 
     admission: Admission
     calls: RunningCalls
+    control: LoadControl
     registry: Registry
     runner: Runner
     slots: Slots
@@ -45,7 +49,17 @@ class Steps(Protocol):
     def run_in_place(
         self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float
     ) -> Any: ...
+    def begin_run(
+        self,
+        call: ToolCall,
+        run: Run,
+        state: ToolState,
+        arguments: dict[str, Any],
+        deadline: float,
+        then: Callable[[LoopRun], None],
+    ) -> LoopRun: ...
     def ran_in_place(self, state: ToolState, run_s: float) -> None: ...
+    def learn_how_long(self, state: ToolState, run_s: float) -> None: ...
     def tell_breaker(
         self, call: ToolCall, run: Run, state: ToolState, timeout_s: float, probe: None, error: BaseException
     ) -> None: ...
@@ -53,8 +67,8 @@ class Steps(Protocol):
 
 
 class StraightCall(Run):
-    """One call on the straight way. It is made with a slot in its hand and gives it back, unless it is made to be
-    refused.
+    """One call on the straight way. It is made with a slot in its hand, of slow calls too if it is one, and gives them
+    back.
 
     For the store of limits it is the waiter; it is decided once that has answered, or somebody has cancelled it."""
 
@@ -64,7 +78,9 @@ class StraightCall(Run):
     _arguments: dict[str, Any]
     _timeout_s = 0.0
     _decided = False
-    _has_slot = False
+    _on_loop: LoopRun | None = None
+    """Its run, where the tool waits."""
+    _has_slow_slot = False
     _entered = False
     _reserved = False
 
@@ -75,20 +91,17 @@ class StraightCall(Run):
         self._bound = bound
         self._then = then
 
-    def begin(self, refused: Callable[[], ToolServiceError] | None) -> None:
-        """Up to the verdict of its limits or, where none binds it, to its end; to the refusal of one that has no slot,
-        unless there is something else wrong with it."""
-        self._has_slot = refused is None
+    def begin(self) -> None:
+        """Up to the verdict of its limits or, where none binds it, to its run, and to its end where that does not
+        wait."""
+        self._has_slow_slot = self.state.is_slow
         self._context = copy_context()  # its own: what validators and tools set is seen by no other call
-        self._context.run(self._begin, refused)
+        self._context.run(self._begin)
 
-    def _begin(self, refused: Callable[[], ToolServiceError] | None) -> None:
+    def _begin(self) -> None:
         current_call.set(CurrentCall.of(self.call))
         try:
             self._prepare()
-            if refused is not None:
-                self._conclude(self.ended("failed", refusal=refused()))
-                return
             self.state.log.reserve()
             self._reserved = True
             if self._bound.limits:
@@ -98,7 +111,10 @@ class StraightCall(Run):
                     return
                 self.grant = granted  # type: ignore[assignment]  # the other of the two
             self._decided = True
-            self._conclude(self._ran())
+            if self.state.in_place:
+                self._conclude(self._ran())
+            else:
+                self._let_run()
         except Exception as error:
             self._conclude(self._refused(error))
 
@@ -135,13 +151,18 @@ class StraightCall(Run):
                 self.grant = admission.without_store(self._ask)
             else:
                 self.grant = admission.judged(self._ask, verdict, told=self._bound.told)
-            self._conclude(self._ran())
+            if self.state.in_place:
+                self._conclude(self._ran())
+            else:
+                self._let_run()
         except Exception as error:
             self._conclude(self._refused(error))
 
     # For who cancels it
 
     def cancel(self) -> bool:
+        if self._on_loop is not None:
+            return self._on_loop.cancel()
         if self._decided:
             return False
         self._decided = True
@@ -149,6 +170,28 @@ class StraightCall(Run):
         return True
 
     # Its run and its end
+
+    def _let_run(self) -> None:
+        self.started = started = perf_counter()
+        self._on_loop = self._steps.begin_run(
+            self.call, self, self.state, self._arguments, started + self._timeout_s, self._ran_on_loop
+        )
+
+    def _ran_on_loop(self, run: LoopRun) -> None:
+        steps, call, state = self._steps, self.call, self.state
+        self._on_loop = run  # on Python 3.12 it may have ended before it is known here
+        self.run_ended = ended = perf_counter()
+        self.run_s = ended - self.started
+        try:
+            steps.learn_how_long(state, self.run_s)
+            value = steps.runner.returned(run, state.tool, call.execution_id)
+            execution = self._succeeded(steps.runner.encode(state.tool, value))
+        except RunFailed as failed:
+            execution = self._failed(failed)
+        except Exception as error:
+            execution = self._refused(error)
+        self._on_loop = None
+        self._conclude(execution)
 
     def _ran(self) -> Execution:
         steps, call, state = self._steps, self.call, self.state
@@ -160,14 +203,20 @@ class StraightCall(Run):
                 self.run_ended = ended = perf_counter()
                 self.run_s = ended - started
                 steps.ran_in_place(state, self.run_s)
-            result = steps.runner.encode(state.tool, value)
+            return self._succeeded(steps.runner.encode(state.tool, value))
         except RunFailed as failed:
-            steps.tell_breaker(call, self, state, self._timeout_s, None, failed)
-            return self.failed(failed)
+            return self._failed(failed)
+
+    def _succeeded(self, result: bytes) -> Execution:
         self.encoded = perf_counter()
-        if not state.breaker.quiet:
-            state.breaker.ended(call.caller.tenant, started, SUCCEEDED, None)
+        breaker = self.state.breaker
+        if not breaker.quiet:
+            breaker.ended(self.call.caller.tenant, self.started, SUCCEEDED, None)
         return self.ended("success", result)
+
+    def _failed(self, failed: RunFailed) -> Execution:
+        self._steps.tell_breaker(self.call, self, self.state, self._timeout_s, None, failed)
+        return self.failed(failed)
 
     def _refused(self, error: Exception) -> Execution:
         if not isinstance(error, ToolServiceError):
@@ -179,8 +228,9 @@ class StraightCall(Run):
         """Its only end. Never raises: others wait in the same tick."""
         steps = self._steps
         self._decided = True
-        if self._has_slot:
-            steps.slots.release()
+        steps.slots.release()
+        if self._has_slow_slot:
+            steps.control.slow_slots.release()
         if self._reserved and not self.attempts:
             self.state.log.unreserve()
         if self._entered:

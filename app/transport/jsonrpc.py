@@ -198,13 +198,11 @@ class Dispatcher:
         methods: Mapping[str, Method],
         batch_max: int,
         answer_bytes_max: int,
-        run_bounded: Callable[..., Awaitable[None]],
         count_error: Callable[[str], None],
     ) -> None:
         self.methods = methods
         self._batch_max = batch_max
         self._answer_bytes_max = answer_bytes_max
-        self._run_bounded = run_bounded
         self._count_error = count_error
 
     def begin(self, body: bytes, context: RequestContext, then: Answered) -> Coroutine[Any, Any, bytes | None] | None:
@@ -229,21 +227,22 @@ class Dispatcher:
             wrong = "Idempotency-Key is for one call; give each request its own idempotency_key"
             return self.refused(InvalidRequest(f"Invalid request: {wrong}"), b"null", context)
         batch = _Batch(context, len(requests), AnswerBudget(self._answer_bytes_max))
-        work: list[Callable[[], Awaitable[None]]] = []
+        handled: list[asyncio.Task[None]] = []
         pause_at = perf_counter() + BEGUN_AT_ONCE_S
-        for position, request in enumerate(requests):
-            if position - batch.answered - len(work) >= BATCH_AT_ONCE:
-                await batch.next_answer()
-            asked, method = batch.begin(self, position, request)
-            if method is not None:
-                work.append(partial(asked.handled_in_batch, method))
-            if perf_counter() > pause_at:
-                await asyncio.sleep(0)
-                pause_at = perf_counter() + BEGUN_AT_ONCE_S
-        if work:
-            await IN_TASK
-            await self._run_bounded(work, min(BATCH_AT_ONCE, len(work)))
-        await batch.ended.wait()
+        try:
+            for position, request in enumerate(requests):
+                if position - batch.answered >= BATCH_AT_ONCE:
+                    await batch.next_answer()
+                asked, method = batch.begin(self, position, request)
+                if method is not None:
+                    await IN_TASK
+                    handled.append(asyncio.create_task(asked.handled_in_batch(method)))
+                if perf_counter() > pause_at:
+                    await asyncio.sleep(0)
+                    pause_at = perf_counter() + BEGUN_AT_ONCE_S
+            await batch.ended.wait()
+        finally:
+            await _end(handled)
         return batch.answer()
 
     def refused(self, error: ToolServiceError, request_id: bytes, context: RequestContext) -> bytes:
@@ -323,7 +322,12 @@ class _Asked:
             return self._failed(error)
 
     async def handled_in_batch(self, method: Method) -> None:
-        self._then(await self.handled_by(method))
+        try:
+            answer = await self.handled_by(method)
+        except asyncio.CancelledError:
+            self._then(self._failed(InternalError()))  # the others of the batch wait for every answer
+            raise
+        self._then(answer)
 
     def _answer(self, result: bytes) -> bytes | None:
         if not self._wants_answer:
@@ -335,6 +339,15 @@ class _Asked:
             logger.error("method failed", exc_info=error)
             error = InternalError()
         return self._dispatcher.refused(error, self._request_id, self._context) if self._wants_answer else None
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    """Of a batch that has ended, or is cancelled: then so are its requests."""
+    left = [task for task in tasks if not task.done()]
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left)
 
 
 class _Batch:

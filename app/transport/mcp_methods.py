@@ -13,9 +13,10 @@ from typing import Any
 
 import orjson
 
-from app.calls import Caller, Client, Execution, Progress, ToolCall, new_execution_id
+from app.calls import Caller, Execution, Progress, ToolCall, new_execution_id
 from app.errors import INVALID_PARAMS, InvalidParams, ToolServiceError
 from app.executor.executor import Executor
+from app.executor.straight import Then
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import OFF, Tracing
 from app.tools.registry import Registry, ToolFilter, decode_cursor, encode_cursor
@@ -132,9 +133,8 @@ class McpMethods:
         def written(context: RequestContext, execution: Execution) -> bytes:
             return self._written(context, execution, tool, modern=request.modern)
 
-        if self._executor.begin(call, Ending(written, context, then).of_call) is not None:
-            return None
-        return self.execute(context, call, tool, modern=request.modern)
+        begun = self._begin(context, call, tool, Ending(written, context, then).of_call, modern=request.modern)
+        return None if begun else self.execute(context, call, tool, modern=request.modern)
 
     def _asked_for(
         self, context: RequestContext, request: Request, routing: Routing, on_progress: Progress | None
@@ -194,17 +194,37 @@ class McpMethods:
         self._metrics.observe_overhead(overhead_s, kept_trace(execution))
         return written
 
-    def _run(self, context: RequestContext, call: ToolCall, tool: Tool, *, modern: bool) -> Awaitable[Execution]:
-        if not modern or context.client is None or tool.never_waits:
-            return self._executor.execute(call)
-        return self._run_watched(context.client, call)
+    def _begin(self, context: RequestContext, call: ToolCall, tool: Tool, then: Then, *, modern: bool) -> bool:
+        if not _is_watched(context, tool, modern=modern):
+            return self._executor.begin(call, then)
+        hang_up = self._hang_up(context, call)
 
-    async def _run_watched(self, client: Client, call: ToolCall) -> Execution:
-        hang_up = HangUp(client, lambda: self._executor.calls.cancel(call.caller, call.execution_id, None))
+        def ended(execution: Execution) -> None:
+            hang_up.stop()
+            then(execution)
+
+        begun = self._executor.begin(call, ended)
+        if not begun:
+            hang_up.stop()
+        return begun
+
+    async def _run(self, context: RequestContext, call: ToolCall, tool: Tool, *, modern: bool) -> Execution:
+        if not _is_watched(context, tool, modern=modern):
+            return await self._executor.execute(call)
+        hang_up = self._hang_up(context, call)
         try:
             return await self._executor.execute(call)
         finally:
             hang_up.stop()
+
+    def _hang_up(self, context: RequestContext, call: ToolCall) -> HangUp:
+        assert context.client is not None
+        return HangUp(context.client, lambda: self._executor.calls.cancel(call.caller, call.execution_id, None))
+
+
+def _is_watched(context: RequestContext, tool: Tool, *, modern: bool) -> bool:
+    """Whether a client that hangs up cancels its call."""
+    return modern and context.client is not None and not tool.never_waits
 
 
 def tool_call(

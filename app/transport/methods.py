@@ -180,7 +180,7 @@ class Methods:
             return False
         require_scope(context.caller, SCOPE_EXECUTE)
         context.call = call = tool_call(context, params.tool_id, params)
-        return self._executor.begin(call, Ending(self.written, context, then).of_call) is not None
+        return self._executor.begin(call, Ending(self.written, context, then).of_call)
 
     async def execute(self, context: RequestContext, tool_id: str, params: shapes.RestExecuteBody) -> bytes:
         """One call to its Execution, written. Raises the refusal when it did not run."""

@@ -12,6 +12,7 @@ import gc
 import logging
 import resource
 import signal
+import socket
 from collections.abc import Iterator
 
 import uvicorn
@@ -28,6 +29,8 @@ logger = logging.getLogger("app.server")
 
 FINISH_MARGIN_S = 5.0
 """After the longest deadline of a tool: what writing the answers may take."""
+
+SHUTDOWN_STEP_S = 0.05
 
 GC_THRESHOLD = 50_000
 """Young collections at uvicorn's and our rate of garbage came every few milliseconds with the default of 700."""
@@ -104,6 +107,14 @@ class Server(uvicorn.Server):
             raise_open_files()
             self._service.lifecycle.serve()
             logger.info("serving", extra={"url": http_url(self.config.host, self.port)})
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn waits for connections and for its own tasks; a call whose client has gone is in neither."""
+        loop, calls = asyncio.get_running_loop(), self._service.executor.calls
+        ends = loop.time() + (self.config.timeout_graceful_shutdown or 0)
+        await super().shutdown(sockets)
+        while len(calls) and not self.force_exit and loop.time() < ends:  # noqa: ASYNC110 - force_exit is no event
+            await asyncio.sleep(SHUTDOWN_STEP_S)
 
     @property
     def port(self) -> int:

@@ -23,7 +23,7 @@ from app.executor.executor import Executor
 from app.executor.reuse import Reuse
 from app.executor.runner import Runner
 from app.executor.threads import ThreadPool
-from app.limits.adaptive import LoadControl
+from app.limits.adaptive import LoadControl, Mode
 from app.limits.admission import Admission
 from app.limits.concurrency import Slots
 from app.limits.memory_store import MemoryStore
@@ -66,6 +66,7 @@ class Rig:
     def is_quiet(self) -> bool:
         """Nothing runs, waits or holds a slot."""
         slots = [self.slots, *(state.slots for state in self.executor._states.values() if state.slots)]
+        slots.append(self.executor.control.slow_slots)
         held = [count for one in slots for count in (one.running, one.queued)]
         return not any((*held, self.executor.concurrency, self.executor.queue_depth, self.executor.calls._by_call_id))
 
@@ -82,8 +83,10 @@ async def opened(
     keys: CacheStore | None = None,
     results: ResultCache | None = None,
     bus: Bus | None = None,
+    mode: Mode = "off",
+    breakers: bool = True,
 ) -> AsyncIterator[Rig]:
-    """A rig; when it closes, no call may have left anything behind."""
+    """A rig; when it closes, no call may have left anything behind. `mode` is that of limits that adapt."""
     metrics = Metrics()
     slots = slots or Slots(100)
     threads = threads or ThreadPool()
@@ -95,7 +98,7 @@ async def opened(
     executor = Executor(
         Registry(tools, timeout_ceiling_s=ceiling_s),
         Runner(threads, result_bytes_max, metrics.count_abandoned),
-        LoadControl(slots, "off"),
+        LoadControl(slots, mode),
         Admission(Policies(policies), store or MemoryStore()),
         None,
         reuse,
@@ -103,6 +106,7 @@ async def opened(
         http,
         metrics,
         timeout_ceiling_s=ceiling_s,
+        breakers=breakers,
     )
     rig = Rig(executor, metrics, slots, threads)
     yield rig

@@ -13,15 +13,18 @@ from pydantic import AfterValidator
 
 from app.calls import LOCAL_CALLER, Caller, Execution, ToolCall, new_execution_id
 from app.errors import DRAINING, INVALID_PARAMS, OVERLOADED, ToolError
+from app.executor.runner import ABANDONED_PER_TOOL_MAX
+from app.limits.adaptive import QUICK_S
 from app.limits.concurrency import Slots
 from app.limits.memory_store import MemoryStore
 from app.limits.policy import Policy, parse_rate
 from app.limits.store import Ask, StoreAway, Verdict, Waiter
 from app.tools.tool import FunctionTool, tool
-from tests.executor.in_process import Rig, opened
+from tests.executor.in_process import Rig, opened, until
 
 pytestmark = pytest.mark.anyio
 
+TEN_A_MINUTE = Policy(name="ten", per=("tenant",), rate=parse_rate("10/minute"))
 TWO_A_MINUTE = Policy(name="two", per=("tenant",), rate=parse_rate("2/minute"))
 
 
@@ -53,6 +56,74 @@ async def give_bytes() -> Any:
 async def wait() -> None:
     """Wait until cancelled."""
     await asyncio.Event().wait()
+
+
+@tool
+async def echo_later(message: str) -> str:
+    """Return the message after a turn of the loop."""
+    await asyncio.sleep(0)
+    return message
+
+
+@tool
+async def fail_later(how: str) -> None:
+    """Wait, and fail in one of many ways."""
+    await asyncio.sleep(0)
+    raise {"clearly": ToolError("No"), "otherwise": ValueError(), "by exit": SystemExit(3)}[how]
+
+
+@tool
+async def cancel_itself() -> None:
+    """Give up in the middle."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    await asyncio.sleep(0)
+
+
+@tool(timeout=0.005)
+async def outlast() -> None:
+    """Wait past every deadline."""
+    await asyncio.Event().wait()
+
+
+@tool(timeout=0.005)
+async def hold_the_loop() -> str:
+    """Return late, without a wait in which a deadline could be met."""
+    if NEVER:
+        await asyncio.sleep(0)
+    ends = time.perf_counter() + 0.006
+    while time.perf_counter() < ends:
+        pass
+    return "late"
+
+
+NEVER = False
+
+
+@tool(timeout=0.005)
+async def ignore_everything(gate: str) -> None:
+    """Go on when cancelled."""
+    while gate not in OPEN_GATES:
+        try:
+            await asyncio.sleep(0.002)
+        except asyncio.CancelledError:
+            pass
+
+
+OPEN_GATES: set[str] = set()
+
+
+@tool
+async def nap() -> None:
+    """Be a slow tool."""
+    await asyncio.sleep(QUICK_S * 1.2)
+
+
+@tool(read_only=True)
+async def look() -> None:
+    """Wait for what another call may bring too."""
+    await asyncio.sleep(0)
 
 
 SEEN: ContextVar[str] = ContextVar("SEEN", default="nothing")
@@ -116,7 +187,7 @@ async def known(rig: Rig, *tools: FunctionTool) -> None:
 def begun(rig: Rig, call: ToolCall) -> list[Execution]:
     """What the call comes to: in the list as soon as it has ended."""
     ended: list[Execution] = []
-    assert rig.executor.begin(call, ended.append) is not None, "not by the straight way"
+    assert rig.executor.begin(call, ended.append), "not by the straight way"
     return ended
 
 
@@ -142,6 +213,12 @@ def told(execution: Execution) -> tuple[Any, ...]:
         (fail, {}),
         (crash, {}),
         (give_bytes, {}),
+        (echo_later, {"message": "hello"}),
+        (echo_later, {"message": 1}),
+        *((fail_later, {"how": how}) for how in ("clearly", "otherwise", "by exit")),
+        (cancel_itself, {}),
+        (outlast, {}),
+        (hold_the_loop, {}),
     ],
 )
 async def test_a_call_comes_to_the_same_by_either_way(one: FunctionTool, parameters: dict[str, Any]) -> None:
@@ -162,7 +239,9 @@ async def test_a_call_comes_to_the_same_by_either_way(one: FunctionTool, paramet
         outcomes: list[Execution] = []
 
         async def straight() -> None:
-            outcomes.extend(begun(rig, call_of(one, **parameters)))
+            ended = begun(rig, call_of(one, **parameters))
+            await until(lambda: bool(ended))
+            outcomes.extend(ended)
 
         async def by_coroutine() -> None:
             outcomes.append(await rig.executor.execute(call_of(one, **parameters)))
@@ -224,7 +303,7 @@ async def test_an_answer_that_fails_harms_no_other_call_of_the_tick() -> None:
         def broken(execution: Execution) -> None:
             raise ValueError("a bug in a door")
 
-        assert rig.executor.begin(call_of(echo, message="first"), broken) is not None
+        assert rig.executor.begin(call_of(echo, message="first"), broken)
         second = begun(rig, call_of(echo, message="second"))
         store.answer()
         assert second[0].result == b'"second"'
@@ -248,17 +327,75 @@ async def test_a_call_that_finds_no_place_to_wait_is_refused_without_a_task() ->
         await asyncio.wait({running, queued})
 
 
-async def test_what_may_wait_or_is_not_known_yet_is_not_begun() -> None:
-    async with opened(echo, wait) as rig:
-        assert rig.executor.begin(call_of(echo, message="x"), lambda execution: None) is None
-        await known(rig, echo)
-        waiting = rig.start(wait)
-        await asyncio.sleep(0)
-        assert rig.executor.begin(call_of(wait), lambda execution: None) is None
+async def test_what_is_not_known_yet_or_could_be_answered_by_another_call_is_not_begun() -> None:
+    async with opened(echo, look) as rig:
+        assert not rig.executor.begin(call_of(echo, message="x"), lambda execution: None)
+        await known(rig, echo, look)
+        assert not rig.executor.begin(call_of(look), lambda execution: None)
         keyed = call_of(echo, message="x")._replace(idempotency_key="k")
-        assert rig.executor.begin(keyed, lambda execution: None) is None
-        waiting.cancel()
-        await asyncio.wait({waiting})
+        assert not rig.executor.begin(keyed, lambda execution: None)
+
+
+async def test_a_tool_that_waits_is_cancelled_by_who_may_and_by_nobody_twice() -> None:
+    async with opened(wait) as rig:
+        await known(rig, wait)
+        call = call_of(wait)
+        ended = begun(rig, call)
+        assert not rig.executor.calls.cancel(Caller("other", "s"), call.execution_id, None)
+        await asyncio.sleep(0)
+        assert rig.executor.calls.cancel(LOCAL_CALLER, call.execution_id, None)
+        assert rig.executor.calls.cancel(LOCAL_CALLER, call.execution_id, None), "it is being cancelled"
+        await until(lambda: bool(ended))
+        assert ended[0].status == "cancelled" and ended[0].attempts == 1
+        assert not rig.executor.calls.cancel(LOCAL_CALLER, call.execution_id, None)
+
+
+async def test_a_tool_that_waits_can_be_cancelled_before_its_first_step() -> None:
+    async with opened(wait) as rig:
+        await known(rig, wait)
+        call = call_of(wait)
+        ended = begun(rig, call)
+        assert rig.executor.calls.cancel(LOCAL_CALLER, call.execution_id, None)
+        await until(lambda: bool(ended))
+        assert ended[0].status == "cancelled"
+
+
+async def test_runs_that_ignore_their_end_are_left_behind_counted_and_bounded() -> None:
+    gate = new_execution_id()
+    async with opened(ignore_everything, policies=[TEN_A_MINUTE], breakers=False) as rig:
+        await known(rig, ignore_everything)
+        ended = [begun(rig, call_of(ignore_everything, gate=gate)) for _ in range(ABANDONED_PER_TOOL_MAX)]
+        try:
+            await until(lambda: all(ended))
+            abandoned = rig.executor.abandoned, rig.metrics.abandoned
+            refused = [begun(rig, call_of(ignore_everything, gate=gate))[0].refusal for _ in range(5)]
+        finally:
+            OPEN_GATES.add(gate)  # else they would keep the loop too
+        assert [one.status for [one] in ended] == ["timeout"] * ABANDONED_PER_TOOL_MAX
+        assert abandoned == (ABANDONED_PER_TOOL_MAX, ABANDONED_PER_TOOL_MAX)
+        assert [one and one.kind for one in refused] == [OVERLOADED] * 5, "and not by the limit: nothing was spent"
+        await until(lambda: not rig.executor.abandoned)
+        again = begun(rig, call_of(ignore_everything, gate=gate))
+        await until(lambda: bool(again))
+        assert again[0].status == "success"
+
+
+async def test_a_slow_call_holds_a_slot_of_slow_ones_too_and_gives_it_back() -> None:
+    async with opened(nap, mode="enforce") as rig:
+        await rig.call(nap)
+        control = rig.executor.control
+        ended = begun(rig, call_of(nap))
+        assert (rig.slots.running, control.slow_slots.running) == (1, 1)
+        await until(lambda: bool(ended))
+        assert (rig.slots.running, control.slow_slots.running) == (0, 0)
+
+
+async def test_what_still_runs_at_the_end_of_the_process_is_cut_off_and_has_its_outcome() -> None:
+    async with opened(wait) as rig:
+        await known(rig, wait)
+        ended = [begun(rig, call_of(wait)) for _ in range(3)]
+        await rig.executor.stop()
+        assert [one.status for [one] in ended] == ["cancelled"] * 3
 
 
 async def test_what_a_validator_sets_is_seen_by_no_other_call() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import signal
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +47,11 @@ def own() -> Iterator[Running]:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(64) as threads:
         yield threads
+
+
+def call_of(tool_id: str, **parameters: Any) -> dict[str, Any]:
+    params = {"tool_id": tool_id, "parameters": parameters}
+    return {"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": params}
 
 
 def post(running: Running, tool_id: str, parameters: dict[str, Any] | None = None, **params: Any) -> httpx.Response:
@@ -285,15 +292,65 @@ def test_a_running_call_is_answered_while_new_ones_are_refused_and_the_process_e
     assert running.process.wait(SOON_S) == 0
 
 
-def test_a_second_signal_ends_the_process_without_waiting_for_calls(serve: Serve, pool: ThreadPoolExecutor) -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["known", "first"])
+@pytest.mark.parametrize("tool", ["stubborn", "wait"])
+def test_a_second_signal_ends_the_process_and_cuts_off_what_runs(
+    serve: Serve, pool: ThreadPoolExecutor, tool: str, known: bool
+) -> None:
+    """It is answered as cancelled and has a row, by whichever way it went: a tool's first call goes another."""
     running = serve(TOOL_MODULES="tests.tools_for_tests", TOOL_EXECUTION_TIMEOUT="3600")
-    call = pool.submit(post, running, "stubborn", {"seconds": 3600.0})
+    if known:
+        running.execute(tool, {"seconds": 0.0})
+    call = pool.submit(post, running, tool, {"seconds": 60.0})
     until(lambda: running.metric("tool_execution_concurrency") == 1)
     running.process.send_signal(signal.SIGTERM)
     running.read_log(lambda event: event["message"] == "draining")
     running.process.send_signal(signal.SIGTERM)
     running.process.wait(SOON_S)
-    assert isinstance(call.exception(), httpx.TransportError)
+    execution = result(call.result())
+    assert execution["status"] == "cancelled"
+    with contextlib.closing(sqlite3.connect(running.folder / "agentcore.db")) as database:
+        rows = database.execute("SELECT execution_id FROM tool_executions WHERE status = 'cancelled'")
+        assert rows.fetchall() == [(execution["execution_id"],)]
+
+
+@pytest.mark.parametrize("method", ["batch", "tools.execute_batch"])
+def test_what_a_second_signal_cuts_off_is_followed_by_nothing(
+    serve: Serve, pool: ThreadPoolExecutor, method: str
+) -> None:
+    """The end of one call of a batch begins the next, and who counts on rows would not see what that did."""
+    running = serve(TOOL_MODULES="tests.tools_for_tests", DRAIN_SECONDS="30", TOOL_EXECUTION_TIMEOUT="3600")
+    running.execute("wait", {"seconds": 0.0})
+    wanted = {"tool_id": "wait", "parameters": {"seconds": 60.0}}
+    if method == "batch":
+        body: Any = [{"jsonrpc": "2.0", "id": n, "method": "tools.execute", "params": wanted} for n in range(30)]
+    else:
+        body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": {"requests": [wanted] * 30}}
+    answer = pool.submit(httpx.post, f"{running.url}/api/v1/jsonrpc", json=body, timeout=SOON_S + 60, trust_env=False)
+    until(lambda: running.metric("tool_execution_concurrency") >= 5)
+    begun = running.metric("tool_execution_concurrency")
+    running.process.send_signal(signal.SIGTERM)
+    running.read_log(lambda event: event["message"] == "draining")
+    running.process.send_signal(signal.SIGTERM)
+    running.process.wait(SOON_S)
+    with contextlib.closing(sqlite3.connect(running.folder / "agentcore.db")) as database:
+        rows = database.execute("SELECT count(*) FROM tool_executions WHERE status = 'cancelled'")
+        assert rows.fetchall() == [(begun,)]
+    assert answer.exception() is None or isinstance(answer.exception(), httpx.TransportError)
+
+
+@pytest.mark.parametrize("lane", ["true", "false"])
+def test_a_drain_waits_for_calls_whose_clients_have_gone(serve: Serve, lane: str) -> None:
+    running = serve(TOOL_MODULES="tests.tools_for_tests", PROTOCOL_LANE=lane)
+    for _ in range(2):  # then the head is known to the lane, and the tool to the executor
+        running.execute("wait", {"seconds": 0.001})
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{running.url}/api/v1/jsonrpc", json=call_of("wait", seconds=1.0), timeout=0.3, trust_env=False)
+    assert running.metric("tool_execution_concurrency") == 1
+    assert running.stop() == 0
+    with contextlib.closing(sqlite3.connect(running.folder / "agentcore.db")) as database:
+        rows = database.execute("SELECT status FROM tool_executions")
+        assert rows.fetchall() == [("success",)] * 3
 
 
 def test_a_background_task_that_ends_drains_the_process_and_fails_it(serve: Serve, pool: ThreadPoolExecutor) -> None:

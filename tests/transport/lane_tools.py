@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from typing import Any
 
-from app.calls import ToolCall
+from app.calls import ToolCall, current_call
 from app.tools.tool import tool
 from app.transport.lane import LaneRequest
 
@@ -30,8 +31,12 @@ def _door_below() -> str:
 
 
 def _door_beside() -> str:
-    """For a tool with a task of its own, while no other request runs."""
-    return "lane" if any(task.get_name() == "stepped" for task in asyncio.all_tasks()) else "asgi"
+    """For a tool with a task of its own: whether there is a request of the lane that asked for this call."""
+    current = current_call.get()
+    assert current is not None
+    requests = (one._request for one in gc.get_objects() if isinstance(one, LaneRequest))
+    calls = (request.call for request in requests if request is not None)
+    return "lane" if any(call and call.execution_id == current.execution_id for call in calls) else "asgi"
 
 
 @tool(category="custom", read_only=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import orjson
 import pytest
 
 from app.calls import LOCAL_CALLER
-from app.executor.plans import run_bounded
 from app.transport.jsonrpc import BATCH_AT_ONCE, Dispatcher, Ended, Method, RequestContext
 
 pytestmark = pytest.mark.anyio
@@ -22,6 +21,7 @@ class Late:
     def __init__(self, *, awaited: frozenset[int] = frozenset()) -> None:
         self.begun: dict[int, Ended] = {}
         self.most = 0
+        self.cancelled: set[int] = set()
         self._awaited = awaited
 
     def begin(self, context: RequestContext, params: dict[str, Any], then: Ended) -> bool:
@@ -32,7 +32,14 @@ class Late:
         return True
 
     async def handle(self, context: RequestContext, params: dict[str, Any]) -> bytes:
-        return b"%d" % params["n"]
+        ended: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.begun[params["n"]] = ended.set_result  # type: ignore[assignment]
+        self.most = max(self.most, len(self.begun))
+        try:
+            return await ended
+        except asyncio.CancelledError:
+            self.cancelled.add(params["n"])
+            raise
 
     def end(self, number: int, result: bytes | Exception) -> None:
         self.begun.pop(number)(result)
@@ -40,8 +47,7 @@ class Late:
 
 def dispatcher(late: Late, count_error: Callable[[str], None] = lambda kind: None) -> Dispatcher:
     method = Method("late", ("n",), lambda params: params, late.handle, late.begin)
-    bounded: Callable[..., Awaitable[None]] = run_bounded
-    return Dispatcher({"late": method}, 100, 1_000_000, bounded, count_error)
+    return Dispatcher({"late": method}, 100, 1_000_000, count_error)
 
 
 def answered(dispatcher: Dispatcher, body: bytes, context: RequestContext) -> asyncio.Task[bytes | None]:
@@ -55,12 +61,13 @@ def batch_of(count: int) -> bytes:
     return orjson.dumps([{"jsonrpc": "2.0", "id": n, "method": "late", "params": {"n": n}} for n in range(count)])
 
 
-async def test_a_batch_has_a_bounded_number_under_way_and_begins_the_next_as_one_is_answered() -> None:
-    late = Late(awaited=frozenset({3, 40}))
+@pytest.mark.parametrize("awaited", [{3, 40}, set(range(10)), set(range(10, 50)), set(range(0, 50, 2))], ids=len)
+async def test_a_batch_has_a_bounded_number_under_way_and_begins_the_next_as_one_is_answered(awaited: set[int]) -> None:
+    late = Late(awaited=frozenset(awaited))
     context = RequestContext(LOCAL_CALLER, 0.0)
     answer = answered(dispatcher(late), batch_of(50), context)
     ended = 0
-    while ended < 48:
+    while ended < 50:
         await asyncio.sleep(0)
         for number in list(late.begun)[:1]:
             late.end(number, b"%d" % number)
@@ -68,6 +75,17 @@ async def test_a_batch_has_a_bounded_number_under_way_and_begins_the_next_as_one
     written = await answer
     assert written is not None and late.most == BATCH_AT_ONCE
     assert [(one["id"], one["result"]) for one in orjson.loads(written)] == [(n, n) for n in range(50)]
+
+
+async def test_a_batch_that_is_cancelled_cancels_what_is_awaited_for_it() -> None:
+    late = Late(awaited=frozenset({1, 2}))
+    answer = answered(dispatcher(late), batch_of(4), RequestContext(LOCAL_CALLER, 0.0))
+    while len(late.begun) < 4:
+        await asyncio.sleep(0)
+    answer.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await answer
+    assert late.cancelled == {1, 2}
 
 
 async def test_an_answer_that_cannot_be_written_is_an_internal_error() -> None:

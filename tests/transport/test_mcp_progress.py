@@ -168,7 +168,9 @@ def test_closing_the_stream_cancels_the_call(mcp: Running) -> None:
     until(lambda: mcp.metric("tool_execution_concurrency") == 0)
 
 
-def test_closing_the_connection_before_any_answer_cancels_the_call(mcp: Running) -> None:
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_closing_the_connection_before_any_answer_cancels_the_call(mcp: Running, time: str) -> None:
+    """A tool's first call goes another way than its later ones."""
     before = ended(mcp, "wait", "cancelled")
     with hung(mcp, "wait", seconds=60):
         until(lambda: mcp.metric("tool_execution_concurrency") == 1)
@@ -176,7 +178,8 @@ def test_closing_the_connection_before_any_answer_cancels_the_call(mcp: Running)
     until(lambda: mcp.metric("tool_execution_concurrency") == 0)
 
 
-def test_in_the_legacy_era_a_call_goes_on_without_its_client(mcp: Running) -> None:
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_in_the_legacy_era_a_call_goes_on_without_its_client(mcp: Running, time: str) -> None:
     before = ended(mcp, "wait", "success")
     with hung(mcp, "wait", is_modern=False, seconds=0.5):
         until(lambda: mcp.metric("tool_execution_concurrency") == 1)
