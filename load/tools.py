@@ -18,6 +18,12 @@ async def reflect(message: str) -> dict[str, str]:
     return {"message": message}
 
 
+@tool
+def reflect_in_thread(message: str) -> dict[str, str]:
+    """Return the message from a thread, where tools run that are no coroutines."""
+    return {"message": message}
+
+
 @tool(read_only=True)
 async def spin(message: str, loops: Annotated[int, Field(ge=0, le=1_000_000)] = 0) -> dict[str, str]:
     """Return the message after as many turns of an empty loop: a slowdown of known size."""

@@ -1,7 +1,8 @@
 """`python -m load.wire`: a call with everything on beside a bare uvicorn echo, and what each part of it costs.
 
 Authentication with 200 keys, a limit and a quota in Redis, journal and PostgreSQL, metrics and 1 % tracing, by the
-protocol lane and by ASGI; single calls, batches, REST and MCP; few and many connections; small and large payloads.
+protocol lane and by ASGI; single calls, batches, REST and MCP; tools that compute, wait, take a thread; few and many
+connections; small and large payloads.
 """
 
 from __future__ import annotations
@@ -86,6 +87,23 @@ def parts(bench: Bench, bare: Running, lane: Running, asgi: Running) -> list[Tar
     return [*targets, Target("REST execute", lane, rest(bench))]
 
 
+def kinds(bench: Bench, bare: Running, lane: Running) -> list[Target]:
+    """A call by what its tool does."""
+
+    def asked(tool_id: str, **parameters: object) -> Asking:
+        params = {"tool_id": tool_id, "parameters": parameters}
+        body = orjson.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": params})
+        return Asking(body=body, right='"status":"success"', credentials=bench.credentials)
+
+    return [
+        Target("bare uvicorn echo", bare),
+        Target("computes", lane, single(bench)),
+        Target("waits a turn", lane, asked("brew", seconds=0, loops=0)),
+        Target("waits 20 ms, 256 conns", lane, asked("brew", seconds=0.02, loops=0), 256),
+        Target("in a thread", lane, asked("reflect_in_thread", message="hello world")),
+    ]
+
+
 def beside(
     bench: Bench, servers: Sequence[Running], connections: int = 64, message: str = "hello world", tool_id: str = "echo"
 ) -> list[Target]:
@@ -99,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2, help="of one round")
-    parser.add_argument("--only", choices=("parts", "connections", "payloads"), help="one of the tables")
+    parser.add_argument("--only", choices=("parts", "tools", "connections", "payloads"), help="one of the tables")
     parser.add_argument("--json", help="a file for all figures")
     options = parser.parse_args()
     with bench() as own:
@@ -109,6 +127,8 @@ def main() -> None:
         tables: dict[str, list[Target]] = {}
         if options.only in (None, "parts"):
             tables["64 connections"] = parts(own, bare, lane, asgi)
+        if options.only in (None, "tools"):
+            tables["kinds of tools, everything on"] = kinds(own, bare, lane)
         if options.only in (None, "connections"):
             for number in CONNECTIONS:
                 title = f"{number:,} connection{'s' if number > 1 else ''}"
