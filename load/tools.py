@@ -32,9 +32,9 @@ async def spin(message: str, loops: Annotated[int, Field(ge=0, le=1_000_000)] = 
     return {"message": message}
 
 
-@tool(read_only=True)
+@tool
 async def pause(seconds: Annotated[float, Field(ge=0, le=60)]) -> float:
-    """Wait for so many seconds, and return them."""
+    """Wait for so many seconds, and return them. Not read-only: equal calls at the same time would be one run."""
     await asyncio.sleep(seconds)
     return seconds
 
