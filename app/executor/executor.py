@@ -34,11 +34,11 @@ from app.executor.straight import StraightCall, Then
 from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission, Asked, Grant, status
 from app.limits.concurrency import QUEUE_PATIENCE_S, take_all_now
-from app.limits.policy import Bound
+from app.limits.policy import UNBOUND, Bound
 from app.stepping import IN_TASK, settle
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import OFF, Tracing
-from app.tools.registry import Registry
+from app.tools.registry import Registry, may_call
 from app.tools.tool import Tool, ToolContext
 
 logger = logging.getLogger("app.executor")
@@ -99,6 +99,21 @@ class Executor:
     def abandoned(self) -> int:
         """Runs that were given up and still live."""
         return sum(state.abandoned.active for state in self._states.values())
+
+    def crowded_out(self, caller: Caller, tool_id: str) -> Overloaded | None:
+        """Why a call that is not made yet would be refused at once, for want of a place to wait for a slot of the
+        process, if that is so. Under overload refusing is most of the work: such a call gets no id, and nobody looks at
+        its parameters. Not for one with an idempotency key, which may have its answer already."""
+        slots, slow_slots = self.slots, self.control.slow_slots
+        if slots.running < slots.limit and slow_slots.running < slow_slots.limit:
+            return None
+        state = self._states.get(tool_id)
+        if state is None or state.reused or not state.breaker.quiet or not self.registry.holds(state.tool):
+            return None
+        if not self.calls.accepting or not may_call(caller, state.tool.spec):
+            return None
+        no_place = self._call_slots.no_place(state, UNBOUND, caller.tenant, self._patience_s(state, state.timeout_s))
+        return None if no_place is None else no_place.refusal(UNBOUND)
 
     def begin(self, call: ToolCall, then: Then) -> bool:
         """Run a call without a coroutine where nothing in its way can wait but the store of limits and the tool, or

@@ -22,7 +22,8 @@ class RunningCalls:
         bus.listeners["cancel"] = self._cancel_for
         self._by_id: dict[str, Run] = {}
         self._by_call_id: dict[tuple[str, str, str], Run] = {}
-        self._accepting = True
+        self.accepting = True
+        """Whether new calls may come in."""
         self._ended = False
 
     def __len__(self) -> int:
@@ -30,12 +31,12 @@ class RunningCalls:
 
     def stop_accepting(self) -> None:
         """From now on every new call is refused as draining; what runs goes on."""
-        self._accepting = False
+        self.accepting = False
 
     async def cut_off(self, patience_s: float) -> None:
         """Cancel all that run, and give them so long to end. Nothing comes in any more, whoever let it in before: the
         end of one call of a batch would begin the next."""
-        self._accepting = False
+        self.accepting = False
         self._ended = True
         running = list(self._by_id.values())
         for run in running:
@@ -45,14 +46,14 @@ class RunningCalls:
 
     def admitted(self, calls: Iterable[ToolCall]) -> list[ToolCall]:
         """Let a request's calls in together: a drain that begins later does not cut it in two. Raises Draining."""
-        if not self._accepting:
+        if not self.accepting:
             raise Draining
         return [call._replace(admitted=True) for call in calls]
 
     def check(self, call: ToolCall) -> None:
         """Whether it may come in. Raises Draining, and InvalidParams for a call_id that another one of the caller's
         has."""
-        if not (self._accepting or (call.admitted and not self._ended)):
+        if not (self.accepting or (call.admitted and not self._ended)):
             raise Draining
         if call.call_id is not None and (call.caller.tenant, call.caller.subject, call.call_id) in self._by_call_id:
             raise InvalidParams.at("call_id", "A running call of yours has this call_id")
@@ -60,7 +61,7 @@ class RunningCalls:
     def enter(self, run: Run) -> None:
         """Raises as `check` does."""
         call = run.call
-        if call.call_id is not None or not self._accepting:
+        if call.call_id is not None or not self.accepting:
             self.check(call)
         if call.call_id is not None:
             self._by_call_id[call.caller.tenant, call.caller.subject, call.call_id] = run

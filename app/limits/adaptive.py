@@ -94,6 +94,10 @@ would keep those with less out of the queue altogether."""
 SLOW_HOLD_WEIGHT = 0.05
 """Of one run of a slow tool in what slow calls usually take."""
 
+SWAMPED_PART, RELIEVED_PART = 1.0, 0.5
+"""Calls refused for each that ended in a window. Past the first nobody waits for a slot: who comes next takes it within
+moments, and a queue would only be work for calls that leave it without one. Until it is at the second."""
+
 RELIEF_WINDOWS = 10
 """A second without anyone waiting or refused ends the pressure; sooner, and it would come and go with each queue."""
 
@@ -208,6 +212,8 @@ class LoadControl:
         self.enforces = mode == "enforce"
         self.pressed = False
         """Whether calls wait for slots, or did within the last second."""
+        self.swamped = False
+        """Whether so many more come than can be served that nobody waits."""
         self.quick_seen = False
         """Set by whoever runs a quick call; what is not seen for a while has nothing reserved."""
         self.factor = 1.0
@@ -258,6 +264,8 @@ class LoadControl:
         """How long a call of a tool that usually takes `hold_s` may wait for its slots."""
         if not (self.enforces and self.pressed):
             return patience_s
+        if self.swamped:
+            return 0.0
         return min(patience_s, WAIT_PART * (self._slow_hold_s if hold_s > QUICK_S else QUICK_S))
 
     def ran(self, hold_s: float, run_s: float) -> float:
@@ -307,6 +315,7 @@ class LoadControl:
         window_s, worked_s = now - self._decided_at, cpu_s - self._cpu_s
         self._decided_at, self._cpu_s = now, cpu_s
         refusing = refusing_s > REFUSING_PART * window_s
+        self._feel_swamped(refused - self._refused)
         self._learn_work(worked_s - refusing_s)
         if worked_s < CALM_PART * window_s and not dropped:
             self._gradient.learn(delay_s)
@@ -332,6 +341,12 @@ class LoadControl:
         if self.ended:
             self._work_s += WORK_WEIGHT * (worked_s / self.ended - self._work_s)
             self.ended = 0
+
+    def _feel_swamped(self, refused: int) -> None:
+        if refused > SWAMPED_PART * self.ended:
+            self.swamped = True
+        elif refused <= RELIEVED_PART * self.ended:
+            self.swamped = False
 
     def _feel_pressure(self, dropped: bool) -> None:
         self._calm_windows = 0 if dropped or self._waited else self._calm_windows + 1

@@ -98,8 +98,11 @@ class Slots:
         return turn
 
     def no_place(self, tenant: str, patience_s: float) -> str | None:
-        """Why a call that came now would find no place to wait in, if that is so. Counts nothing."""
+        """Why a call that came now, where no slot is free, would find no place to wait in, if that is so. Counts
+        nothing."""
         waiting = self._waiting
+        if patience_s <= 0:
+            return "No slot is free"
         if waiting.turns and self.expected_wait_s(tenant) > patience_s:
             return "No slot would come free in time"
         full = len(waiting.turns) >= self.queue_max and self.running >= self.limit

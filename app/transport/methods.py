@@ -179,6 +179,10 @@ class Methods:
         if context.idempotency_key is not None:
             return False
         require_scope(context.caller, SCOPE_EXECUTE)
+        if params.idempotency_key is None:
+            refusal = self._executor.crowded_out(context.caller, params.tool_id)
+            if refusal is not None:
+                raise refusal
         context.call = call = tool_call(context, params.tool_id, params)
         return self._executor.begin(call, Ending(self.written, context, then).of_call)
 

@@ -177,7 +177,7 @@ async def test_a_call_that_was_refused_leaves_its_key_free(work: Work) -> None:
     async with opened(probe) as rig:
         rig.executor.calls.stop_accepting()
         assert (await rig.call(probe, idempotency_key="k")).refusal is not None
-        rig.executor.calls._accepting = True
+        rig.executor.calls.accepting = True
         assert (await rig.call(probe, idempotency_key="k")).status == "success"
 
 

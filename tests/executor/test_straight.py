@@ -327,6 +327,26 @@ async def test_a_call_that_finds_no_place_to_wait_is_refused_without_a_task() ->
         await asyncio.wait({running, queued})
 
 
+async def test_who_would_find_no_place_is_told_so_before_there_is_a_call() -> None:
+    async with opened(wait, look, slots=Slots(1)) as rig:
+        await known(rig, look)
+        crowded_out = rig.executor.crowded_out
+        assert crowded_out(LOCAL_CALLER, "wait") is None, "a slot is free"
+        running, queued = rig.start(wait), rig.start(wait)
+        while rig.slots.queued < 1:
+            await asyncio.sleep(0)
+        refusal = crowded_out(LOCAL_CALLER, "wait")
+        assert refusal is not None and refusal.retry_after_ms is not None and rig.slots.refused == 1
+        assert crowded_out(LOCAL_CALLER, "look") is None, "it may be answered by another call's run"
+        assert crowded_out(LOCAL_CALLER, "unknown") is None
+        assert crowded_out(Caller("t", "s", tools=("ec*",)), "wait") is None, "it is told that there is none"
+        rig.executor.calls.stop_accepting()
+        assert crowded_out(LOCAL_CALLER, "wait") is None and rig.slots.refused == 1
+        for task in (running, queued):
+            task.cancel()
+        await asyncio.wait({running, queued})
+
+
 async def test_what_is_not_known_yet_or_could_be_answered_by_another_call_is_not_begun() -> None:
     async with opened(echo, look) as rig:
         assert not rig.executor.begin(call_of(echo, message="x"), lambda execution: None)

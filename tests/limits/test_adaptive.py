@@ -228,6 +228,7 @@ def test_slow_calls_that_were_let_in_before_keep_no_quick_ones_out(machine: Mach
 def test_under_pressure_nobody_waits_for_long_beside_what_calls_take(machine: Machine) -> None:
     control = machine.control(100, "enforce")
     assert control.patience_s(0.01, 1.0) == 1.0
+    control.ended = 1
     machine.window(control, refused=1)
     for _ in range(500):
         control.ran(1.0, 1.0)
@@ -237,6 +238,16 @@ def test_under_pressure_nobody_waits_for_long_beside_what_calls_take(machine: Ma
     for _ in range(RELIEF_WINDOWS + 1):
         machine.window(control)
     assert control.patience_s(0.01, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("mode", ["enforce", "shadow"])
+def test_where_more_are_refused_than_served_nobody_waits(machine: Machine, mode: Mode) -> None:
+    control = machine.control(100, mode)
+    for refused, swamped in ((10, False), (11, True), (6, True), (5, False), (11, True), (0, False)):
+        control.ended = 10
+        machine.window(control, refused=refused)
+        assert control.swamped is swamped
+        assert (control.patience_s(1.0, 1.0) == 0.0) is (swamped and mode == "enforce")
 
 
 def test_a_tool_that_load_makes_slow_is_known_as_quick_again_soon(machine: Machine) -> None:

@@ -75,6 +75,14 @@ def test_as_many_may_wait_as_may_run_unless_it_is_said_otherwise() -> None:
     assert Slots(7, queue_max=3).queue_max == 3
 
 
+async def test_who_has_no_patience_does_not_queue() -> None:
+    slots = Slots(1)
+    assert slots.take_now()
+    with pytest.raises(Overloaded, match="No slot is free"):
+        slots.wait("t", 0.0)
+    assert (slots.queued, slots.refused) == (0, 1)
+
+
 @pytest.mark.parametrize("patience_s", [0.0, -1.0, 0.01])
 async def test_patience_ends_the_wait_and_leaves_the_place_in_the_queue(patience_s: float) -> None:
     slots = Slots(1)

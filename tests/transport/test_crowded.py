@@ -1,0 +1,119 @@
+"""Where no slot is free and no place to wait for one, a call is refused before it is made, by every door alike."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app.service import Service, open_service
+from app.settings import read_settings
+from app.transport.app import create_app
+from app.transport.server import Server
+from tests.conftest import places_in
+
+pytestmark = pytest.mark.anyio
+
+Served = tuple[Service, httpx.AsyncClient]
+
+
+@pytest.fixture(params=["true", "false"], ids=["lane", "asgi"])
+async def crowded(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Served]:
+    """A service whose only slot is taken, and so is the only place to wait for it."""
+    async with serving(tmp_path, PROTOCOL_LANE=request.param, MAX_CONCURRENT_EXECUTIONS="1") as (service, client):
+        for _ in range(2):  # then the heads are known to the lane, and the tool to the executor
+            assert "result" in await rpc(client, "echo", {"message": "x"})
+            assert (await rest(client, "echo", {"message": "x"})).status_code == 200
+        slots = service.executor.slots
+        assert slots.take_now()
+        place = slots.wait("another")
+        yield service, client
+        place.cancel()
+
+
+@asynccontextmanager
+async def serving(folder: Path, **environ: str) -> AsyncIterator[Served]:
+    settings = read_settings({**environ, **places_in(folder), "DRAIN_SECONDS": "0", "AUTH_MODE": "none"})
+    async with open_service(settings) as service:
+        server = Server(create_app(service), service, "127.0.0.1", 0)
+        running = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client:
+            yield service, client
+        server.stop()
+        await running
+
+
+async def rpc(client: httpx.AsyncClient, tool_id: str, parameters: dict[str, Any], **params: Any) -> dict[str, Any]:
+    asked = {"tool_id": tool_id, "parameters": parameters, **params}
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": asked}
+    answer: dict[str, Any] = (await client.post("/api/v1/jsonrpc", json=body)).json()
+    return answer
+
+
+async def rest(client: httpx.AsyncClient, tool_id: str, parameters: dict[str, Any]) -> httpx.Response:
+    return await client.post(f"/api/v1/tools/{tool_id}/execute", json={"parameters": parameters})
+
+
+async def test_it_is_told_when_to_come_back_and_counted_once(crowded: Served) -> None:
+    service, client = crowded
+    errors, refused = service.metrics.errors["overloaded"], service.executor.slots.refused
+    error = (await rpc(client, "echo", {"message": "x"}))["error"]
+    assert error["code"] == -32006 and error["data"]["retry_after_ms"] > 0
+    assert "execution_id" not in error["data"], "there is no call"
+    answer = await rest(client, "echo", {"message": "x"})
+    assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["message"] == error["message"]
+    assert service.metrics.errors["overloaded"] == errors + 2
+    assert service.executor.slots.refused == refused + 2
+
+
+async def test_nobody_looks_at_its_parameters(crowded: Served) -> None:
+    _, client = crowded
+    assert (await rpc(client, "echo", {"unknown": 1}))["error"]["code"] == -32006
+
+
+async def test_a_tool_that_there_is_not_is_told_as_ever(crowded: Served) -> None:
+    _, client = crowded
+    assert (await rpc(client, "nothing", {}))["error"]["code"] == -32004
+
+
+async def test_each_of_a_batch_is_refused(crowded: Served) -> None:
+    _, client = crowded
+    asked = {"tool_id": "echo", "parameters": {"message": "x"}}
+    body = [{"jsonrpc": "2.0", "id": n, "method": "tools.execute", "params": asked} for n in range(3)]
+    answers = (await client.post("/api/v1/jsonrpc", json=body)).json()
+    assert [answer["error"]["code"] for answer in answers] == [-32006] * 3
+
+
+async def test_a_service_that_drains_says_so(crowded: Served) -> None:
+    service, client = crowded
+    service.executor.calls.stop_accepting()
+    answer = await rest(client, "echo", {"message": "x"})
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == -32009
+
+
+async def test_what_comes_when_a_slot_is_free_runs(crowded: Served) -> None:
+    service, client = crowded
+    service.executor.slots.release()  # to who waits
+    service.executor.slots.release()
+    answer = json.loads((await rest(client, "echo", {"message": "x"})).content)
+    assert answer["status"] == "success"
+
+
+async def test_a_result_that_is_kept_needs_no_slot(tmp_path: Path) -> None:
+    key = "a key"
+    async with serving(tmp_path, MAX_CONCURRENT_EXECUTIONS="1") as (service, client):
+        first = (await rpc(client, "echo", {"message": "x"}, idempotency_key=key))["result"]
+        assert service.executor.slots.take_now()
+        place = service.executor.slots.wait("another")
+        again = (await rpc(client, "echo", {"message": "x"}, idempotency_key=key))["result"]
+        assert again["replayed"] and again["execution_id"] == first["execution_id"]
+        place.cancel()
