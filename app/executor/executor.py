@@ -295,9 +295,11 @@ class Executor:
         control.quick_seen = True
         control.ended += 1
         if run_s > LONG_IN_PLACE_S or state.long_in_place:
-            state.ran_in_place(run_s)
+            state.ran_in_place(run_s, perf_counter())
 
     def learn_how_long(self, state: ToolState, run_s: float) -> None:
+        if state.in_place_again_at is not None:
+            state.ran_in_task(perf_counter())
         state.hold_s = self.control.ran(state.hold_s, run_s)
         state.is_slow = self.control.is_slow(state.hold_s)
 

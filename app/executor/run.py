@@ -31,6 +31,10 @@ LONG_IN_PLACE_MAX = 3
 """A tool that computes for longer, so often in a row, goes on in a task of its own: then the calls that came with it
 wait with a slot, where they are counted, limited and refused, and not in their sockets."""
 
+IN_PLACE_AGAIN_S = 10.0
+"""Then one run in place may show that it does not, and that something else held the process: a profiler, a machine that
+was short of its cores."""
+
 
 class ToolState:
     """What the executor keeps for one tool between calls."""
@@ -43,6 +47,7 @@ class ToolState:
         "harmless",
         "hold_s",
         "in_place",
+        "in_place_again_at",
         "is_slow",
         "log",
         "long_in_place",
@@ -75,6 +80,7 @@ class ToolState:
         self.in_place = tool.never_waits and not tool.spec.cancel_on_disconnect
         self.long_in_place = 0
         """Runs in a row that kept the loop."""
+        self.in_place_again_at: float | None = None
         self.timeout_s = timeout_ceiling_s if tool.spec.timeout is None else min(tool.spec.timeout, timeout_ceiling_s)
         self.breaker = breaker
         self.retries = Retries.of(tool.spec)
@@ -92,14 +98,22 @@ class ToolState:
         self.straight = on_loop and self.slots is None and self.retries is None and not self.reused
         """Nothing in the way of a call can wait but the store of limits and the run itself, which nobody watches."""
 
-    def ran_in_place(self, run_s: float) -> None:
+    def ran_in_place(self, run_s: float, now: float) -> None:
         """Runs now and then that are long, by a pause of the machine's, say nothing."""
         if run_s < LONG_IN_PLACE_S:
             self.long_in_place = 0
             return
         self.long_in_place += 1
         if self.long_in_place >= LONG_IN_PLACE_MAX:
-            self.in_place = self.straight = False
+            self.in_place = False
+            self.in_place_again_at = now + IN_PLACE_AGAIN_S
+
+    def ran_in_task(self, now: float) -> None:
+        """One more long run in place, and it is out again."""
+        if self.in_place_again_at is not None and now >= self.in_place_again_at:
+            self.in_place = True
+            self.in_place_again_at = None
+            self.long_in_place = LONG_IN_PLACE_MAX - 1
 
 
 class Run(Aside):

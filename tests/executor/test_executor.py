@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import AfterValidator
 
-from app.calls import LOCAL_CALLER, Caller, Execution
+from app.calls import LOCAL_CALLER, Caller, Execution, ToolCall, new_execution_id
 from app.errors import DRAINING, INTERNAL, INVALID_PARAMS, OVERLOADED, TOOL_NOT_FOUND, ErrorKind, ToolError
 from app.executor.run import LONG_IN_PLACE_MAX, LONG_IN_PLACE_S
 from app.executor.threads import ThreadPool
@@ -372,6 +372,11 @@ async def test_a_tool_that_computes_for_long_soon_runs_in_a_task_where_its_calls
         computed_s = 2 * LONG_IN_PLACE_S
         in_task = [(await rig.call(compute)).result for _ in range(LONG_IN_PLACE_MAX + 2)]
         assert in_task == [b"false"] * LONG_IN_PLACE_MAX + [b"true"] * 2
+        straight: list[Execution] = []
+        call = ToolCall(new_execution_id(), "compute", {}, LOCAL_CALLER, time.perf_counter())
+        assert rig.executor.begin(call, straight.append), "it waits for its turn, and takes no coroutine for that"
+        await until(lambda: bool(straight))
+        assert straight[0].result == b"true"
 
 
 async def test_a_draining_executor_refuses_new_calls_and_lets_running_ones_finish() -> None:

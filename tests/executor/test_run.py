@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.execution_log.log import NO_LOG
-from app.executor.run import LONG_IN_PLACE_MAX, LONG_IN_PLACE_S, ToolState
+from app.executor.run import IN_PLACE_AGAIN_S, LONG_IN_PLACE_MAX, LONG_IN_PLACE_S, ToolState
 from app.telemetry.metrics import ToolSeries
 from app.tools.tool import tool
 
@@ -21,6 +21,25 @@ def test_only_long_runs_in_a_row_take_a_tool_out_of_its_place(runs_s: list[float
     state = ToolState(quick, ToolSeries(), NO_LOG, 30.0)
     for run_s in runs_s:
         if state.in_place:
-            state.ran_in_place(run_s)
+            state.ran_in_place(run_s, 0.0)
     longest = max(len(part) for part in "".join("l" if s > LONG_IN_PLACE_S else "s" for s in runs_s).split("s"))
     assert state.in_place is (longest < LONG_IN_PLACE_MAX)
+
+
+@given(st.lists(st.booleans(), max_size=5))
+def test_after_a_while_one_run_in_place_says_whether_it_stays_there(long: list[bool]) -> None:
+    state = ToolState(quick, ToolSeries(), NO_LOG, 30.0)
+    now = 100.0
+    for _ in range(LONG_IN_PLACE_MAX):
+        state.ran_in_place(2 * LONG_IN_PLACE_S, now)
+    for one in long:
+        assert not state.in_place
+        state.ran_in_task(now + 0.9 * IN_PLACE_AGAIN_S)
+        assert not state.in_place
+        now += IN_PLACE_AGAIN_S
+        state.ran_in_task(now)
+        assert state.in_place
+        state.ran_in_place(LONG_IN_PLACE_S * (2 if one else 0.1), now)
+        assert state.in_place is not one
+        if not one:
+            break
