@@ -94,9 +94,12 @@ would keep those with less out of the queue altogether."""
 SLOW_HOLD_WEIGHT = 0.05
 """Of one run of a slow tool in what slow calls usually take."""
 
-SWAMPED_PART, RELIEVED_PART = 1.0, 0.5
-"""Calls refused for each that ended in a window. Past the first nobody waits for a slot: who comes next takes it within
-moments, and a queue would only be work for calls that leave it without one. Until it is at the second."""
+SWAMPED_MIN = 1.0
+"""Calls refused in a window, on average, that are a flood where they are more than those that end. Then nobody waits
+for a slot: who comes next takes it within moments, and a queue would only be work for calls that leave without one."""
+
+RELIEVED_PART = 0.5
+"""Of that, and it is over."""
 
 RELIEF_WINDOWS = 10
 """A second without anyone waiting or refused ends the pressure; sooner, and it would come and go with each queue."""
@@ -228,6 +231,8 @@ class LoadControl:
         self._slow_hold_s = QUICK_S
         self.ended = 0
         """Runs that have ended; counted by whoever runs them, as `ran` does."""
+        self._refusals = 0.0
+        self._ends = 0.0
         self._work_s = 0.0
         self._delays_s = 0.0
         self._delays = 0
@@ -343,9 +348,12 @@ class LoadControl:
             self.ended = 0
 
     def _feel_swamped(self, refused: int) -> None:
-        if refused > SWAMPED_PART * self.ended:
+        self._refusals += SMOOTHING * (refused - self._refusals)
+        self._ends += SMOOTHING * (self.ended - self._ends)
+        flood = max(SWAMPED_MIN, self._ends)
+        if self._refusals > flood:
             self.swamped = True
-        elif refused <= RELIEVED_PART * self.ended:
+        elif self._refusals <= RELIEVED_PART * flood:
             self.swamped = False
 
     def _feel_pressure(self, dropped: bool) -> None:

@@ -228,7 +228,6 @@ def test_slow_calls_that_were_let_in_before_keep_no_quick_ones_out(machine: Mach
 def test_under_pressure_nobody_waits_for_long_beside_what_calls_take(machine: Machine) -> None:
     control = machine.control(100, "enforce")
     assert control.patience_s(0.01, 1.0) == 1.0
-    control.ended = 1
     machine.window(control, refused=1)
     for _ in range(500):
         control.ran(1.0, 1.0)
@@ -243,11 +242,27 @@ def test_under_pressure_nobody_waits_for_long_beside_what_calls_take(machine: Ma
 @pytest.mark.parametrize("mode", ["enforce", "shadow"])
 def test_where_more_are_refused_than_served_nobody_waits(machine: Machine, mode: Mode) -> None:
     control = machine.control(100, mode)
-    for refused, swamped in ((10, False), (11, True), (6, True), (5, False), (11, True), (0, False)):
-        control.ended = 10
-        machine.window(control, refused=refused)
-        assert control.swamped is swamped
-        assert (control.patience_s(1.0, 1.0) == 0.0) is (swamped and mode == "enforce")
+
+    def windows(ended: int, refused: int, count: int) -> bool:
+        for _ in range(count):
+            control.ended = ended
+            machine.window(control, refused=refused)
+        assert (control.patience_s(1.0, 1.0) == 0.0) is (control.swamped and mode == "enforce")
+        return control.swamped
+
+    assert not windows(10, 9, 50)
+    assert windows(10, 100, 1), "at once"
+    assert windows(10, 8, 50), "until they are few"
+    assert not windows(10, 4, 20)
+    assert windows(0, 5, 3) and not windows(0, 0, 10), "though nothing ends, where all calls are long"
+
+
+def test_single_refusals_where_hardly_anything_ends_are_no_flood(machine: Machine) -> None:
+    """Two slots of long calls have a queue as ever."""
+    control = machine.control(2)
+    for number in range(100):
+        machine.window(control, refused=number % 2)
+        assert not control.swamped
 
 
 def test_a_tool_that_load_makes_slow_is_known_as_quick_again_soon(machine: Machine) -> None:
