@@ -34,7 +34,7 @@ from app.executor.straight import StraightCall, Then
 from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission, Asked, Grant, status
 from app.limits.concurrency import QUEUE_PATIENCE_S, take_all_now
-from app.limits.policy import UNBOUND, Bound
+from app.limits.policy import Bound
 from app.stepping import IN_TASK, settle
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import OFF, Tracing
@@ -100,10 +100,10 @@ class Executor:
         """Runs that were given up and still live."""
         return sum(state.abandoned.active for state in self._states.values())
 
-    def crowded_out(self, caller: Caller, tool_id: str) -> Overloaded | None:
-        """Why a call that is not made yet would be refused at once, for want of a place to wait for a slot of the
-        process, if that is so. Under overload refusing is most of the work: such a call gets no id, and nobody looks at
-        its parameters. Not for one with an idempotency key, which may have its answer already."""
+    def crowded_out(self, caller: Caller, tool_id: str, agent_id: str | None) -> Overloaded | None:
+        """Why a call that is not made yet would be refused at once, while the process has no slot, if that is so. Under
+        overload refusing is most of the work: such a call gets no id, and nobody looks at its parameters. Not for one
+        with an idempotency key, which may have its answer already."""
         slots, slow_slots = self.slots, self.control.slow_slots
         if slots.running < slots.limit and slow_slots.running < slow_slots.limit:
             return None
@@ -112,8 +112,9 @@ class Executor:
             return None
         if not self.calls.accepting or not may_call(caller, state.tool.spec):
             return None
-        no_place = self._call_slots.no_place(state, UNBOUND, caller.tenant, self._patience_s(state, state.timeout_s))
-        return None if no_place is None else no_place.refusal(UNBOUND)
+        bound = self._bound(caller, tool_id, agent_id)
+        no_place = self._call_slots.no_place(state, bound, caller.tenant, self._patience_s(state, state.timeout_s))
+        return None if no_place is None else no_place.refusal(bound)
 
     def begin(self, call: ToolCall, then: Then) -> bool:
         """Run a call without a coroutine where nothing in its way can wait but the store of limits and the tool, or
@@ -264,11 +265,12 @@ class Executor:
                     outcome = self.admission.admit(bound, state.cost)
                     run.grant = outcome if type(outcome) is Grant else await self._granted(outcome, run)  # type: ignore[arg-type]
                 run.started = started = perf_counter()
+                in_place = state.in_place  # what ended beside this run may change it
                 try:
                     if state.retries is not None:
                         await IN_TASK
                         value = await self._run_again(call, run, state, arguments, started + timeout_s)
-                    elif state.in_place:
+                    elif in_place:
                         value = self.run_in_place(call, run, state, arguments, started + timeout_s)
                     else:
                         await IN_TASK
@@ -277,7 +279,7 @@ class Executor:
                     run.run_ended = perf_counter()
                     if run.attempts:
                         run.run_s = run.run_ended - started - run.paused_s
-                        if state.in_place:
+                        if in_place:
                             self.ran_in_place(state, run.run_s)
                         else:
                             self.learn_how_long(state, run.run_s)
@@ -298,10 +300,10 @@ class Executor:
             state.ran_in_place(run_s, perf_counter())
 
     def learn_how_long(self, state: ToolState, run_s: float) -> None:
-        if state.in_place_again_at is not None:
-            state.ran_in_task(perf_counter())
         state.hold_s = self.control.ran(state.hold_s, run_s)
         state.is_slow = self.control.is_slow(state.hold_s)
+        if state.in_place_again_at is not None:
+            state.ran_in_task(perf_counter())
 
     def tell_breaker(
         self, call: ToolCall, run: Run, state: ToolState, timeout_s: float, probe: Probe | None, error: BaseException
@@ -422,10 +424,13 @@ class Executor:
         await self.calls.cut_off(2 * UNWIND_S)
 
     def bound(self, call: ToolCall) -> Bound:
-        """The limits and slots of the call. Where nobody says who calls, the agent's own name for itself does."""
-        caller = call.caller
-        subject = call.agent_id if caller.anonymous and call.agent_id else caller.subject
-        return self.admission.bind(caller.tenant, subject, caller.limit_class, call.tool_id)
+        """The limits and slots of the call."""
+        return self._bound(call.caller, call.tool_id, call.agent_id)
+
+    def _bound(self, caller: Caller, tool_id: str, agent_id: str | None) -> Bound:
+        """Where nobody says who calls, the agent's own name for itself does."""
+        subject = agent_id if caller.anonymous and agent_id else caller.subject
+        return self.admission.bind(caller.tenant, subject, caller.limit_class, tool_id)
 
     async def _granted(self, asked: Asked, run: Run) -> Grant:
         """What the store says to the ask, or raise the refusal."""
@@ -439,7 +444,7 @@ class Executor:
     async def look_at_limits(self, caller: Caller, tool_id: str, agent_id: str | None) -> dict[str, Any]:
         """What is left of each limit for such a call, without spending. Raises ToolNotFound, DependencyUnavailable."""
         tool = self.registry.lookup(tool_id, caller)
-        bound = self.bound(ToolCall("", tool_id, None, caller, 0.0, agent_id=agent_id))
+        bound = self._bound(caller, tool_id, agent_id)
         return status(tool_id, tool.spec.cost, await self.admission.look(bound.limits))
 
     def arguments_of(self, call: ToolCall, tool: Tool) -> dict[str, Any]:

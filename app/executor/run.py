@@ -109,11 +109,13 @@ class ToolState:
             self.in_place_again_at = now + IN_PLACE_AGAIN_S
 
     def ran_in_task(self, now: float) -> None:
-        """One more long run in place, and it is out again."""
+        """One more long run in place, and it is out again. What runs in place is not slow."""
         if self.in_place_again_at is not None and now >= self.in_place_again_at:
             self.in_place = True
             self.in_place_again_at = None
             self.long_in_place = LONG_IN_PLACE_MAX - 1
+            self.hold_s = 0.0
+            self.is_slow = False
 
 
 class Run(Aside):

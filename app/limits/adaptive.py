@@ -94,12 +94,16 @@ would keep those with less out of the queue altogether."""
 SLOW_HOLD_WEIGHT = 0.05
 """Of one run of a slow tool in what slow calls usually take."""
 
-SWAMPED_MIN = 1.0
-"""Calls refused in a window, on average, that are a flood where they are more than those that end. Then nobody waits
-for a slot: who comes next takes it within moments, and a queue would only be work for calls that leave without one."""
+FLOOD_MIN = 1.0
+"""Calls refused by some slots in a window, on average, that are a flood where they are more than those that leave. Then
+nobody waits behind calls of its own tenant: who comes next takes a slot within moments, and a queue would only be work
+for calls that leave it without one."""
+
+FLOOD_SLOTS_MIN = 32
+"""Of fewer, one that is free until the next call comes is a loss: a quarter of the time with two of them."""
 
 RELIEVED_PART = 0.5
-"""Of that, and it is over."""
+"""Of a flood, and it is over."""
 
 RELIEF_WINDOWS = 10
 """A second without anyone waiting or refused ends the pressure; sooner, and it would come and go with each queue."""
@@ -192,6 +196,28 @@ class Gradient:
         self._limit = max(self.floor, min(self._limit, (used + math.sqrt(used)) * gradient))
 
 
+class Flood:
+    """Tells slots each window whether more calls are refused by them than leave them, on average."""
+
+    __slots__ = ("_left", "_left_before", "_refused", "_refused_before", "_slots")
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._refused = self._left = 0.0
+        self._refused_before, self._left_before = slots.refused, slots.left
+
+    def look(self) -> None:
+        slots = self._slots
+        self._refused += SMOOTHING * (slots.refused - self._refused_before - self._refused)
+        self._left += SMOOTHING * (slots.left - self._left_before - self._left)
+        self._refused_before, self._left_before = slots.refused, slots.left
+        flood = max(FLOOD_MIN, self._left)
+        if slots.limit < FLOOD_SLOTS_MIN or self._refused <= RELIEVED_PART * flood:
+            slots.flooded = False
+        elif self._refused > flood:
+            slots.flooded = True
+
+
 class LoadControl:
     """Takes the samples, decides each window, and in mode `enforce` makes it hold. `run` must be running.
 
@@ -215,8 +241,6 @@ class LoadControl:
         self.enforces = mode == "enforce"
         self.pressed = False
         """Whether calls wait for slots, or did within the last second."""
-        self.swamped = False
-        """Whether so many more come than can be served that nobody waits."""
         self.quick_seen = False
         """Set by whoever runs a quick call; what is not seen for a while has nothing reserved."""
         self.factor = 1.0
@@ -231,8 +255,7 @@ class LoadControl:
         self._slow_hold_s = QUICK_S
         self.ended = 0
         """Runs that have ended; counted by whoever runs them, as `ran` does."""
-        self._refusals = 0.0
-        self._ends = 0.0
+        self._floods = Flood(self.slots), Flood(self.slow_slots)
         self._work_s = 0.0
         self._delays_s = 0.0
         self._delays = 0
@@ -269,8 +292,6 @@ class LoadControl:
         """How long a call of a tool that usually takes `hold_s` may wait for its slots."""
         if not (self.enforces and self.pressed):
             return patience_s
-        if self.swamped:
-            return 0.0
         return min(patience_s, WAIT_PART * (self._slow_hold_s if hold_s > QUICK_S else QUICK_S))
 
     def ran(self, hold_s: float, run_s: float) -> float:
@@ -320,7 +341,9 @@ class LoadControl:
         window_s, worked_s = now - self._decided_at, cpu_s - self._cpu_s
         self._decided_at, self._cpu_s = now, cpu_s
         refusing = refusing_s > REFUSING_PART * window_s
-        self._feel_swamped(refused - self._refused)
+        if self.enforces:
+            for flood in self._floods:
+                flood.look()
         self._learn_work(worked_s - refusing_s)
         if worked_s < CALM_PART * window_s and not dropped:
             self._gradient.learn(delay_s)
@@ -346,15 +369,6 @@ class LoadControl:
         if self.ended:
             self._work_s += WORK_WEIGHT * (worked_s / self.ended - self._work_s)
             self.ended = 0
-
-    def _feel_swamped(self, refused: int) -> None:
-        self._refusals += SMOOTHING * (refused - self._refusals)
-        self._ends += SMOOTHING * (self.ended - self._ends)
-        flood = max(SWAMPED_MIN, self._ends)
-        if self._refusals > flood:
-            self.swamped = True
-        elif self._refusals <= RELIEVED_PART * flood:
-            self.swamped = False
 
     def _feel_pressure(self, dropped: bool) -> None:
         self._calm_windows = 0 if dropped or self._waited else self._calm_windows + 1

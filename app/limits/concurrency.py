@@ -41,7 +41,19 @@ class Slots:
     free: `release` hands it on in the same step. `limit` is changed by `resize` alone.
     """
 
-    __slots__ = ("__weakref__", "_freed", "_handed_on", "_pace", "_waiting", "limit", "queue_max", "refused", "running")
+    __slots__ = (
+        "__weakref__",
+        "_flooded_by",
+        "_freed",
+        "_handed_on",
+        "_pace",
+        "_waiting",
+        "flooded",
+        "limit",
+        "queue_max",
+        "refused",
+        "running",
+    )
 
     def __init__(self, limit: int, queue_max: int | None = None, clock: Callable[[], float] = monotonic) -> None:
         self.limit = limit
@@ -49,6 +61,9 @@ class Slots:
         self.running = 0
         self.refused = 0
         """How many found no place or no slot in time."""
+        self.flooded = False
+        """Set by whoever watches them: nobody waits behind calls of its own tenant."""
+        self._flooded_by = ""
         self._waiting = FairQueue()
         self._freed = 0
         self._handed_on = 0
@@ -57,6 +72,11 @@ class Slots:
     @property
     def queued(self) -> int:
         return len(self._waiting.turns)
+
+    @property
+    def left(self) -> int:
+        """How many gave their slot back."""
+        return self._freed + self._handed_on
 
     def take_now(self) -> bool:
         if self.running < self.limit:
@@ -101,7 +121,8 @@ class Slots:
         """Why a call that came now, where no slot is free, would find no place to wait in, if that is so. Counts
         nothing."""
         waiting = self._waiting
-        if patience_s <= 0:
+        if self.flooded and not self._is_in_turn(tenant):
+            self._flooded_by = tenant
             return "No slot is free"
         if waiting.turns and self.expected_wait_s(tenant) > patience_s:
             return "No slot would come free in time"
@@ -111,6 +132,12 @@ class Slots:
         if full and waiting.length(tenant) + 1 >= waiting.longest:
             return "Too many calls at once"
         return None
+
+    def _is_in_turn(self, tenant: str) -> bool:
+        """In a flood one call of each tenant may wait while others want slots as well: so tenants are served in turn.
+        A tenant's own flood has no queue."""
+        others = bool(self._waiting.turns) or self._flooded_by != tenant
+        return others and not self._waiting.length(tenant)
 
     async def take(self, turn: Turn, patience_s: float) -> None:
         """Wait for `turn`. Raises Overloaded after the patience, which is never longer than the call's own deadline,

@@ -153,10 +153,6 @@ class Bound:
         return ask
 
 
-UNBOUND = Bound((), ())
-"""What no policy matches."""
-
-
 def settings_policies(rate: str | None, daily: int | None, monthly: int | None) -> tuple[Policy, ...]:
     """LIMITS_RATE for each subject, LIMITS_QUOTA_* for each tenant. Raises ValueError."""
     policies = []

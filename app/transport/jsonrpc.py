@@ -251,10 +251,12 @@ class Dispatcher:
         context.error = error
         if error.kind is DRAINING:
             context.draining = True
-        execution_id = error.execution_id
-        if execution_id is None:
-            self._count_error(error.kind.error_type)  # one with an id was counted by the executor
+        self.count(error)
         return b'{"jsonrpc":"2.0","error":%b,"id":%b}' % (orjson.dumps(error.as_error()), request_id)
+
+    def count(self, error: ToolServiceError) -> None:
+        if error.execution_id is None:
+            self._count_error(error.kind.error_type)  # one with an id was counted by the executor
 
 
 _BROKEN = b'{"jsonrpc":"2.0","error":%b,"id":%%b}' % orjson.dumps(InternalError().as_error()).replace(b"%", b"%%")
@@ -338,7 +340,10 @@ class _Asked:
         if not isinstance(error, ToolServiceError):
             logger.error("method failed", exc_info=error)
             error = InternalError()
-        return self._dispatcher.refused(error, self._request_id, self._context) if self._wants_answer else None
+        if self._wants_answer:
+            return self._dispatcher.refused(error, self._request_id, self._context)
+        self._dispatcher.count(error)
+        return None
 
 
 async def _end(tasks: list[asyncio.Task[None]]) -> None:

@@ -180,8 +180,10 @@ class Methods:
             return False
         require_scope(context.caller, SCOPE_EXECUTE)
         if params.idempotency_key is None:
-            refusal = self._executor.crowded_out(context.caller, params.tool_id)
+            refusal = self._executor.crowded_out(context.caller, params.tool_id, params.agent_id)
             if refusal is not None:
+                if context.budget is None:
+                    context.retry_after_ms = refusal.retry_after_ms
                 raise refusal
         context.call = call = tool_call(context, params.tool_id, params)
         return self._executor.begin(call, Ending(self.written, context, then).of_call)

@@ -34,11 +34,12 @@ def test_after_a_while_one_run_in_place_says_whether_it_stays_there(long: list[b
         state.ran_in_place(2 * LONG_IN_PLACE_S, now)
     for one in long:
         assert not state.in_place
+        state.hold_s, state.is_slow = 0.08, True  # as a run in a task leaves it
         state.ran_in_task(now + 0.9 * IN_PLACE_AGAIN_S)
         assert not state.in_place
         now += IN_PLACE_AGAIN_S
         state.ran_in_task(now)
-        assert state.in_place
+        assert state.in_place and not state.is_slow and state.hold_s == 0.0
         state.ran_in_place(LONG_IN_PLACE_S * (2 if one else 0.1), now)
         assert state.in_place is not one
         if not one:

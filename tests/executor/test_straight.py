@@ -331,17 +331,17 @@ async def test_who_would_find_no_place_is_told_so_before_there_is_a_call() -> No
     async with opened(wait, look, slots=Slots(1)) as rig:
         await known(rig, look)
         crowded_out = rig.executor.crowded_out
-        assert crowded_out(LOCAL_CALLER, "wait") is None, "a slot is free"
+        assert crowded_out(LOCAL_CALLER, "wait", None) is None, "a slot is free"
         running, queued = rig.start(wait), rig.start(wait)
         while rig.slots.queued < 1:
             await asyncio.sleep(0)
-        refusal = crowded_out(LOCAL_CALLER, "wait")
+        refusal = crowded_out(LOCAL_CALLER, "wait", None)
         assert refusal is not None and refusal.retry_after_ms is not None and rig.slots.refused == 1
-        assert crowded_out(LOCAL_CALLER, "look") is None, "it may be answered by another call's run"
-        assert crowded_out(LOCAL_CALLER, "unknown") is None
-        assert crowded_out(Caller("t", "s", tools=("ec*",)), "wait") is None, "it is told that there is none"
+        assert crowded_out(LOCAL_CALLER, "look", None) is None, "it may be answered by another call's run"
+        assert crowded_out(LOCAL_CALLER, "unknown", None) is None
+        assert crowded_out(Caller("t", "s", tools=("ec*",)), "wait", None) is None, "it is told that there is none"
         rig.executor.calls.stop_accepting()
-        assert crowded_out(LOCAL_CALLER, "wait") is None and rig.slots.refused == 1
+        assert crowded_out(LOCAL_CALLER, "wait", None) is None and rig.slots.refused == 1
         for task in (running, queued):
             task.cancel()
         await asyncio.wait({running, queued})
@@ -416,6 +416,17 @@ async def test_what_still_runs_at_the_end_of_the_process_is_cut_off_and_has_its_
         ended = [begun(rig, call_of(wait)) for _ in range(3)]
         await rig.executor.stop()
         assert [one.status for [one] in ended] == ["cancelled"] * 3
+
+
+async def test_a_tool_that_is_tried_in_place_again_needs_no_slot_of_the_slow() -> None:
+    async with opened(hold_the_loop, mode="enforce") as rig:
+        await known(rig, hold_the_loop)
+        state = rig.executor._states["hold_the_loop"]
+        state.in_place, state.in_place_again_at = False, 0.0  # long ago
+        state.hold_s, state.is_slow = 2 * QUICK_S, True
+        ended = begun(rig, call_of(hold_the_loop))
+        await until(lambda: bool(ended))
+        assert state.in_place and not state.is_slow
 
 
 async def test_what_a_validator_sets_is_seen_by_no_other_call() -> None:

@@ -18,6 +18,7 @@ from app.errors import Overloaded
 from app.limits.adaptive import (
     DELAY_S_MAX,
     DELAY_S_MIN,
+    FLOOD_SLOTS_MIN,
     FLOOR,
     QUICK_LATELY_WINDOWS,
     QUICK_S,
@@ -26,6 +27,7 @@ from app.limits.adaptive import (
     RELIEF_WINDOWS,
     RESERVE_PART,
     TOLERANCE,
+    Flood,
     Gradient,
     LoadControl,
     Mode,
@@ -239,30 +241,43 @@ def test_under_pressure_nobody_waits_for_long_beside_what_calls_take(machine: Ma
     assert control.patience_s(0.01, 1.0) == 1.0
 
 
+def flooded(slots: Slots, left: int, refused: int, windows: int) -> bool:
+    """After so many windows, in each of which so many left and were refused."""
+    flood = Flood(slots)
+    for _ in range(windows):
+        for _ in range(left):
+            assert slots.take_now()
+            slots.release()
+        slots.refused += refused
+        flood.look()
+    return slots.flooded
+
+
+@pytest.mark.parametrize(
+    ("left", "refused", "windows", "is_flood"),
+    [(10, 9, 50, False), (10, 100, 1, True), (10, 11, 50, True), (0, 5, 3, True), (0, 1, 100, False)],
+    ids=["fewer than leave", "a burst", "more than leave", "calls that take long", "one now and then"],
+)
+def test_more_refused_than_leave_are_a_flood(left: int, refused: int, windows: int, is_flood: bool) -> None:
+    assert flooded(Slots(FLOOD_SLOTS_MIN), left, refused, windows) is is_flood
+    assert not flooded(Slots(FLOOD_SLOTS_MIN - 1), left, refused, windows), "a few slots have a queue as ever"
+
+
+def test_a_flood_is_over_when_few_are_refused() -> None:
+    slots = Slots(100)
+    slots.flooded = True
+    assert flooded(slots, 10, 8, 50), "not yet"
+    assert not flooded(slots, 10, 4, 50)
+    slots.flooded = True
+    assert not flooded(slots, 0, 0, 2), "though nothing leaves"
+
+
 @pytest.mark.parametrize("mode", ["enforce", "shadow"])
-def test_where_more_are_refused_than_served_nobody_waits(machine: Machine, mode: Mode) -> None:
+def test_a_flood_is_seen_where_limits_hold(machine: Machine, mode: Mode) -> None:
     control = machine.control(100, mode)
-
-    def windows(ended: int, refused: int, count: int) -> bool:
-        for _ in range(count):
-            control.ended = ended
-            machine.window(control, refused=refused)
-        assert (control.patience_s(1.0, 1.0) == 0.0) is (control.swamped and mode == "enforce")
-        return control.swamped
-
-    assert not windows(10, 9, 50)
-    assert windows(10, 100, 1), "at once"
-    assert windows(10, 8, 50), "until they are few"
-    assert not windows(10, 4, 20)
-    assert windows(0, 5, 3) and not windows(0, 0, 10), "though nothing ends, where all calls are long"
-
-
-def test_single_refusals_where_hardly_anything_ends_are_no_flood(machine: Machine) -> None:
-    """Two slots of long calls have a queue as ever."""
-    control = machine.control(2)
-    for number in range(100):
-        machine.window(control, refused=number % 2)
-        assert not control.swamped
+    machine.window(control, refused=100)
+    assert control.slots.flooded is (mode == "enforce")
+    assert not control.slow_slots.flooded, "each by its own"
 
 
 def test_a_tool_that_load_makes_slow_is_known_as_quick_again_soon(machine: Machine) -> None:

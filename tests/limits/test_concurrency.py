@@ -75,12 +75,24 @@ def test_as_many_may_wait_as_may_run_unless_it_is_said_otherwise() -> None:
     assert Slots(7, queue_max=3).queue_max == 3
 
 
-async def test_who_has_no_patience_does_not_queue() -> None:
-    slots = Slots(1)
-    assert slots.take_now()
+async def test_in_a_flood_a_tenant_does_not_wait_behind_itself_and_tenants_are_served_in_turn() -> None:
+    slots = Slots(2)
+    assert slots.take_now() and slots.take_now()
+    slots.flooded = True
+    first = slots.wait("one")  # nobody was refused yet
     with pytest.raises(Overloaded, match="No slot is free"):
-        slots.wait("t", 0.0)
-    assert (slots.queued, slots.refused) == (0, 1)
+        slots.wait("one")
+    second = slots.wait("two")
+    with pytest.raises(Overloaded):
+        slots.wait("two")
+    slots.release()
+    slots.release()
+    assert first.done() and second.done() and slots.queued == 0
+    with pytest.raises(Overloaded):
+        slots.wait("two")  # the last that was refused, and nobody else wants slots
+    assert slots.no_place("one", 1.0) is None and slots.no_place("one", 1.0) is None, "asked twice, the same"
+    slots.flooded = False
+    assert slots.wait("two") and slots.queued == 1
 
 
 @pytest.mark.parametrize("patience_s", [0.0, -1.0, 0.01])

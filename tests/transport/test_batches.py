@@ -11,6 +11,7 @@ import pytest
 
 from app.calls import LOCAL_CALLER
 from app.transport.jsonrpc import BATCH_AT_ONCE, Dispatcher, Ended, Method, RequestContext
+from tests.executor.in_process import until
 
 pytestmark = pytest.mark.anyio
 
@@ -66,12 +67,11 @@ async def test_a_batch_has_a_bounded_number_under_way_and_begins_the_next_as_one
     late = Late(awaited=frozenset(awaited))
     context = RequestContext(LOCAL_CALLER, 0.0)
     answer = answered(dispatcher(late), batch_of(50), context)
-    ended = 0
-    while ended < 50:
-        await asyncio.sleep(0)
-        for number in list(late.begun)[:1]:
-            late.end(number, b"%d" % number)
-            ended += 1
+    for ended in range(50):
+        under_way = min(BATCH_AT_ONCE, 50 - ended)
+        await until(lambda wanted=under_way: len(late.begun) == wanted)  # type: ignore[misc]
+        number = next(iter(late.begun))
+        late.end(number, b"%d" % number)
     written = await answer
     assert written is not None and late.most == BATCH_AT_ONCE
     assert [(one["id"], one["result"]) for one in orjson.loads(written)] == [(n, n) for n in range(50)]

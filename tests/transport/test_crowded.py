@@ -65,14 +65,26 @@ async def rest(client: httpx.AsyncClient, tool_id: str, parameters: dict[str, An
 async def test_it_is_told_when_to_come_back_and_counted_once(crowded: Served) -> None:
     service, client = crowded
     errors, refused = service.metrics.errors["overloaded"], service.executor.slots.refused
-    error = (await rpc(client, "echo", {"message": "x"}))["error"]
+    asked = {"tool_id": "echo", "parameters": {"message": "x"}}
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": asked}
+    answer = await client.post("/api/v1/jsonrpc", json=body)
+    error = answer.json()["error"]
     assert error["code"] == -32006 and error["data"]["retry_after_ms"] > 0
+    assert int(answer.headers["retry-after"]) >= 1
     assert "execution_id" not in error["data"], "there is no call"
     answer = await rest(client, "echo", {"message": "x"})
     assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
     assert answer.json()["error"]["message"] == error["message"]
     assert service.metrics.errors["overloaded"] == errors + 2
     assert service.executor.slots.refused == refused + 2
+
+
+async def test_a_notification_is_counted_too(crowded: Served) -> None:
+    service, client = crowded
+    errors = service.metrics.errors["overloaded"]
+    asked = {"tool_id": "echo", "parameters": {"message": "x"}}
+    answer = await client.post("/api/v1/jsonrpc", json={"jsonrpc": "2.0", "method": "tools.execute", "params": asked})
+    assert answer.status_code == 204 and service.metrics.errors["overloaded"] == errors + 1
 
 
 async def test_nobody_looks_at_its_parameters(crowded: Served) -> None:
