@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import resource
 import signal
 import socket
@@ -31,6 +32,14 @@ FINISH_MARGIN_S = 5.0
 """After the longest deadline of a tool: what writing the answers may take."""
 
 SHUTDOWN_STEP_S = 0.05
+
+BACKLOG = 65_535
+"""Connections that wait to be accepted: as many as the system allows (net.core.somaxconn). Who finds no place there
+comes back after a second or three, by the system's own clock."""
+
+ACCEPTED_AT_ONCE = 16
+"""Connections in one turn of the loop. libuv accepts one of each listener, so under load, with turns of 50 ms, twenty
+new callers a second were let in, and the others waited while known ones were served."""
 
 GC_THRESHOLD = 50_000
 """Young collections at uvicorn's and our rate of garbage came every few milliseconds with the default of 700."""
@@ -66,6 +75,7 @@ class Server(uvicorn.Server):
                 app,
                 host=host,
                 port=port,
+                backlog=BACKLOG,
                 loop="uvloop",
                 http=protocol_for(app, self._wire, lane=settings.protocol_lane),
                 ws="none",
@@ -103,10 +113,24 @@ class Server(uvicorn.Server):
             error = end.__context__ if isinstance(end, SystemExit) else end
             raise CannotListen(self.config.host, self.config.port, error) from error
         if self.started:
+            await self._accept_more()
             freeze_garbage()
             raise_open_files()
             self._service.lifecycle.serve()
             logger.info("serving", extra={"url": http_url(self.config.host, self.port)})
+
+    async def _accept_more(self) -> None:
+        """Each listener is there as often as connections are to be accepted at once."""
+        loop, config = asyncio.get_running_loop(), self.config
+
+        def connection() -> asyncio.Protocol:
+            protocol: type[BoundedHttpProtocol] = config.http_protocol_class  # type: ignore[assignment]
+            return protocol(config, self.server_state, self.lifespan.state)
+
+        for listener in list(self.servers[0].sockets):
+            for _ in range(ACCEPTED_AT_ONCE - 1):
+                again = socket.socket(fileno=os.dup(listener.fileno()))
+                self.servers.append(await loop.create_server(connection, sock=again, backlog=BACKLOG))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn waits for connections and for its own tasks; a call whose client has gone is in neither."""
