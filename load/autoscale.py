@@ -96,13 +96,23 @@ class Scraping(Prometheus):
     def concurrency_by_pod(self, pods: list[str]) -> dict[str, float] | None:
         """What the adapter answers to the HPA; None when it has no answer."""
         (rule,) = adapter_rules()
-        series, _, matchers = rule["seriesQuery"].partition("{")
+        series, _, _ = rule["seriesQuery"].partition("{")
         matchers = f'namespace="{NAMESPACE}",pod=~"{"|".join(pods)}"'
         try:
             rows = self.query(adapter_query(rule, series, matchers, "pod"))
         except OSError:
             return None
         return {row["metric"]["pod"]: float(row["value"][1]) for row in rows} or None
+
+    def has_seen(self, pods: list[str], since: float) -> bool:
+        """Whether it has scraped all of these after that Unix time; True where it does not answer."""
+        series, _, _ = adapter_rules()[0]["seriesQuery"].partition("{")
+        try:
+            rows = self.query(f'timestamp({series}{{namespace="{NAMESPACE}",pod=~"{"|".join(pods)}"}})')
+        except OSError:
+            return True
+        seen = {row["metric"]["pod"] for row in rows if float(row["value"][1]) > since}
+        return seen.issuperset(pods)
 
 
 @dataclass
@@ -187,6 +197,8 @@ class Cluster:
         self._cpu: dict[str, tuple[float, float]] = {}
         self._starter = ThreadPoolExecutor(2, "pods")
         self._began = time.monotonic()
+        self._moved_at = 0.0
+        """When calls last began to go to other pods than before."""
 
     @property
     def size(self) -> int:
@@ -213,8 +225,11 @@ class Cluster:
         self.prometheus.close()
 
     def step(self) -> None:
-        """One look of the controller."""
+        """One look of the controller. Calls that went from one pod to another between two scrapes would be counted at
+        both: with 60 times the haste, a scrape is as long as the controller's interval, and it waits for them."""
         self._note_ready()
+        if not self.prometheus.has_seen(self.ready, self._moved_at):
+            return
         pods = list(self._pods)
         values = self.prometheus.concurrency_by_pod(self.ready)
         by_concurrency = None if values is None else wanted_by_pods(values, pods, list(self._starting), self.target)
@@ -231,6 +246,7 @@ class Cluster:
             if started.done():
                 started.result()
                 del self._starting[pod]
+                self._moved_at = time.time()
         self.prometheus.scrape({pod: self._pods[pod].port for pod in self.ready})
 
     def _cpu_percent(self, pod: str) -> float:
@@ -253,6 +269,7 @@ class Cluster:
             self._starting[pod] = self._starter.submit(self._pods[pod].start)
         for pod in self.ready[: max(0, self.size - replicas)]:
             service = self._pods.pop(pod)  # no calls from now on
+            self._moved_at = time.time()
             self.prometheus.scrape({one: self._pods[one].port for one in self.ready})
             self._starter.submit(service.terminate)
 
