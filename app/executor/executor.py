@@ -101,11 +101,11 @@ class Executor:
         return sum(state.abandoned.active for state in self._states.values())
 
     def crowded_out(self, caller: Caller, tool_id: str, agent_id: str | None) -> Overloaded | None:
-        """Why a call that is not made yet would be refused at once, while the process has no slot, if that is so. Under
-        overload refusing is most of the work: such a call gets no id, and nobody looks at its parameters. Not for one
-        with an idempotency key, which may have its answer already."""
+        """Why a call that is not made yet would be refused at once, where the process has no slot for it, if that is
+        so. Under overload refusing is most of the work: such a call gets no id, and nobody looks at its parameters. Not
+        for one with an idempotency key, which may have its answer already."""
         slots, slow_slots = self.slots, self.control.slow_slots
-        if slots.running < slots.limit and slow_slots.running < slow_slots.limit:
+        if slots.running < slots.limit and slow_slots.running < slow_slots.limit and not self.control.shedding:
             return None
         state = self._states.get(tool_id)
         if state is None or state.reused or not state.breaker.quiet or not self.registry.holds(state.tool):
@@ -127,7 +127,8 @@ class Executor:
             return False
         bound = self.bound(call)
         takes = self._take_slow_slots if state.is_slow else self.slots.take_now
-        if state.straight and not bound.slots and takes():
+        sheds = self.control.shedding and not state.in_place
+        if state.straight and not bound.slots and not sheds and takes():
             StraightCall(self, call, state, bound, then).begin()
             return True
         patience_s = self._patience_s(state, self.timeout_of(call, state))
@@ -253,7 +254,8 @@ class Executor:
     async def _let_run(
         self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], timeout_s: float, bound: Bound
     ) -> bytes:
-        if state.slots is None and not bound.slots and not state.is_slow and self.slots.take_now():
+        of_process_alone = state.slots is None and not bound.slots and not state.is_slow
+        if of_process_alone and not self._call_slots.sheds(state) and self.slots.take_now():
             release = self.slots.release
         else:
             await IN_TASK

@@ -17,6 +17,8 @@ from app.limits.adaptive import LoadControl
 from app.limits.concurrency import Slots, SlotTable, release_all, take_all_now
 from app.limits.policy import Bound
 
+BUSY = "The service has more to compute than it can"
+
 
 class NoPlace(NamedTuple):
     """Slots in which a call finds no place, where they stand among those that it wants, and why. Holds in the step in
@@ -47,6 +49,8 @@ class CallSlots:
     async def take(self, state: ToolState, bound: Bound, run: Run, patience_s: float) -> Callable[[], None]:
         """Wait for every slot in one patience: those of policies first, so that a tenant that waits for itself holds
         nothing that others want, then the tool's, then the process's; how to give them back."""
+        if self.sheds(state):
+            raise self._control.slots.refused_for(BUSY)
         wanted = self._wanted(state, bound)
         if take_all_now(wanted):
             return lambda: release_all(wanted)
@@ -63,8 +67,14 @@ class CallSlots:
             raise
         return lambda: release_all(held)
 
+    def sheds(self, state: ToolState) -> bool:
+        """Whether a call is refused whatever slots are free. What runs in place is over before it matters."""
+        return self._control.shedding and not state.in_place
+
     def no_place(self, state: ToolState, bound: Bound, tenant: str, patience_s: float) -> NoPlace | None:
         """Why a call that came now could neither take its slots nor wait for them, if that is so. Takes nothing."""
+        if self.sheds(state):
+            return NoPlace(self._control.slots, len(bound.slots), BUSY)
         slots, place = self._first_taken(state, bound)
         message = None if slots is None else slots.no_place(tenant, self._patience_s(patience_s))
         return None if slots is None or message is None else NoPlace(slots, place, message)

@@ -14,6 +14,7 @@ from time import perf_counter, thread_time
 from typing import Literal
 
 from app.limits.concurrency import Slots
+from app.limits.lateness import Lateness
 from app.limits.limit import STEPS
 
 Mode = Literal["off", "shadow", "enforce"]
@@ -24,6 +25,12 @@ SAMPLE_S = 0.01
 WINDOW_S = 0.1
 """A decision so often: longer than most calls take, short beside the 10 s in which all must be well again. On a loop
 that is later than that, each look brings one."""
+
+SHEDDING_WINDOW_S = 0.03
+"""While calls are shed: what was let in too much goes on for as long as it takes, and each window adds to it."""
+
+SHEDDING_WORK_S = 0.001
+"""Where calls compute for less, those of some windows are no queue that anyone would notice."""
 
 DELAY_S_MIN = 0.002
 """A delay that is no overload on any machine: uvloop's timers alone are late by up to 1 ms."""
@@ -257,6 +264,10 @@ class LoadControl:
         """Runs that have ended; counted by whoever runs them, as `ran` does."""
         self._floods = Flood(self.slots), Flood(self.slow_slots)
         self._work_s = 0.0
+        self.shedding = False
+        """Calls compute so much that the loop is late already: until it is on time, those that wait or compute are
+        refused."""
+        self._lateness = Lateness(self._decided_at, self._cpu_s)
         self._delays_s = 0.0
         self._delays = 0
         self._lags_s = 0.0
@@ -318,7 +329,7 @@ class LoadControl:
             await asyncio.sleep(SAMPLE_S)
             now = self._clock()
             self.look(max(0.0, now - due))
-            if now - self._decided_at >= WINDOW_S:
+            if now - self._decided_at >= (SHEDDING_WINDOW_S if self.shedding else WINDOW_S):
                 self.decide()
 
     def look(self, lag_s: float) -> None:
@@ -328,6 +339,9 @@ class LoadControl:
         self._in_flight = max(self._in_flight, self.slots.running)
         self._quick = max(self._quick, self.slots.running - self.slow_slots.running)
         self._waited = self._waited or self.slots.queued > 0 or self.slow_slots.queued > 0
+        if self.enforces:
+            late = self._lateness.look(lag_s, self._work_s, self._clock(), self._cpu())
+            self.shedding = late and self._work_s >= SHEDDING_WORK_S and self.slots.running > FLOOR
 
     def decide(self) -> None:
         """Close the window."""

@@ -26,6 +26,8 @@ from app.limits.adaptive import (
     REFUSING_PART,
     RELIEF_WINDOWS,
     RESERVE_PART,
+    SAMPLE_S,
+    SHEDDING_WORK_S,
     TOLERANCE,
     Flood,
     Gradient,
@@ -125,6 +127,25 @@ class Machine:
 
     def control(self, limit: int, mode: Mode = "enforce", **options: Any) -> LoadControl:
         return LoadControl(Slots(limit), mode, clock=lambda: self.now, cpu=lambda: self.cpu_s, **options)
+
+    def looks(self, control: LoadControl, lag_s: float, *, busy: float = 1.0, times: int = 1) -> list[bool]:
+        """Whether calls were shed after each of so many looks."""
+        shed = []
+        for _ in range(times):
+            elapsed_s = SAMPLE_S + lag_s
+            self.now += elapsed_s
+            self.cpu_s += elapsed_s * busy
+            control.look(lag_s)
+            shed.append(control.shedding)
+        return shed
+
+    def computing(self, mode: Mode = "enforce", *, running: int = 100, work_s: float = 0.004) -> LoadControl:
+        """Of a process whose calls compute for so long each."""
+        control = self.control(1_000, mode)
+        for _ in range(100):
+            control.ended += round(0.1 * 0.5 / work_s)
+            self.window(control, 0.001, running=running, busy=0.5)
+        return control
 
     def window(
         self,
@@ -345,6 +366,51 @@ def test_where_calls_compute_for_long_a_short_queue_of_them_is_no_overload(machi
     assert limits[0] < 100 and limits[1] == 1_000
 
 
+def test_where_calls_compute_a_loop_that_is_late_sheds_within_a_quarter_of_a_second(machine: Machine) -> None:
+    """The limit needs several windows; what is let in until then keeps everyone waiting for a second."""
+    control = machine.computing()
+    assert not any(machine.looks(control, 0.001, busy=0.7, times=20))
+    began = machine.now
+    for lag_s in (0.03, 0.06, 0.09):  # twice as much as there is time for
+        machine.looks(control, lag_s)
+    assert control.shedding and machine.now - began < 0.25
+    assert not machine.looks(control, 0.001, times=5)[-1], "and lets calls in as soon as it is on time"
+
+
+def test_a_machine_that_stands_still_sheds_nobody(machine: Machine) -> None:
+    control = machine.computing()
+    assert not any(machine.looks(control, 0.1, busy=0.2, times=20))
+
+
+def test_one_late_look_after_quiet_ones_sheds_for_a_moment_at_most(machine: Machine) -> None:
+    control = machine.computing()
+    machine.looks(control, 0.001, busy=0.3, times=20)
+    machine.looks(control, 0.1)
+    assert sum(machine.looks(control, 0.001, busy=0.3, times=20)) <= 3
+
+
+@pytest.mark.parametrize(
+    "of",
+    [{"mode": "shadow"}, {"mode": "off"}, {"running": FLOOR}, {"work_s": SHEDDING_WORK_S / 2}],
+    ids=["shadow", "off", "hardly any run", "calls compute little"],
+)
+def test_nobody_is_shed_where_it_would_not_help(machine: Machine, of: dict[str, Any]) -> None:
+    control = machine.computing(**of)
+    assert not any(machine.looks(control, 0.1, times=20))
+
+
+def test_a_short_queue_of_calls_that_compute_sheds_nobody_unless_it_is_what_is_left_of_a_long_one(
+    machine: Machine,
+) -> None:
+    control = machine.computing()
+    short_s = 7 * 0.004
+    assert not any(machine.looks(control, short_s, times=20))
+    assert machine.looks(control, 20 * 0.004, times=5)[-1]
+    assert machine.looks(control, short_s, times=50)[-1]
+    assert not any(machine.looks(control, 0.001, busy=0.5, times=100)[5:])
+    assert not any(machine.looks(control, short_s, times=20)), "it is over for a second"
+
+
 def test_a_delay_that_refusals_make_takes_no_slots_away(machine: Machine) -> None:
     """Callers who come again at once keep the loop busy: with fewer slots they would keep it busier."""
     control = machine.control(1_000)
@@ -414,6 +480,11 @@ class World:
     async def call(self, kind: Kind, came: float) -> None:
         control, loop = self.control, self.loop
         slots = [control.slow_slots, control.slots] if control.is_slow(kind.hold_s) else [control.slots]
+        if control.shedding:
+            loop.burn(REFUSAL_BURNS_S)
+            control.slots.refused_for("busy")
+            self.refused.append(loop.time() - self.began)
+            return
         if not take_all_now(slots) and not await self.wait_for(slots, control.patience_s(kind.hold_s, 1.0)):
             self.refused.append(loop.time() - self.began)
             return
@@ -516,6 +587,14 @@ def test_overload_keeps_nine_tenths_of_the_peak_and_quick_tools_quick(times: int
     assert world.goodput(4, 6) >= 0.9 * peak()
     assert world.p95_s("quick", 4, 6) <= 2 * unloaded_s("quick")
     assert world.p95_s("slow", 4, 6) <= 2 * unloaded_s("slow")
+
+
+def test_the_first_seconds_of_overload_keep_quick_tools_quick_too() -> None:
+    """Until the limit is down, what is let in too much is shed."""
+    world = simulated("enforce", (0.5 * CAPACITY, 4), (2 * CAPACITY, 6))
+    for second in (4, 5, 6):
+        assert world.p95_s("quick", second, second + 1) <= 2 * unloaded_s("quick")
+    assert world.goodput(4, 10) >= 0.9 * peak()
 
 
 @pytest.mark.parametrize("kind", ["quick", "slow"])

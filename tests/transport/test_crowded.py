@@ -129,3 +129,57 @@ async def test_a_result_that_is_kept_needs_no_slot(tmp_path: Path) -> None:
         again = (await rpc(client, "echo", {"message": "x"}, idempotency_key=key))["result"]
         assert again["replayed"] and again["execution_id"] == first["execution_id"]
         place.cancel()
+
+
+@pytest.fixture(params=["true", "false"], ids=["lane", "asgi"])
+async def shedding(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Served]:
+    """A service whose loop is late by what calls compute; it has slots."""
+    async with serving(tmp_path, PROTOCOL_LANE=request.param, TOOL_MODULES="load.tools") as (service, client):
+        for tool_id, parameters in (("echo", {"message": "x"}), WAITS):
+            assert "result" in await rpc(client, tool_id, parameters)
+            assert (await rest(client, tool_id, parameters)).status_code == 200
+        service.executor.control.shedding = True
+        yield service, client
+
+
+WAITS = ("pause", {"seconds": 0.001})
+
+
+async def test_where_the_loop_is_late_what_waits_or_computes_is_refused(shedding: Served) -> None:
+    service, client = shedding
+    refused = service.executor.slots.refused
+    error = (await rpc(client, *WAITS))["error"]
+    assert error["code"] == -32006 and error["data"]["retry_after_ms"] > 0 and "compute" in error["message"]
+    assert (await rest(client, *WAITS)).status_code == 503
+    assert service.executor.slots.refused == refused + 2 and not service.executor.slots.running
+
+
+async def test_and_what_is_over_at_once_runs(shedding: Served) -> None:
+    _, client = shedding
+    assert (await rpc(client, "echo", {"message": "x"}))["result"]["status"] == "success"
+
+
+async def test_by_mcp_in_a_batch_and_by_coroutines_too(shedding: Served) -> None:
+    service, client = shedding
+    tool_id, parameters = WAITS
+    asked = {"tool_id": tool_id, "parameters": parameters}
+    body = [{"jsonrpc": "2.0", "id": n, "method": "tools.execute", "params": asked} for n in range(2)]
+    answers = (await client.post("/api/v1/jsonrpc", json=body)).json()
+    assert [answer["error"]["code"] for answer in answers] == [-32006] * 2
+    batch = {"jsonrpc": "2.0", "id": 1, "method": "tools.execute_batch", "params": {"requests": [asked]}}
+    (item,) = (await client.post("/api/v1/jsonrpc", json=batch)).json()["result"]["results"]
+    assert item["error"]["code"] == -32006
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool_id, "arguments": parameters}}
+    headers = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25"}
+    answer = (await client.post("/mcp", json=call, headers=headers)).json()
+    assert answer["result"]["isError"] and "-32006" in str(answer)
+    assert not service.executor.slots.running
+
+
+async def test_a_result_that_is_kept_is_given_all_the_same(shedding: Served) -> None:
+    service, client = shedding
+    service.executor.control.shedding = False
+    first = (await rpc(client, *WAITS, idempotency_key="a key"))["result"]
+    service.executor.control.shedding = True
+    again = (await rpc(client, *WAITS, idempotency_key="a key"))["result"]
+    assert again["replayed"] and again["execution_id"] == first["execution_id"]
