@@ -127,7 +127,7 @@ class Executor:
             return False
         bound = self.bound(call)
         takes = self._take_slow_slots if state.is_slow else self.slots.take_now
-        sheds = self.control.shedding and not state.in_place
+        sheds = self.control.shedding and self._call_slots.sheds(state)
         if state.straight and not bound.slots and not sheds and takes():
             StraightCall(self, call, state, bound, then).begin()
             return True

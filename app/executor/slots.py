@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from app.errors import Overloaded
 from app.executor.run import Run, ToolState
-from app.limits.adaptive import LoadControl
+from app.limits.adaptive import FLOOR, LoadControl
 from app.limits.concurrency import Slots, SlotTable, release_all, take_all_now
 from app.limits.policy import Bound
 
@@ -69,7 +69,7 @@ class CallSlots:
 
     def sheds(self, state: ToolState) -> bool:
         """Whether a call is refused whatever slots are free. What runs in place is over before it matters."""
-        return self._control.shedding and not state.in_place
+        return self._control.shedding and not state.in_place and self._control.slots.running >= FLOOR
 
     def no_place(self, state: ToolState, bound: Bound, tenant: str, patience_s: float) -> NoPlace | None:
         """Why a call that came now could neither take its slots nor wait for them, if that is so. Takes nothing."""

@@ -32,6 +32,9 @@ SHEDDING_WINDOW_S = 0.03
 SHEDDING_WORK_S = 0.001
 """Where calls compute for less, those of some windows are no queue that anyone would notice."""
 
+SHEDDING_REFUSING_PART = 0.1
+"""Of the time. Callers who come again at once take more of the core than what is shed gives back."""
+
 DELAY_S_MIN = 0.002
 """A delay that is no overload on any machine: uvloop's timers alone are late by up to 1 ms."""
 
@@ -51,7 +54,9 @@ DELAY_CALLS = 3.0
 use has one. In all, no longer than what is tolerated on the slowest machine."""
 
 WORK_WEIGHT = 0.1
-"""Of one window in what a call computes."""
+"""Of so many calls and more in what a call computes."""
+
+WORK_CALLS_MIN = 8
 
 GRADIENT_MIN = 0.8
 """One window never takes away more than a fifth of what runs: the delay of a moment may be chance, and what was let in
@@ -263,10 +268,11 @@ class LoadControl:
         self.ended = 0
         """Runs that have ended; counted by whoever runs them, as `ran` does."""
         self._floods = Flood(self.slots), Flood(self.slow_slots)
-        self._work_s = 0.0
+        self._work_s = self._worked_s = 0.0
         self.shedding = False
         """Calls compute so much that the loop is late already: until it is on time, those that wait or compute are
-        refused."""
+        refused while FLOOR run."""
+        self._sheds_too_much = False
         self._lateness = Lateness(self._decided_at, self._cpu_s)
         self._delays_s = 0.0
         self._delays = 0
@@ -340,8 +346,9 @@ class LoadControl:
         self._quick = max(self._quick, self.slots.running - self.slow_slots.running)
         self._waited = self._waited or self.slots.queued > 0 or self.slow_slots.queued > 0
         if self.enforces:
-            late = self._lateness.look(lag_s, self._work_s, self._clock(), self._cpu())
-            self.shedding = late and self._work_s >= SHEDDING_WORK_S and self.slots.running > FLOOR
+            tolerated_s = self._gradient.tolerated_s
+            late = self._lateness.look(lag_s, self._work_s, tolerated_s, self._clock(), self._cpu())
+            self.shedding = late and self._work_s >= SHEDDING_WORK_S and not self._sheds_too_much
 
     def decide(self) -> None:
         """Close the window."""
@@ -355,11 +362,13 @@ class LoadControl:
         window_s, worked_s = now - self._decided_at, cpu_s - self._cpu_s
         self._decided_at, self._cpu_s = now, cpu_s
         refusing = refusing_s > REFUSING_PART * window_s
+        self._sheds_too_much = refusing_s > SHEDDING_REFUSING_PART * window_s
         if self.enforces:
             for flood in self._floods:
                 flood.look()
-        self._learn_work(worked_s - refusing_s)
-        if worked_s < CALM_PART * window_s and not dropped:
+        calm = worked_s < CALM_PART * window_s
+        self._learn_work(0.0 if calm or refusing else max(0.0, worked_s - refusing_s))
+        if calm and not dropped:
             self._gradient.learn(delay_s)
         self._gradient.allowed_s = self._allowed_s()
         limit = self._gradient.on_sample(delay_s, self._in_flight, dropped, refusing)
@@ -379,9 +388,17 @@ class LoadControl:
         return min(TOLERANCE * DELAY_S_MAX, allowed_s)
 
     def _learn_work(self, worked_s: float) -> None:
-        """What the loop's thread computes for a call, all that it does besides in it."""
-        if self.ended:
-            self._work_s += WORK_WEIGHT * (worked_s / self.ended - self._work_s)
+        """What the loop's thread computes for a call, all that it does besides in it. Not from windows in which that is
+        most of it, nor from a few calls."""
+        if not worked_s:
+            self._worked_s = 0.0
+            self.ended = 0
+            return
+        self._worked_s += worked_s
+        if self.ended >= WORK_CALLS_MIN:
+            weight = WORK_WEIGHT if self._work_s else 1.0
+            self._work_s += weight * (self._worked_s / self.ended - self._work_s)
+            self._worked_s = 0.0
             self.ended = 0
 
     def _feel_pressure(self, dropped: bool) -> None:

@@ -8,13 +8,16 @@ asks at each look.
 from __future__ import annotations
 
 LATE_WEIGHT = 0.5
-"""Of one look in how late the loop is: a look that is a little late by chance is none of ours."""
+"""Of one look in how late the loop is."""
 
 BUSY_S = 0.1
 """The time over which the thread's own part of it is averaged."""
 
 BUSY_PART = 0.8
 """From here on what the loop computes makes it late, and not a machine that stood still."""
+
+LAG_PART_MAX = 1.5
+"""Of what is overload, in one look: it takes two, for a single call may be long."""
 
 OVERLOAD_CALLS = 10.0
 OVERLOAD_S_MIN = 0.02
@@ -41,15 +44,17 @@ class Lateness:
         self._busy = 0.0
         self._over_at = now
 
-    def look(self, lag_s: float, work_s: float, now: float, cpu_s: float) -> bool:
-        """Whether calls that compute for `work_s` each have made it so late that the next ones are better refused."""
+    def look(self, lag_s: float, work_s: float, tolerated_s: float, now: float, cpu_s: float) -> bool:
+        """Whether calls that compute for `work_s` each have made it so late that the next ones are better refused.
+        What is tolerated anyway is never late."""
         elapsed_s, worked_s = now - self._looked_at, cpu_s - self._cpu_s
         self._looked_at, self._cpu_s = now, cpu_s
-        self._late_s += LATE_WEIGHT * (lag_s - self._late_s)
+        overload_s = max(OVERLOAD_S_MIN, OVERLOAD_CALLS * work_s)
+        self._late_s += LATE_WEIGHT * (min(lag_s, LAG_PART_MAX * overload_s) - self._late_s)
         if elapsed_s > 0:
             self._busy += min(1.0, elapsed_s / BUSY_S) * (worked_s / elapsed_s - self._busy)
-        if self._busy <= BUSY_PART or self._late_s <= min(QUEUE_S_MAX, QUEUE_CALLS * work_s):
+        if self._busy <= BUSY_PART or self._late_s <= max(tolerated_s, min(QUEUE_S_MAX, QUEUE_CALLS * work_s)):
             return False
-        if self._late_s > max(OVERLOAD_S_MIN, OVERLOAD_CALLS * work_s) or now < self._over_at:
+        if self._late_s > overload_s or now < self._over_at:
             self._over_at = now + OVER_AFTER_S
         return now < self._over_at

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.limits.adaptive import FLOOR
 from app.service import Service, open_service
 from app.settings import read_settings
 from app.transport.app import create_app
@@ -133,12 +134,14 @@ async def test_a_result_that_is_kept_needs_no_slot(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["true", "false"], ids=["lane", "asgi"])
 async def shedding(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Served]:
-    """A service whose loop is late by what calls compute; it has slots."""
+    """A service whose loop is late by what calls compute; as many run as are never too many, and it has slots."""
     async with serving(tmp_path, PROTOCOL_LANE=request.param, TOOL_MODULES="load.tools") as (service, client):
         for tool_id, parameters in (("echo", {"message": "x"}), WAITS):
             assert "result" in await rpc(client, tool_id, parameters)
             assert (await rest(client, tool_id, parameters)).status_code == 200
         service.executor.control.shedding = True
+        for _ in range(FLOOR):
+            assert service.executor.slots.take_now()
         yield service, client
 
 
@@ -151,7 +154,7 @@ async def test_where_the_loop_is_late_what_waits_or_computes_is_refused(shedding
     error = (await rpc(client, *WAITS))["error"]
     assert error["code"] == -32006 and error["data"]["retry_after_ms"] > 0 and "compute" in error["message"]
     assert (await rest(client, *WAITS)).status_code == 503
-    assert service.executor.slots.refused == refused + 2 and not service.executor.slots.running
+    assert service.executor.slots.refused == refused + 2 and service.executor.slots.running == FLOOR
 
 
 async def test_and_what_is_over_at_once_runs(shedding: Served) -> None:
@@ -173,7 +176,14 @@ async def test_by_mcp_in_a_batch_and_by_coroutines_too(shedding: Served) -> None
     headers = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25"}
     answer = (await client.post("/mcp", json=call, headers=headers)).json()
     assert answer["result"]["isError"] and "-32006" in str(answer)
-    assert not service.executor.slots.running
+    assert service.executor.slots.running == FLOOR
+
+
+async def test_eight_calls_run_whatever_it_is(shedding: Served) -> None:
+    service, client = shedding
+    service.executor.slots.release()
+    assert (await rpc(client, *WAITS))["result"]["status"] == "success"
+    assert (await rest(client, *WAITS)).status_code == 200
 
 
 async def test_a_result_that_is_kept_is_given_all_the_same(shedding: Served) -> None:
