@@ -53,10 +53,9 @@ DELAY_CALLS = 3.0
 """Where calls compute for milliseconds, a queue of so many of them is no overload: a core of which six sevenths are in
 use has one. In all, no longer than what is tolerated on the slowest machine."""
 
-WORK_WEIGHT = 0.1
-"""Of so many calls and more in what a call computes."""
-
 WORK_CALLS_MIN = 8
+WORK_WEIGHT = 0.1
+"""Of one window, or of as many as have so many calls, in what a call computes."""
 
 GRADIENT_MIN = 0.8
 """One window never takes away more than a fifth of what runs: the delay of a moment may be chance, and what was let in
@@ -367,7 +366,10 @@ class LoadControl:
             for flood in self._floods:
                 flood.look()
         calm = worked_s < CALM_PART * window_s
-        self._learn_work(0.0 if calm or refusing else max(0.0, worked_s - refusing_s))
+        if calm or refusing:  # what is done besides would count as the calls' own
+            self._worked_s, self.ended = 0.0, 0
+        else:
+            self._learn_work(max(0.0, worked_s - refusing_s))
         if calm and not dropped:
             self._gradient.learn(delay_s)
         self._gradient.allowed_s = self._allowed_s()
@@ -388,18 +390,12 @@ class LoadControl:
         return min(TOLERANCE * DELAY_S_MAX, allowed_s)
 
     def _learn_work(self, worked_s: float) -> None:
-        """What the loop's thread computes for a call, all that it does besides in it. Not from windows in which that is
-        most of it, nor from a few calls."""
-        if not worked_s:
-            self._worked_s = 0.0
-            self.ended = 0
-            return
+        """What the loop's thread computes for a call, all that it does besides in it."""
         self._worked_s += worked_s
         if self.ended >= WORK_CALLS_MIN:
             weight = WORK_WEIGHT if self._work_s else 1.0
             self._work_s += weight * (self._worked_s / self.ended - self._work_s)
-            self._worked_s = 0.0
-            self.ended = 0
+            self._worked_s, self.ended = 0.0, 0
 
     def _feel_pressure(self, dropped: bool) -> None:
         self._calm_windows = 0 if dropped or self._waited else self._calm_windows + 1

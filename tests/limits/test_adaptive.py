@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -436,6 +436,24 @@ def test_a_short_queue_of_calls_that_compute_sheds_nobody_unless_it_is_what_is_l
     assert machine.looks(control, short_s, times=50)[-1]
     assert not any(machine.looks(control, 0.001, busy=0.5, times=100)[5:])
     assert not any(machine.looks(control, short_s, times=20)), "it is over for a second"
+
+
+def test_while_calls_are_shed_the_limit_follows_more_often() -> None:
+    async def main(loop: VirtualLoop, *, shedding: bool) -> int:
+        control = LoadControl(Slots(1_000, clock=loop.time), "shadow", clock=loop.time, cpu=lambda: loop.burned_s)
+        control.shedding = shedding  # in shadow nothing else sets it
+        control.slots.running = 1_000
+        watching = asyncio.create_task(control.run())
+        limits, until = {control.limit}, loop.time() + 0.5
+        while loop.time() < until:
+            loop.burn(0.005)
+            await asyncio.sleep(0)
+            limits.add(control.limit)
+        watching.cancel()
+        return len(limits) - 1
+
+    usual, more = (run_virtually(partial(main, shedding=shedding)) for shedding in (False, True))
+    assert more >= 2 * usual > 0
 
 
 def test_a_delay_that_refusals_make_takes_no_slots_away(machine: Machine) -> None:
