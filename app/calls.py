@@ -47,12 +47,15 @@ class Aside:
 
     `grant` is what the call's limits had left when it was let in, `commit` the promise that its row is kept, which the
     answer waits for; None where no limit binds it, or where it has no row. `kept_trace` is the id of its trace, when
-    its span is kept. Class attributes are the defaults: most calls set few of them, and every one costs.
+    its span is kept.
     """
 
-    grant: Any = None
-    commit: Any = None
-    kept_trace: str | None = None
+    __slots__ = ("commit", "grant", "kept_trace")
+
+    def __init__(self) -> None:
+        self.grant: Any = None
+        self.commit: Any = None
+        self.kept_trace: str | None = None
 
 
 class Client(Protocol):

@@ -26,7 +26,7 @@ from app.errors import (
 from app.execution_log.log import NO_LOG, ExecutionLog, ToolLog
 from app.executor.on_loop import CANCELLED, UNWIND_S, LoopRun
 from app.executor.reuse import Replayed, Reuse, Wanted
-from app.executor.run import LONG_IN_PLACE_S, Run, ToolState, TurnedAway
+from app.executor.run import LONG_IN_PLACE_S, Passage, Run, ToolState
 from app.executor.runner import Interrupt, Runner, cancelled_from_outside
 from app.executor.running import RunningCalls
 from app.executor.slots import CallSlots, NoPlace
@@ -141,7 +141,7 @@ class Executor:
     def _turn_away(self, call: ToolCall, state: ToolState, bound: Bound, no_place: NoPlace, then: Then) -> None:
         """Refuse it, for what else is wrong with it if there is something. Under overload that is most of the work: it
         is entered nowhere and has no context of its own but for what a validator may set."""
-        run = TurnedAway(call, state)
+        run = Passage(call, state)
         refusal: ToolServiceError
         try:
             self.calls.check(call)
@@ -308,7 +308,7 @@ class Executor:
             state.ran_in_task(perf_counter())
 
     def tell_breaker(
-        self, call: ToolCall, run: Run, state: ToolState, timeout_s: float, probe: Probe | None, error: BaseException
+        self, call: ToolCall, run: Passage, state: ToolState, timeout_s: float, probe: Probe | None, error: BaseException
     ) -> None:
         """How a call ended that has no result."""
         outcome: Outcome = SAYS_NOTHING
@@ -366,7 +366,7 @@ class Executor:
             timer.cancel()
 
     def run_in_place(
-        self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float
+        self, call: ToolCall, run: Passage, state: ToolState, arguments: dict[str, Any], deadline: float
     ) -> Any:
         """A tool that never waits: no task, no timer, nothing that could be refused after all."""
         run.attempts += 1
@@ -378,7 +378,7 @@ class Executor:
     def begin_run(
         self,
         call: ToolCall,
-        run: Run,
+        run: Passage,
         state: ToolState,
         arguments: dict[str, Any],
         deadline: float,
@@ -414,7 +414,7 @@ class Executor:
             if watcher is not None:
                 watcher.cancel()
 
-    def _did_not_run(self, run: Run) -> None:
+    def _did_not_run(self, run: Passage) -> None:
         """Refused after all, this time."""
         run.attempts -= 1
         if not run.attempts and run.grant is not None:
@@ -497,7 +497,7 @@ class Executor:
             context = context._replace(on_progress=call.on_progress)
         return context if call.idempotency_key is None else context._replace(idempotency_key=call.idempotency_key)
 
-    def finish(self, run: Run, execution: Execution) -> None:
+    def finish(self, run: Passage, execution: Execution) -> None:
         """The epilogue of every call. Never awaits: a slow sink must not slow a call."""
         metrics = self.metrics
         begin = perf_counter()

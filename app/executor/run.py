@@ -118,32 +118,42 @@ class ToolState:
             self.is_slow = False
 
 
-class Run(Aside):
-    """One call while it is on its way: what the epilogue needs, and the way to cancel it."""
+class Passage(Aside):
+    """One call on its way: what the epilogue needs. Slots, all of them set at once: a default of the class, or a dict
+    that the interpreter had to make after all, costs three times as much at every look."""
 
-    commit: Commit | None = None
-    grant: Grant | None = None
-    state: ToolState | None = None
-    attempts = 0
-    cached = False
-    """Answered by a kept result, or by the run of an identical call."""
-    fresh = False
-    """Not to be answered by a kept result: it fetches a new one."""
-    claimed: Claimed | None = None
-    """The idempotency key that it runs under."""
-    began = found = validated = asked = started = run_ended = encoded = 0.0
-    """As `telemetry.metrics.Marks`."""
-    run_s = 0.0
-    paused_s = 0.0
-    """Of its run, the time between attempts."""
+    __slots__ = (
+        "asked",
+        "attempts",
+        "began",
+        "cached",
+        "call",
+        "encoded",
+        "found",
+        "run_ended",
+        "run_s",
+        "started",
+        "state",
+        "validated",
+    )
 
-    def __init__(self, call: ToolCall) -> None:
+    grant: Grant | None
+    commit: Commit | None
+
+    def __init__(self, call: ToolCall, state: ToolState | None) -> None:
+        self.grant = self.commit = self.kept_trace = None
         self.call = call
-        self.interrupt = Interrupt()
+        self.state = state
+        self.attempts = 0
+        self.cached = False
+        """Answered by a kept result, or by the run of an identical call."""
+        self.began = self.found = self.validated = self.asked = self.started = self.run_ended = self.encoded = 0.0
+        """As `telemetry.metrics.Marks`."""
+        self.run_s = 0.0
 
     def cancel(self) -> bool:
         """End what it waits for. False: too late, the call has another outcome already."""
-        return self.interrupt.cancel()
+        return False
 
     def ended(
         self,
@@ -181,9 +191,20 @@ class Run(Aside):
         return self.ended(_STATUS.get(failed.cause.category, "failed"), error=failed.cause)
 
 
-class TurnedAway(Run):
-    """A call that found no place: nobody cancels it, and it has no times."""
+class Run(Passage):
+    """A call that somebody awaits, and the way to cancel it."""
 
-    def __init__(self, call: ToolCall, state: ToolState) -> None:
-        self.call = call
-        self.state = state
+    __slots__ = ("claimed", "fresh", "interrupt", "paused_s")
+
+    def __init__(self, call: ToolCall) -> None:
+        super().__init__(call, None)
+        self.interrupt = Interrupt()
+        self.fresh = False
+        """Not to be answered by a kept result: it fetches a new one."""
+        self.claimed: Claimed | None = None
+        """The idempotency key that it runs under."""
+        self.paused_s = 0.0
+        """Of its run, the time between attempts."""
+
+    def cancel(self) -> bool:
+        return self.interrupt.cancel()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from app.bus import Bus, Message
 from app.calls import Caller, ToolCall
 from app.errors import Draining, InvalidParams
-from app.executor.run import Run
+from app.executor.run import Passage
 
 
 class RunningCalls:
@@ -20,8 +20,8 @@ class RunningCalls:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         bus.listeners["cancel"] = self._cancel_for
-        self._by_id: dict[str, Run] = {}
-        self._by_call_id: dict[tuple[str, str, str], Run] = {}
+        self._by_id: dict[str, Passage] = {}
+        self._by_call_id: dict[tuple[str, str, str], Passage] = {}
         self.accepting = True
         """Whether new calls may come in."""
         self._ended = False
@@ -58,7 +58,7 @@ class RunningCalls:
         if call.call_id is not None and (call.caller.tenant, call.caller.subject, call.call_id) in self._by_call_id:
             raise InvalidParams.at("call_id", "A running call of yours has this call_id")
 
-    def enter(self, run: Run) -> None:
+    def enter(self, run: Passage) -> None:
         """Raises as `check` does."""
         call = run.call
         if call.call_id is not None or not self.accepting:
@@ -67,7 +67,7 @@ class RunningCalls:
             self._by_call_id[call.caller.tenant, call.caller.subject, call.call_id] = run
         self._by_id[call.execution_id] = run
 
-    def leave(self, run: Run) -> None:
+    def leave(self, run: Passage) -> None:
         call = run.call
         del self._by_id[call.execution_id]
         if call.call_id is not None:

@@ -17,7 +17,7 @@ from app.breaker import SUCCEEDED
 from app.calls import CurrentCall, Execution, ToolCall, current_call
 from app.errors import InternalError, RunFailed, ToolServiceError
 from app.executor.on_loop import CANCELLED, LoopRun
-from app.executor.run import Run, ToolState
+from app.executor.run import Passage, ToolState
 from app.executor.runner import Runner
 from app.executor.running import RunningCalls
 from app.limits.adaptive import LoadControl
@@ -47,12 +47,12 @@ class Steps(Protocol):
     def arguments_of(self, call: ToolCall, tool: Tool) -> dict[str, Any]: ...
     def timeout_of(self, call: ToolCall, state: ToolState) -> float: ...
     def run_in_place(
-        self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float
+        self, call: ToolCall, run: Passage, state: ToolState, arguments: dict[str, Any], deadline: float
     ) -> Any: ...
     def begin_run(
         self,
         call: ToolCall,
-        run: Run,
+        run: Passage,
         state: ToolState,
         arguments: dict[str, Any],
         deadline: float,
@@ -61,40 +61,51 @@ class Steps(Protocol):
     def ran_in_place(self, state: ToolState, run_s: float) -> None: ...
     def learn_how_long(self, state: ToolState, run_s: float) -> None: ...
     def tell_breaker(
-        self, call: ToolCall, run: Run, state: ToolState, timeout_s: float, probe: None, error: BaseException
+        self, call: ToolCall, run: Passage, state: ToolState, timeout_s: float, probe: None, error: BaseException
     ) -> None: ...
-    def finish(self, run: Run, execution: Execution) -> None: ...
+    def finish(self, run: Passage, execution: Execution) -> None: ...
 
 
-class StraightCall(Run):
+class StraightCall(Passage):
     """One call on the straight way. It is made with a slot in its hand, of slow calls too if it is one, and gives them
     back.
 
     For the store of limits it is the waiter; it is decided once that has answered, or somebody has cancelled it."""
 
+    __slots__ = (
+        "_arguments",
+        "_ask",
+        "_bound",
+        "_context",
+        "_decided",
+        "_entered",
+        "_has_slow_slot",
+        "_on_loop",
+        "_reserved",
+        "_steps",
+        "_then",
+        "_timeout_s",
+    )
+
     state: ToolState
-    _context: Context
-    _ask: Ask
     _arguments: dict[str, Any]
-    _timeout_s = 0.0
-    _decided = False
-    _on_loop: LoopRun | None = None
-    """Its run, where the tool waits."""
-    _has_slow_slot = False
-    _entered = False
-    _reserved = False
+    _ask: Ask
+    _context: Context
 
     def __init__(self, steps: Steps, call: ToolCall, state: ToolState, bound: Bound, then: Then) -> None:
-        self.call = call
-        self.state = state
+        Passage.__init__(self, call, state)
         self._steps = steps
         self._bound = bound
         self._then = then
+        self._timeout_s = 0.0
+        self._decided = self._entered = self._reserved = False
+        self._has_slow_slot = state.is_slow
+        self._on_loop: LoopRun | None = None
+        """Its run, where the tool waits."""
 
     def begin(self) -> None:
         """Up to the verdict of its limits or, where none binds it, to its run, and to its end where that does not
         wait."""
-        self._has_slow_slot = self.state.is_slow
         self._context = copy_context()  # its own: what validators and tools set is seen by no other call
         self._context.run(self._begin)
 
