@@ -105,31 +105,31 @@ class Recorder:
         parameters: Payload,
         result: Payload,
     ) -> tuple[Any, ...]:
-        (execution_id, tool_id, status, _, error, refusal, run_s, overhead_s, finished_at, attempts, trace_id, cached,
-         _, _) = execution  # fmt: skip  # at once, as `Execution.as_json` does
+        error, refusal, caller = execution.error, execution.refusal, call.caller
+        run_s, overhead_s, finished_at = execution.run_s, execution.overhead_s, execution.finished_at
         error_type = error_code = None
         if error is not None:
             error_type, error_code = error.category, error.code
         elif refusal is not None:
             error_type = refusal.kind.error_type
         return (
-            execution_id,
-            tool_id,
+            execution.execution_id,
+            execution.tool_id,
             tool_version,
-            self._identity(call.caller.tenant),
-            self._identity(call.caller.subject),
+            self._identity(caller.tenant),
+            self._identity(caller.subject),
             None if call.agent_id is None else self._label(call.agent_id),
-            status,
+            execution.status,
             error_type,
             error_code,
             finished_at - run_s - overhead_s,
             finished_at,
             int(run_s * 1e6 + 0.5) / 1e3,  # round() takes three times as long
             int(overhead_s * 1e6 + 0.5) / 1e3,
-            attempts,
-            cached,
+            execution.attempts,
+            execution.cached,
             client_gone,
-            trace_id,
+            execution.trace_id,
             cost,
             parameters[0] and orjson.Fragment(parameters[0]),
             parameters[1],

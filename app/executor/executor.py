@@ -308,7 +308,13 @@ class Executor:
             state.ran_in_task(perf_counter())
 
     def tell_breaker(
-        self, call: ToolCall, run: Passage, state: ToolState, timeout_s: float, probe: Probe | None, error: BaseException
+        self,
+        call: ToolCall,
+        run: Passage,
+        state: ToolState,
+        timeout_s: float,
+        probe: Probe | None,
+        error: BaseException,
     ) -> None:
         """How a call ended that has no result."""
         outcome: Outcome = SAYS_NOTHING

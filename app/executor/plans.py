@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -65,7 +65,7 @@ def _bind(function: Callable[..., Awaitable[None]], *arguments: Any) -> Callable
 
 def _received_now(call: ToolCall) -> ToolCall:
     """A call's clock starts when it is its turn, not when the request around it came."""
-    return call._replace(received_at=time.perf_counter())
+    return replace(call, received_at=time.perf_counter())
 
 
 async def run_fallback(execute: Execute, calls: Sequence[ToolCall]) -> list[Execution]:
@@ -162,7 +162,7 @@ class Plan:
             self._ended(group, execute, task.task_id, await self._execution_of(execute, task))
 
     async def _execution_of(self, execute: Execute, task: PlanTask) -> Execution:
-        call = _received_now(task.call)._replace(deadline=self._deadline)
+        call = replace(_received_now(task.call), deadline=self._deadline)
         dependencies = {name: self._executions[name] for name in self._dependencies[task.task_id]}
         if any(execution.status != "success" for execution in dependencies.values()):
             return not_run(call, "skipped")
@@ -170,10 +170,10 @@ class Plan:
             return not_run(call, "timeout")
         try:
             results = Results({name: execution.result or b"null" for name, execution in dependencies.items()})
-            call = call._replace(parameters=resolved(call.parameters, results))
+            call = replace(call, parameters=resolved(call.parameters, results))
         except InvalidParams as refusal:
             refusal.execution_id = call.execution_id
-            return not_run(call, "failed")._replace(refusal=refusal)
+            return replace(not_run(call, "failed"), refusal=refusal)
         self._started.append(task.task_id)
         return await execute(call)
 

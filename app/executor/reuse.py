@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import replace
 from time import perf_counter
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ class Reuse:
         if isinstance(claimed, Execution):
             await wanted.spend(wanted.bound.rates)
             state.series.reuse["replayed"] += 1
-            raise Replayed(claimed._replace(aside=wanted.run))
+            raise Replayed(replace(claimed, aside=wanted.run))
         wanted.run.claimed = claimed
         _end_if_cancelled(wanted.run)
 
@@ -254,7 +255,8 @@ def _identity(call: ToolCall, state: ToolState, parameters: bytes) -> Hashable:
 
 def _again(call: ToolCall) -> ToolCall:
     """The same call as one of its own: nobody waits for it, and no client can end it."""
-    return call._replace(
+    return replace(
+        call,
         execution_id=new_execution_id(),
         received_at=perf_counter(),
         timeout_override_s=None,

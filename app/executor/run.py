@@ -22,10 +22,6 @@ _STATUS: dict[str, Status] = {TOOL_TIMEOUT.category: "timeout", TOOL_CANCELLED.c
 """What an Execution's status says of a failure's category; any other failure is `failed`."""
 
 
-_execution = tuple.__new__
-"""A NamedTuple's own way to be made takes twice as long."""
-
-
 LONG_IN_PLACE_S = 0.0005
 LONG_IN_PLACE_MAX = 3
 """A tool that computes for longer, so often in a row, goes on in a task of its own: then the calls that came with it
@@ -167,24 +163,20 @@ class Passage(Aside):
             refusal.execution_id = call.execution_id
             refusal.forget_origin()
         overhead_s = perf_counter() - call.received_at - self.run_s
-        return _execution(
-            Execution,
-            (
-                call.execution_id,
-                call.tool_id,
-                status,
-                result,
-                error,
-                refusal,
-                self.run_s,
-                overhead_s if overhead_s > 0 else 0.0,
-                time(),
-                self.attempts,
-                call.trace_id or call.execution_id.replace("-", ""),
-                self.cached,
-                self,
-                False,
-            ),
+        return Execution(
+            call.execution_id,
+            call.tool_id,
+            status,
+            result,
+            error,
+            refusal,
+            self.run_s,
+            overhead_s if overhead_s > 0 else 0.0,
+            time(),
+            self.attempts,
+            call.trace_id or call.execution_id.replace("-", ""),
+            self.cached,
+            self,
         )
 
     def failed(self, failed: RunFailed) -> Execution:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import replace
 
 from app.bus import Bus, Message
 from app.calls import Caller, ToolCall
@@ -48,7 +49,7 @@ class RunningCalls:
         """Let a request's calls in together: a drain that begins later does not cut it in two. Raises Draining."""
         if not self.accepting:
             raise Draining
-        return [call._replace(admitted=True) for call in calls]
+        return [replace(call, admitted=True) for call in calls]
 
     def check(self, call: ToolCall) -> None:
         """Whether it may come in. Raises Draining, and InvalidParams for a call_id that another one of the caller's

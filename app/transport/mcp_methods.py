@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -187,7 +188,7 @@ class McpMethods:
             and execution.result is not None
             and not context.budget.take(len(execution.result))
         ):
-            execution = execution._replace(status="failed", result=None, error=NO_ROOM)
+            execution = replace(execution, status="failed", result=None, error=NO_ROOM)
             self._metrics.count_outcome(execution)
         written = rendered(execution, tool, modern=modern)
         overhead_s = time.perf_counter() - context.received_at - execution.run_s
@@ -232,28 +233,17 @@ def tool_call(
 ) -> ToolCall:
     """The call that a request asks for."""
     execution_id, trace, meta = new_execution_id(), context.trace, request.meta
-    return tuple.__new__(  # ToolCall(...) takes three times as long
-        ToolCall,
-        (
-            execution_id,
-            tool.spec.id,
-            arguments,
-            context.caller,
-            context.received_at,
-            None,
-            None if trace is None else trace.id_of_call(execution_id, None),
-            None,
-            None,
-            None,
-            None,
-            None,
-            _idempotency_key(meta) if meta else None,
-            context.client,
-            False,
-            on_progress,
-            trace,
-            None,
-        ),
+    return ToolCall(
+        execution_id,
+        tool.spec.id,
+        arguments,
+        context.caller,
+        context.received_at,
+        context.client,
+        trace,
+        None if trace is None else trace.id_of_call(execution_id, None),
+        idempotency_key=_idempotency_key(meta) if meta else None,
+        on_progress=on_progress,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -307,7 +307,7 @@ class Methods:
     def _within_budget(self, budget: AnswerBudget, execution: Execution) -> Execution:
         if execution.result is None or budget.take(len(execution.result)):
             return execution
-        dropped = execution._replace(status="failed", result=None, error=NO_ROOM)
+        dropped = replace(execution, status="failed", result=None, error=NO_ROOM)
         self._metrics.count_outcome(dropped)
         return dropped
 
@@ -382,32 +382,24 @@ def tool_call(context: RequestContext, tool_id: str, params: shapes.RestExecuteB
     if params.execution_context is not None or context.a2a is not None:
         given = params.execution_context or _NO_CONTEXT
         label = _trace_id(given.trace_id or _text(context.a2a, "trace_id"))
-    call = tuple.__new__(  # ToolCall(...) takes three times as long
-        ToolCall,
-        (
-            execution_id,
-            tool_id,
-            params.parameters,
-            context.caller,
-            context.received_at,
-            params.agent_id,
-            label if trace is None else trace.id_of_call(execution_id, label),
-            None,
-            None,
-            params.timeout_override,
-            None,
-            params.call_id,
-            params.idempotency_key,
-            context.client,
-            False,
-            None,
-            trace,
-            None,
-        ),
+    call = ToolCall(
+        execution_id,
+        tool_id,
+        params.parameters,
+        context.caller,
+        context.received_at,
+        context.client,
+        trace,
+        label if trace is None else trace.id_of_call(execution_id, label),
+        params.agent_id,
+        params.timeout_override,
+        params.call_id,
+        params.idempotency_key,
     )
     if params.execution_context is None and context.a2a is None:
         return call
-    return call._replace(
+    return replace(
+        call,
         agent_id=call.agent_id or _text(context.a2a, "source_agent"),
         session_id=given.session_id or _text(context.a2a, "session_id"),
         metadata=given.metadata,
@@ -422,7 +414,7 @@ def _with_key(call: ToolCall, given: str) -> ToolCall:
         raise InvalidParams.at("Idempotency-Key", f"Holds 1 to {shapes.LABEL_CHARACTERS_MAX} printable characters")
     if call.idempotency_key not in (None, key):
         raise InvalidParams.at("Idempotency-Key", "Differs from idempotency_key; give one of the two")
-    return call._replace(idempotency_key=key)
+    return replace(call, idempotency_key=key)
 
 
 def _expect_no_key(context: RequestContext) -> None:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.benchmark(group="journal")
 @pytest.mark.parametrize("level", ["off", "metadata", "full"])
 def bench_record(benchmark: Benchmark, level: Payloads) -> None:
     execution_id = new_execution_id()
-    call = ToolCall(execution_id, "echo", {"message": "hello, this is an agent"}, LOCAL_CALLER, 0.0, "agent-7")
+    call = ToolCall(execution_id, "echo", {"message": "hello, this is an agent"}, LOCAL_CALLER, 0.0, agent_id="agent-7")
     result = b'{"message":"hello, this is an agent"}'
     ended = Execution(execution_id, "echo", "success", result, None, None, 4e-4, 1e-4, time.time(), 1, execution_id)
     recorder = Recorder(4_096)
