@@ -152,14 +152,13 @@ class LaneRequest(Stepper):
         "_request",
         "disconnected",
         "keep_alive",
+        "logger",
         "message_event",
         "more_body",
         "response_complete",
         "response_started",
         "waiting_for_100_continue",
     )
-
-    logger: Any = None
 
     def __init__(self, protocol: LaneProtocol, known: KnownHead, began: float) -> None:
         Stepper.__init__(self, protocol.loop, protocol.context, protocol.tasks)
@@ -172,6 +171,7 @@ class LaneRequest(Stepper):
         self.waiting_for_100_continue = self.more_body = False
         self.keep_alive = True
         self.message_event: Any = _NOBODY
+        self.logger: Any = None
 
     def serve(self, body: bytes, caller: Caller) -> None:
         door = self._known.door

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -38,9 +39,10 @@ def record_of(
 ) -> bytes:
     execution_id = new_execution_id()
     call = ToolCall(execution_id, "echo", parameters, Caller(tenant, subject), 0.0, agent_id=agent_id)
-    ended = Execution(
+    usual = Execution(
         execution_id, "echo", "success", result, None, None, 0.25, 0.5, 1_800_000_000.0, 1, "0123456789abcdef"
-    )._replace(**execution)
+    )
+    ended = replace(usual, **execution)
     recorder = Recorder(payload_bytes_max)
     record = recorder.record(call, ended, version, cost, level, client_gone)
     assert len(record) <= recorder.bytes_max(level)
@@ -292,14 +294,19 @@ def test_tenants_that_are_long_or_hold_poison_keep_apart() -> None:
     assert len(identity("é" * 1_000)) <= 256
 
 
+@given(st.text(st.sampled_from("\x00\x1f\x7f\u202eé a~") | st.characters(codec="utf-8"), max_size=300))
+def test_a_row_has_the_tenant_that_its_identity_says(tenant: str) -> None:
+    assert row_of({}, b"1", tenant=tenant)["tenant"] == identity(tenant)
+
+
 def test_labels_are_remembered_within_bounds() -> None:
     recorder = Recorder(64)
     call = ToolCall(new_execution_id(), "echo", {}, Caller("t", "s"), 0.0)
     ended = Execution(call.execution_id, "echo", "success", b"1", None, None, 0.0, 0.0, time.time(), 1, "t")
     for number in range(LABELS_MAX + 100):
-        labelled = call._replace(agent_id=f"agent-{number}", caller=Caller(f"t{number}", "x" * 1_000_000))
+        labelled = replace(call, agent_id=f"agent-{number}", caller=Caller(f"é{number}", "x" * 1_000_000))
         if number > 10:
-            labelled = labelled._replace(caller=Caller(f"t{number}", f"s{number}"))
+            labelled = replace(labelled, caller=Caller(f"é{number}", f"è{number}"))
         recorder.record(labelled, ended, "1", 1, "metadata")
     remembered = [*recorder._labels, *recorder._identities]
     assert len(remembered) <= 2 * LABELS_MAX + 1 and max(map(len, remembered)) <= 256

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Annotated, Any
 
 import pytest
@@ -352,7 +353,7 @@ async def test_what_is_not_known_yet_or_could_be_answered_by_another_call_is_not
         assert not rig.executor.begin(call_of(echo, message="x"), lambda execution: None)
         await known(rig, echo, look)
         assert not rig.executor.begin(call_of(look), lambda execution: None)
-        keyed = call_of(echo, message="x")._replace(idempotency_key="k")
+        keyed = replace(call_of(echo, message="x"), idempotency_key="k")
         assert not rig.executor.begin(keyed, lambda execution: None)
 
 
