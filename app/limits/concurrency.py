@@ -14,6 +14,7 @@ from time import monotonic
 from weakref import WeakValueDictionary
 
 from app.errors import Overloaded
+from app.stepping import settle
 
 QUEUE_PATIENCE_S = 1.0
 """Longer, and callers give up before they are served: a queue then only makes dead work."""
@@ -48,6 +49,7 @@ class Slots:
         "_handed_on",
         "_pace",
         "_waiting",
+        "first",
         "flooded",
         "limit",
         "queue_max",
@@ -59,6 +61,8 @@ class Slots:
         self.limit = limit
         self.queue_max = limit if queue_max is None else queue_max
         self.running = 0
+        self.first: asyncio.Future[None] | None = None
+        """Of whoever waits for somebody to take a slot; done once, by the first."""
         self.refused = 0
         """How many found no place or no slot in time."""
         self.flooded = False
@@ -81,6 +85,9 @@ class Slots:
     def take_now(self) -> bool:
         if self.running < self.limit:
             self.running += 1
+            if self.first is not None:
+                settle(self.first)
+                self.first = None
             return True
         return False
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from app.limits.adaptive import (
     DELAY_S_MIN,
     FLOOD_SLOTS_MIN,
     FLOOR,
+    IDLE_LOOKS,
     QUICK_LATELY_WINDOWS,
     QUICK_S,
     REFUSAL_S,
@@ -29,6 +31,7 @@ from app.limits.adaptive import (
     SAMPLE_S,
     SHEDDING_WORK_S,
     TOLERANCE,
+    WINDOW_S,
     Flood,
     Gradient,
     LoadControl,
@@ -454,6 +457,72 @@ def test_while_calls_are_shed_the_limit_follows_more_often() -> None:
 
     usual, more = (run_virtually(partial(main, shedding=shedding)) for shedding in (False, True))
     assert more >= 2 * usual > 0
+
+
+class Looks(LoadControl):
+    """When it looked, and how late it took the loop for."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        super().__init__(Slots(8, clock=loop.time), "enforce", clock=loop.time, cpu=lambda: loop.burned_s)
+        self._loop = loop
+        self.seen: list[tuple[float, float]] = []
+
+    def look(self, lag_s: float) -> None:
+        self.seen.append((self._loop.time(), lag_s))
+        super().look(lag_s)
+
+    def gaps_s(self) -> list[float]:
+        return [after - before for (before, _), (after, _) in pairwise(self.seen)]
+
+
+def test_where_no_call_comes_the_loop_is_woken_once_a_window_and_a_call_brings_the_next_look() -> None:
+    async def main(loop: VirtualLoop) -> Looks:
+        control = Looks(loop)
+        watching = asyncio.create_task(control.run())
+        await asyncio.sleep(5.0)
+        idle = control.gaps_s()
+        assert idle[:IDLE_LOOKS] == pytest.approx([SAMPLE_S] * IDLE_LOOKS)
+        assert idle[IDLE_LOOKS:] == pytest.approx([WINDOW_S] * (len(idle) - IDLE_LOOKS)) and len(idle) > IDLE_LOOKS
+        await asyncio.sleep(0.3 * WINDOW_S)
+        before = len(control.seen)
+        assert control.slots.take_now()
+        came = loop.time()
+        control.slots.release()  # as a call that waits for nothing
+        await asyncio.sleep(10.5 * SAMPLE_S)
+        after = control.seen[before:]
+        assert after[0] == (came, 0.0), "being woken early is no delay"
+        assert len(after) == 11
+        watching.cancel()
+        return control
+
+    assert run_virtually(main).slots.first is None
+
+
+def test_a_call_that_stays_is_looked_at_all_the_time() -> None:
+    async def main(loop: VirtualLoop) -> list[float]:
+        control = Looks(loop)
+        assert control.slots.take_now()
+        watching = asyncio.create_task(control.run())
+        await asyncio.sleep(3.0)
+        watching.cancel()
+        return control.gaps_s()
+
+    assert max(run_virtually(main)) == pytest.approx(SAMPLE_S)
+
+
+def test_a_machine_that_stands_still_while_nobody_calls_takes_no_slots_away() -> None:
+    async def main(loop: VirtualLoop) -> Looks:
+        control = Looks(loop)
+        watching = asyncio.create_task(control.run())
+        await asyncio.sleep(2.0)
+        for _ in range(100):
+            loop.burn(0.2)
+            await asyncio.sleep(WINDOW_S)
+        watching.cancel()
+        return control
+
+    control = run_virtually(main)
+    assert control.limit == 8 and control.normal_s == DELAY_S_MIN
 
 
 def test_a_delay_that_refusals_make_takes_no_slots_away(machine: Machine) -> None:
