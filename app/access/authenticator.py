@@ -118,8 +118,8 @@ class Authenticator:
 
     def again(self, presented: Presented) -> Caller | None:
         """`recognised` for headers that were looked at before."""
-        digest = presented.digest
-        if self.is_off:
+        digest, off_until = presented.digest, self._off_until
+        if off_until > 0.0 and off_until > self._clock():  # `is_off`, asked for each request
             return LOCAL_CALLER if self._mode == "off" or digest is None else None
         if digest is None:
             return None

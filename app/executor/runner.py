@@ -11,7 +11,6 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -28,6 +27,7 @@ from app.errors import (
     failure,
 )
 from app.executor.containment import contain_exits, in_tool
+from app.executor.in_place import InPlace
 from app.executor.on_loop import CANCELLED, STARTS_LATER, TIMED_OUT, UNWIND_S, LoopRun, start
 from app.executor.threads import Job, ThreadPool
 from app.telemetry.supervision import ignore_result
@@ -97,6 +97,7 @@ class Runner:
         self._result_bytes_max = result_bytes_max
         self._on_abandoned = on_abandoned
         self._loop = asyncio.get_running_loop()  # kept: asking costs Python 3.11 a system call
+        self._in_place = InPlace()
         contain_exits(self._loop)
 
     async def run(
@@ -165,11 +166,7 @@ class Runner:
         if request is not None:
             asyncio._leave_task(self._loop, request)
         try:
-            copy_context().run(_only_step, tool, arguments, context)
-        except StopIteration as end:
-            if time.perf_counter() > deadline:
-                raise RunFailed(TIMED_OUT) from None  # nothing could interrupt it, but a late value is none
-            return end.value
+            value = self._in_place.run(tool.invoke(arguments, context))
         except asyncio.CancelledError as error:
             raise RunFailed(CANCELLED_ITSELF) from error
         except BaseException as error:  # SystemExit too must end the call and not the event loop
@@ -177,7 +174,9 @@ class Runner:
         finally:
             if request is not None:
                 asyncio._enter_task(self._loop, request)
-        raise AssertionError("a coroutine without an await was suspended")
+        if time.perf_counter() > deadline:
+            raise RunFailed(TIMED_OUT)  # nothing could interrupt it, but a late value is none
+        return value
 
     async def _on_loop(
         self, tool: Tool, arguments: dict[str, Any], context: ToolContext, interrupt: Interrupt, abandoned: Abandoned
@@ -264,11 +263,6 @@ def cancelled_from_outside() -> bool:
 def _settle(ended: asyncio.Future[bool], in_time: bool) -> None:
     if not ended.done():
         ended.set_result(in_time)
-
-
-def _only_step(tool: Tool, arguments: dict[str, Any], context: ToolContext | None) -> None:
-    in_tool.set(True)
-    tool.invoke(arguments, context).send(None)
 
 
 async def _contained(tool: Tool, arguments: dict[str, Any], context: ToolContext) -> Any:
