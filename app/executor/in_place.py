@@ -21,10 +21,10 @@ class InPlace:
     def __init__(self) -> None:
         self._runs = _begun()
 
-    def run(self, tool: Coroutine[Any, Any, Any]) -> Any:
-        """What the coroutine returns or raises. What it sets in its context variables ends with it."""
+    def run(self, steps: Coroutine[Any, Any, Any]) -> Any:
+        """What a tool's coroutine returns or raises. What it sets in its context variables ends with it."""
         try:
-            return copy_context().run(self._runs.send, tool)
+            return copy_context().run(self._runs.send, steps)
         except BaseException:
             self._runs = _begun()  # it ended with the tool
             raise
@@ -38,7 +38,7 @@ def _begun() -> Generator[Any, Coroutine[Any, Any, Any], None]:
 
 @coroutine
 def _one_after_another() -> Generator[Any, Coroutine[Any, Any, Any], None]:
-    tool = yield
+    steps = yield
     while True:
         in_tool.set(True)
-        tool = yield (yield from tool)
+        steps = yield (yield from steps)

@@ -125,8 +125,8 @@ def _tool_running_in(frame: FrameType | None) -> str | None:
     of others are not touched: what they do when looked at is theirs."""
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith("app.executor."):
-            tool = frame.f_locals.get("tool")
-            if tool is not None:
-                return str(tool.spec.id)
+            spec = getattr(frame.f_locals.get("tool"), "spec", None)
+            if spec is not None:
+                return str(spec.id)
         frame = frame.f_back
     return None
