@@ -12,7 +12,8 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ class Haproxy(Server):
         )
         return f"""
 global
-    stats socket {self.folder}/stats.sock
+    stats socket {self.folder}/stats.sock level admin
     maxconn 4000
     nbthread 1
 defaults
@@ -92,12 +93,8 @@ backend replicas
             return False
 
     def states(self) -> dict[int, str]:
-        """UP or DOWN by port, as the last look found it."""
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self.folder / "stats.sock"))
-            connection.sendall(b"show stat\n")
-            text = b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
-        rows = list(csv.DictReader(io.StringIO(text.removeprefix("# "))))
+        """UP or DOWN by port, as the last look found it; "no" where it does not look."""
+        rows = list(csv.DictReader(io.StringIO(self._ask("show stat").removeprefix("# "))))
         return {
             port: row["status"].split()[0]
             for number, port in enumerate(self._ports)
@@ -105,5 +102,23 @@ backend replicas
             if row["svname"] == f"replica-{number}"
         }
 
+    @contextmanager
+    def not_looking_at(self, port: int) -> Iterator[None]:
+        """As between two looks, for as long as this lasts: a replica counts as up, whatever becomes of it."""
+        server = f"replicas/replica-{self._ports.index(port)}"
+        self._ask(f"disable health {server}")
+        try:
+            yield
+        finally:
+            self._ask(f"enable health {server}")
+
+    def _ask(self, command: str) -> str:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.folder / "stats.sock"))
+            connection.sendall(f"{command}\n".encode())
+            return b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
+
     def wait_until_up(self, *ports: int) -> None:
-        wait_until(lambda: all(self.states()[port] == "UP" for port in ports or self._ports), "haproxy sees a replica")
+        wait_until(
+            lambda: all(self.states()[port] != "DOWN" for port in ports or self._ports), "haproxy sees a replica"
+        )
