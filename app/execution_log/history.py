@@ -121,7 +121,7 @@ def _moment(path: str, value: str | None) -> int | None:
         raise InvalidParams.at(path, "must be a time as 2026-11-20T15:00:00Z (RFC 3339)", "datetime") from None
 
 
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(?:\.\d{1,6})?(?:[Zz]|[+-]\d\d:\d\d)", re.ASCII)
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
 def _cursor(last_id: str) -> str:

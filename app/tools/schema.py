@@ -177,7 +177,7 @@ def _holds(document: Any, part: int | str) -> bool:
 
 def whole_floats_as_integers(value: Any) -> Any:
     """A copy in which 1.0 is 1. Recursion is bounded by the codec: 64 levels."""
-    if type(value) is float and value.is_integer() and abs(value) < 2**63:
+    if type(value) is float and value.is_integer() and -(2**63) <= value < 2**64:
         return int(value)
     if type(value) is dict:
         return {key: whole_floats_as_integers(item) for key, item in value.items()}

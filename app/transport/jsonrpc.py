@@ -310,11 +310,14 @@ class _Asked:
         """Raises InvalidRequest, MethodNotFound, InvalidParams."""
         context = self._context
         self._request_id = _readable_id(request)
-        if request.get("jsonrpc") != "2.0":
-            raise InvalidRequest('Invalid request: jsonrpc must be "2.0"')
         name = request.get("method")
         if type(name) is not str:
+            if name is None and ("result" in request or "error" in request):
+                self._request_id = b"null"
+                raise InvalidRequest("Invalid request: this is a response, and nobody here has asked")
             raise InvalidRequest("Invalid request: method must be a string")
+        if request.get("jsonrpc") != "2.0":
+            raise InvalidRequest('Invalid request: jsonrpc must be "2.0"')
         self._wants_answer = "id" in request
         if "a2a_context" in request:
             context.a2a = _a2a(request["a2a_context"])

@@ -6,6 +6,7 @@ Knows no method and no tool. What it may cost is in docs/adr/0016-mcp-door.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Coroutine
 from typing import Any
 
@@ -24,6 +25,7 @@ from app.transport.door import (
     Scope,
     Send,
     Steps,
+    header_key,
     json_headers,
     json_reply,
     respond,
@@ -63,11 +65,12 @@ class McpDoor(Door):
         return self._rendered(answer, context, scope)
 
     def is_plain(self, request: bytes) -> bool:
-        return b"progressToken" not in request
+        return request.find(b"progressToken") < 0 and request.find(_ESCAPED_ASCII) < 0
 
     def begin_asgi(
         self, body: bytes, context: RequestContext, scope: Scope, send: Send, then: Replied
     ) -> Coroutine[Any, Any, Reply | None] | None:
+        context.idempotency_key = header_key(scope["headers"])
         if self.is_plain(body) or not _takes_events(scope["headers"]):
             return self.begin(body, context, scope, then)
         return self._streamed(body, context, scope, send)
@@ -125,10 +128,15 @@ _ROUTING = "agentcore.mcp_routing"
 
 def _takes_events(headers: Headers) -> bool:
     """By its Accept header, or by having none. A client of MCP takes both forms, but not all that calls is one."""
-    accepted = [value for name, value in headers if name == b"accept"]
-    return not accepted or any(
-        form in value for value in accepted for form in (b"text/event-stream", b"*/*", b"text/*")
-    )
+    accepted = [value.lower() for name, value in headers if name == b"accept"]
+    return not accepted or any(_TAKES_EVENTS.search(value) for value in accepted)
+
+
+_TAKES_EVENTS = re.compile(rb"(?:\A|,)\s*(?:text/event-stream|text/\*|\*/\*)(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|\Z))")
+"""RFC 9110, section 12.5.1: a weight of 0 is what is not wanted."""
+
+_ESCAPED_ASCII = b"\\u00"
+"""A name may be written with escapes: then only who parses it knows what it is."""
 
 
 class ResourceDoor:

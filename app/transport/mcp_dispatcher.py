@@ -202,6 +202,8 @@ class McpDispatcher:
             raise InvalidRequest("Invalid request: the batch is empty")
         if len(messages) > self._batch_max:
             raise InvalidRequest(f"Invalid request: a batch holds at most {self._batch_max} requests")
+        if context.idempotency_key is not None:
+            raise InvalidRequest("Invalid request: Idempotency-Key is for one call; give each its own in _meta")
         context.batch = len(messages)
         answers = [ACCEPTED] * len(messages)
         budget = AnswerBudget(self._answer_bytes_max)

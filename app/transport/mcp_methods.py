@@ -37,7 +37,16 @@ from app.transport.mcp_protocol import (
 )
 from app.transport.mcp_results import SERVER_INFO, advice, definition, failed, finished, refused, rendered
 from app.transport.mcp_stream import HangUp
-from app.transport.methods import NO_ROOM, SCOPE_EXECUTE, SCOPE_READ, Ending, kept_trace, require_scope, settle
+from app.transport.methods import (
+    NO_ROOM,
+    SCOPE_EXECUTE,
+    SCOPE_READ,
+    Ending,
+    kept_trace,
+    require_scope,
+    settle,
+    with_key,
+)
 
 SCOPES = {LIST: SCOPE_READ, CALL: SCOPE_EXECUTE}
 """What a method needs; those that are not here only describe the service."""
@@ -233,7 +242,7 @@ def tool_call(
 ) -> ToolCall:
     """The call that a request asks for."""
     execution_id, trace, meta = new_execution_id(), context.trace, request.meta
-    return ToolCall(
+    call = ToolCall(
         execution_id,
         tool.spec.id,
         arguments,
@@ -245,6 +254,7 @@ def tool_call(
         idempotency_key=_idempotency_key(meta) if meta else None,
         on_progress=on_progress,
     )
+    return call if context.idempotency_key is None else with_key(call, context.idempotency_key)
 
 
 def _carried(meta: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:

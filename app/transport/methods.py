@@ -180,7 +180,7 @@ class Methods:
             return False
         require_scope(context.caller, SCOPE_EXECUTE)
         if params.idempotency_key is None:
-            refusal = self._executor.crowded_out(context.caller, params.tool_id, params.agent_id)
+            refusal = self._executor.crowded_out(context.caller, params.tool_id, agent_of(context, params.agent_id))
             if refusal is not None:
                 if context.budget is None:
                     context.retry_after_ms = refusal.retry_after_ms
@@ -192,7 +192,7 @@ class Methods:
         """One call to its Execution, written. Raises the refusal when it did not run."""
         call = context.call or tool_call(context, tool_id, params)
         if context.idempotency_key is not None:
-            call = _with_key(call, context.idempotency_key)
+            call = with_key(call, context.idempotency_key)
         execution = await self._executor.execute(call)
         commit = settle(context, execution)
         if commit is not None:
@@ -264,7 +264,7 @@ class Methods:
         return orjson.dumps({"cancelled": cancelled})
 
     async def _limit_status(self, context: RequestContext, params: shapes.LimitStatusParams) -> bytes:
-        return await self.limit_status(context.caller, params.tool_id, params.agent_id)
+        return await self.limit_status(context.caller, params.tool_id, agent_of(context, params.agent_id))
 
     async def limit_status(self, caller: Caller, tool_id: str, agent_id: str | None = None) -> bytes:
         """What is left of each limit, written. REST answers the same."""
@@ -400,14 +400,19 @@ def tool_call(context: RequestContext, tool_id: str, params: shapes.RestExecuteB
         return call
     return replace(
         call,
-        agent_id=call.agent_id or _text(context.a2a, "source_agent"),
+        agent_id=agent_of(context, call.agent_id),
         session_id=given.session_id or _text(context.a2a, "session_id"),
         metadata=given.metadata,
         trace_label=label if trace is not None and label != trace.trace_id else None,
     )
 
 
-def _with_key(call: ToolCall, given: str) -> ToolCall:
+def agent_of(context: RequestContext, given: str | None) -> str | None:
+    """The label of who asks: the one that was given or, where there is none, that of the request's a2a_context."""
+    return given or (None if context.a2a is None else _text(context.a2a, "source_agent"))
+
+
+def with_key(call: ToolCall, given: str) -> ToolCall:
     """With the key of the header, which may stand in quotes: a draft of the IETF says so and few clients do it."""
     key = given[1:-1] if len(given) > 1 and given[0] == given[-1] == '"' else given
     if not 0 < len(key) <= shapes.LABEL_CHARACTERS_MAX or not key.isprintable():

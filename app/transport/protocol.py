@@ -90,6 +90,8 @@ _CHUNK_BYTES_MIN = len(b"0\r\n\r\n")
 _HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?")
 """RFC 9110, section 7.2, by way of RFC 3986; an http URI has no empty host (section 4.2.1)."""
 
+_BLANKS = b" \t"
+
 _INSPECTED = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect"})
 
 
@@ -261,12 +263,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
+        if value[-1:] in _BLANKS:
+            value = value.rstrip(
+                _BLANKS
+            )  # the parser keeps those behind a value (RFC 9110, section 5.5: no part of it)
         headers = self.headers
         headers.append((name, value))
         if len(headers) > self._bounds.headers_max:
             self._reject(self._head_too_large())
         if name in _INSPECTED and self._phase == HEAD:
-            self._inspect(name, value.strip())
+            self._inspect(name, value)
 
     def _inspect(self, name: bytes, value: bytes) -> None:
         if name == b"content-length":

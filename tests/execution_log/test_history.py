@@ -130,6 +130,7 @@ async def test_since_is_in_and_until_is_not_by_the_time_of_the_start(engine: Asy
         (rfc3339(NOON + 10), rfc3339(NOON + 12), of_acme[-12:-10]),
         ("2026-11-20T13:00:10+01:00", "2026-11-20t12:00:12z", of_acme[-12:-10]),
         ("2026-11-20T12:01:02.000001Z", None, of_acme[:1]),
+        ("2026-11-20T12:01:02.000001999Z", None, of_acme[:1]),
         (rfc3339(NOON + 100), None, []),
         ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z", of_acme),
     ):

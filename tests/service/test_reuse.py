@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from tests.access.keyring import make_key
 from tests.conftest import ROOT, Running, Serve, end, service_environ, start_service
 from tests.proxy import FaultProxy
 from tests.servers import HOST, PostgresAt, RedisAt, RedisServer, wait_until
+from tests.transport.mcp_wire import send
 
 MODULE = "tests.service.reuse_tools"
 
@@ -71,8 +73,16 @@ class Site:
         found: dict[str, Any] = response.json()
         return found
 
+    def mcp(self, running: Running, params: Any, headers: dict[str, str]) -> dict[str, Any]:
+        """tools/call; its result or the error."""
+        body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
+        sent = {**self.bearer("anna"), "MCP-Protocol-Version": "2025-06-18", **headers}
+        answer = running.http.post("/mcp", json=body, headers=sent).json()
+        found: dict[str, Any] = answer.get("result") or answer["error"]
+        return found
+
     def rest(
-        self, running: Running, tool: str, key: str, who: str = "anna", **parameters: Any
+        self, running: Running, tool: str, key: str | bytes, who: str = "anna", **parameters: Any
     ) -> tuple[int, dict[str, Any]]:
         headers = {**self.bearer(who), "Idempotency-Key": key}
         path = f"/api/v1/tools/{tool}/execute"
@@ -181,6 +191,37 @@ def test_a_key_comes_by_header_or_parameter_and_not_by_both_that_differ(site: Si
         refused = site.rpc(site.one, "tools.execute", both, headers={"Idempotency-Key": header})
         assert refused["error"]["code"] == -32602, header
     assert site.runs(name) == 1
+
+
+@pytest.mark.parametrize("ending", [" ", "\t", " \t "])
+def test_blanks_around_a_header_are_no_part_of_the_key(site: Site, name: str, ending: str) -> None:
+    first = site.call(site.one, "pay", name=name, idempotency_key=name)
+    headers = [*site.bearer("anna").items(), ("Idempotency-Key", f"{ending}{name}{ending}")]
+    path, body = "/api/v1/tools/pay/execute", {"parameters": {"name": name}}
+    answer = send(site.one, body, headers, path=path)  # httpx would not send it
+    assert answer.status == 200 and json.loads(answer.body) == {**first, "replayed": True}
+
+
+def test_a_key_beyond_ascii_is_the_same_in_header_and_body(site: Site, name: str) -> None:
+    key = f"{name}-ключ-ø"
+    first = site.call(site.one, "pay", name=name, idempotency_key=key)
+    assert site.rest(site.two, "pay", key.encode(), name=name) == (200, {**first, "replayed": True})
+    status, refused = site.rest(site.two, "pay", key.encode("cp1251", "replace"), name=name)
+    assert status == 422 and refused["error"]["code"] == -32602 and site.runs(name) == 1
+
+
+def test_a_header_is_a_key_over_mcp_too(site: Site, name: str) -> None:
+    first = site.mcp(site.one, {"name": "pay", "arguments": {"name": name}}, {"Idempotency-Key": name})
+    again = site.mcp(site.two, {"name": "pay", "arguments": {"name": name}}, {"Idempotency-Key": name})
+    assert again["structuredContent"] == first["structuredContent"] and site.runs(name) == 1
+    other = {"name": "pay", "arguments": {"name": name}, "_meta": {"idempotencyKey": "other"}}
+    assert site.mcp(site.one, other, {"Idempotency-Key": name})["code"] == -32602
+    batch = [
+        {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "pay", "arguments": {"name": name}}}
+    ]
+    headers = {**site.bearer("anna"), "MCP-Protocol-Version": "2025-03-26", "Idempotency-Key": name}
+    answer = site.one.http.post("/mcp", json=batch, headers=headers).json()
+    assert answer["error"]["code"] == -32600 and site.runs(name) == 1
 
 
 @pytest.mark.parametrize("method", ["tools.execute_batch", "tools.execute_parallel", "tools.execute_with_fallback"])

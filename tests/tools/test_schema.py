@@ -85,6 +85,8 @@ ACCEPTED: list[tuple[Any, Any, Any]] = [
     (int, 1, 1),
     (int, 1.0, 1),
     (int, -0.0, 0),
+    (int, 1e19, 10**19),
+    (int, float(-(2**63)), -(2**63)),
     (float, 1, 1.0),
     (float, 1.5, 1.5),
     (bool, True, True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.calls import LOCAL_CALLER
 from app.limits.adaptive import FLOOR
 from app.service import Service, open_service
 from app.settings import read_settings
@@ -46,10 +47,12 @@ async def serving(folder: Path, **environ: str) -> AsyncIterator[Served]:
         running = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client:
-            yield service, client
-        server.stop()
-        await running
+        try:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client:
+                yield service, client
+        finally:
+            server.stop()
+            await running
 
 
 async def rpc(client: httpx.AsyncClient, tool_id: str, parameters: dict[str, Any], **params: Any) -> dict[str, Any]:
@@ -130,6 +133,38 @@ async def test_a_result_that_is_kept_needs_no_slot(tmp_path: Path) -> None:
         again = (await rpc(client, "echo", {"message": "x"}, idempotency_key=key))["result"]
         assert again["replayed"] and again["execution_id"] == first["execution_id"]
         place.cancel()
+
+
+PER_AGENT = "policies: [{name: per-agent, per: [subject], max_concurrent: 1}]"
+
+
+async def test_an_agent_has_its_own_place_however_its_name_came(tmp_path: Path) -> None:
+    (tmp_path / "limits.yaml").write_text(PER_AGENT)
+    environ = {"MAX_CONCURRENT_EXECUTIONS": "2", "LIMITS_FILE": str(tmp_path / "limits.yaml")}
+    async with serving(tmp_path, TOOL_MODULES="tests.tools_for_tests", **environ) as (service, client):
+
+        async def call(tool_id: str, parameters: dict[str, Any], more: dict[str, Any], **params: Any) -> Any:
+            asked = {"tool_id": tool_id, "parameters": parameters, **params}
+            body = {"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": asked, **more}
+            return (await client.post("/api/v1/jsonrpc", json=body)).json()
+
+        assert "result" in await call("echo", {"message": "x"}, {})
+        running = []
+        for call_id, params in (("nobody", {}), ("other", {"agent_id": "other"}), ("nobody-next", {})):
+            waits = call("wait", {"seconds": 60}, {}, call_id=call_id, **params)
+            running.append(asyncio.create_task(waits))
+            await until(lambda: len(service.executor.calls) == len(running))
+        asked = asyncio.create_task(call("echo", {"message": "x"}, {"a2a_context": {"source_agent": "bot"}}))
+        await until(lambda: len(service.executor.calls) == 4 or asked.done())
+        for call_id in ("other", "nobody", "nobody-next"):
+            service.executor.calls.cancel(LOCAL_CALLER, None, call_id)
+        assert {(await each)["result"]["status"] for each in running} == {"cancelled"}
+        assert (await asked)["result"]["status"] == "success"
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        await asyncio.sleep(0)
 
 
 @pytest.fixture(params=["true", "false"], ids=["lane", "asgi"])

@@ -143,7 +143,6 @@ def test_an_unknown_method_is_not_found(service: Running, method: str) -> None:
         '{"jsonrpc":"1.0","method":"rpc.ping","id":1}',
         '{"jsonrpc":2.0,"method":"rpc.ping","id":1}',
         '{"jsonrpc":null,"method":"rpc.ping","id":1}',
-        '{"jsonrpc":"2.0","result":5,"id":1}',
     ],
 )
 def test_a_malformed_request_is_invalid_and_its_readable_id_comes_back(service: Running, body: str) -> None:
@@ -151,7 +150,17 @@ def test_a_malformed_request_is_invalid_and_its_readable_id_comes_back(service: 
     assert answer["error"]["code"] == -32600 and answer["id"] == 1
 
 
-@pytest.mark.parametrize("body", ["{}", "1", "null", '"text"', "true", "1.5", '{"jsonrpc":"2.0","method":1}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *("{}", "1", "null", '"text"', "true", "1.5", '{"jsonrpc":"2.0","method":1}'),
+        *(
+            '{"jsonrpc":"2.0","result":5,"id":1}',
+            '{"result":5,"error":null,"id":1}',
+            '{"jsonrpc":"2.0","error":{},"id":1}',
+        ),
+    ],
+)
 def test_what_is_no_request_object_is_invalid_with_id_null(service: Running, body: str) -> None:
     answer = error_of(post(service, body))
     assert answer["error"]["code"] == -32600 and answer["id"] is None

@@ -53,6 +53,12 @@ def status(service: Running, agent: str, tool_id: str = "echo") -> dict[str, Any
     return answer["result"]  # type: ignore[no-any-return]
 
 
+def test_the_a2a_context_names_the_agent_of_a_status_as_of_a_call(limited: Running) -> None:
+    execute(limited, "of-a2a")
+    by_a2a = limited.rpc("tools.get_rate_limit_status", {"tool_id": "echo"}, a2a_context={"source_agent": "of-a2a"})
+    assert by_a2a["result"]["rate_limit"]["remaining"] == status(limited, "of-a2a")["rate_limit"]["remaining"] == 2
+
+
 def test_a_call_that_met_a_limit_says_what_is_left_in_headers(limited: Running) -> None:
     remaining = [limit_headers(execute(limited, "a")) for _ in range(3)]
     assert [left["ratelimit-remaining"] for left in remaining] == [2, 1, 0]

@@ -80,6 +80,12 @@ def test_0_a_host_that_is_not_loopback_is_refused(mcp: Running) -> None:
 
 def test_0_our_own_origin_may_call(mcp: Running) -> None:
     assert echo(mcp, [*CALL_HEADERS, ("Origin", mcp.url)]) == (200, None)
+    assert echo(mcp, [*CALL_HEADERS, ("Origin", mcp.url + " ")]) == (200, None)
+
+
+def test_0_a_second_origin_is_foreign_whatever_it_is(mcp: Running) -> None:
+    for headers in ([("Origin", "https://evil.example"), ("Origin", mcp.url)], [("Origin", mcp.url)] * 2):
+        assert send(mcp, CALL, [*CALL_HEADERS, *headers]).status == 403
 
 
 # 1

@@ -80,15 +80,27 @@ def test_a_tool_that_tells_nothing_is_answered_in_plain_json(mcp: Running) -> No
     assert with_progress(mcp, "no_such", 1).code == (400, -32602)
 
 
-@pytest.mark.parametrize("accept", ["application/json", "text/html"])
+@pytest.mark.parametrize(
+    "accept", ["application/json", "text/html", "application/json, text/event-stream;q=0", "text/*; q=0.000"]
+)
 def test_a_client_that_takes_no_events_gets_none(mcp: Running, accept: str) -> None:
     answer = with_progress(mcp, "test_tool_with_progress", 1, ("Accept", accept))
     assert answer.result["content"][0]["text"] == "Progress was told"
 
 
-@pytest.mark.parametrize("accept", ["text/event-stream", "*/*", "text/*", "application/json,text/event-stream;q=0.5"])
+@pytest.mark.parametrize(
+    "accept", ["text/event-stream", "*/*", "Text/Event-Stream", "text/*", "application/json,text/event-stream;q=0.05"]
+)
 def test_a_client_that_takes_events_gets_them(mcp: Running, accept: str) -> None:
     assert len(with_progress(mcp, "test_tool_with_progress", 1, ("Accept", accept)).events) == 4
+
+
+def test_a_token_may_be_named_with_escapes(mcp: Running) -> None:
+    params = {"name": "test_tool_with_progress", "arguments": {}, "_meta": {"progressToken": "t"}}
+    body = json.dumps(modern_message("tools/call", params)).replace("progressToken", r"progress\u0054oken")
+    headers = [*routing("tools/call", "test_tool_with_progress"), EVENTS]
+    for _ in range(3):  # the third by a head that the lane knows
+        assert len(send(mcp, body.encode(), headers).events) == 4
 
 
 @pytest.mark.parametrize("token", [None, True, 1.5, {}, []])
