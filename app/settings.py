@@ -241,9 +241,28 @@ class Settings(BaseModel):
 
 PROFILES: dict[str, dict[str, Any]] = {
     "default": {},
-    "high-throughput": {"http_connection_pool_size": 100, "tool_execution_timeout": 30.0},
-    "low-latency": {"enable_parameter_validation_cache": True, "enable_registry_cache": True},
-    "constrained": {"max_concurrent_executions": 500, "http_connection_pool_size": 20, "result_cache_bytes": 8_388_608},
+    "high-throughput": {
+        "database_pool_size": 20,
+        "database_max_overflow": 20,
+        "redis_pool_size": 50,
+        "http_connection_pool_size": 100,
+        "tool_execution_timeout": 30.0,
+    },
+    "low-latency": {
+        "database_pool_size": 50,
+        "redis_pool_size": 100,
+        "enable_parameter_validation_cache": True,
+        "enable_registry_cache": True,
+        "enable_result_compression": False,
+    },
+    "constrained": {
+        "database_pool_size": 5,
+        "database_max_overflow": 5,
+        "redis_pool_size": 10,
+        "http_connection_pool_size": 20,
+        "max_concurrent_executions": 500,
+        "result_cache_bytes": 8_388_608,
+    },
 }
 """Defaults by profile; only what differs, or what the profile promises to hold, is named."""
 

@@ -19,6 +19,7 @@ PARTS: dict[str, list[str]] = {
     "wire": ["load.wire"],
     "headline": ["load.headline"],
     "capacity": ["load.capacity"],
+    "profiles": ["load.profiles"],
     "micro": ["load.micro"],
     "growth": ["load.growth", "--plots", "docs/images"],
     "peers": ["load.peers"],

@@ -182,7 +182,7 @@ def overload(bench: Bench, seconds: float) -> list[Overload]:
         row = overloaded(server, requests, peak_per_s, factor, seconds)
         print(row.line(), flush=True)
         rows.append(row)
-    print("goals of issue 6 at 10 times: 0.90 of the peak, refusals under 10 ms, recovered within 5 s\n", flush=True)
+    print("goals at 10 times: 0.90 of the peak, refusals under 10 ms, recovered within 5 s\n", flush=True)
     return rows
 
 

@@ -23,7 +23,7 @@ WARM_S = 2.0
 ORIGIN = ("origin, as reported", 18.0, 42.0, 87.0, 156.0, 78.0, 3_200.0)
 """p50, p95, p99, max (ms), CPU (%), memory (MB)."""
 
-GOALS = "goals of issue 6: p95 under 4 ms, p99 under 8 ms, under 120 MB"
+GOALS = "goals: p95 under 4 ms, p99 under 8 ms, under 120 MB"
 
 
 @dataclass(frozen=True)

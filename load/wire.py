@@ -34,7 +34,7 @@ PAYLOADS = {"1 KB": 1_000, "100 KB": 100_000}
 ASGI = {"PROTOCOL_LANE": "false"}
 
 GOALS = {"everything, lane": "goal 0.80, after 1.0", "everything, ASGI": "goal 0.50", "batch of 20, lane": "goal 2x"}
-"""Of issue 6: calls per second over the bare echo's, at 64 connections; a batch's over those of single calls."""
+"""Calls per second over the bare echo's, at 64 connections; a batch's over those of single calls."""
 
 MCP_VERSION = "2025-11-25"
 MCP_HEADERS = (("Accept", "application/json, text/event-stream"), ("MCP-Protocol-Version", MCP_VERSION))

@@ -302,6 +302,21 @@ def test_forwarded_allow_ips_believes_those_proxies_scheme(serve: Serve) -> None
     assert trusting.http.get("/api/v1/tools", headers=forwarded).status_code == 200
 
 
+ORIGIN_PROFILES = {  # pool and overflow of PostgreSQL, pools of Redis and HTTP, calls at once; None: not said
+    "high-throughput": (20, 20, 50, 100, None),
+    "low-latency": (50, None, 100, None, None),
+    "constrained": (5, 5, 10, 20, 500),
+}
+
+
+@pytest.mark.parametrize("profile", ORIGIN_PROFILES)
+def test_a_profile_sets_what_the_origin_says_of_it(profile: str) -> None:
+    names = ("database_pool_size", "database_max_overflow", "redis_pool_size", "http_connection_pool_size")
+    settings, plain = read_settings({"PROFILE": profile}), read_settings({})
+    for name, said in zip((*names, "max_concurrent_executions"), ORIGIN_PROFILES[profile], strict=True):
+        assert getattr(settings, name) == (getattr(plain, name) if said is None else said), name
+
+
 def test_profile_sets_defaults_that_single_variables_override(serve: Serve) -> None:
     assert serve("--profile", "constrained").metric("tool_execution_limit") == 500
     assert serve(PROFILE="constrained", MAX_CONCURRENT_EXECUTIONS="7").metric("tool_execution_limit") == 7

@@ -447,6 +447,13 @@ def test_a_journal_volume_is_of_one_replica_and_stays() -> None:
     )
 
 
+def test_a_journal_volume_is_scaled_by_keda_too() -> None:
+    objects = render_with("keda", "journal-volume")
+    scaled = the(objects, "ScaledObject")["spec"]
+    assert the(objects, scaled["scaleTargetRef"]["kind"], scaled["scaleTargetRef"]["name"])["kind"] == "StatefulSet"
+    assert scaled["minReplicaCount"] == 3
+
+
 def test_dev_needs_nothing_that_is_not_in_it() -> None:
     objects = render(K8S / "overlays" / "dev")
     sources = pod_template(the(objects, "Deployment"))["spec"]["containers"][0]["envFrom"]

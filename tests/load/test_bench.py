@@ -83,6 +83,12 @@ def test_capacity_shows_the_mix_slow_tools_and_overload() -> None:
     assert {"2 x", "5 x", "10 x"} <= {line.strip()[:4].strip() for line in table.splitlines()}
 
 
+def test_profiles_stand_beside_the_default() -> None:
+    shown = rows(run("load.profiles", "--seconds", "0.5", "--calls", "20", "--large-calls", "5"), 8)
+    assert list(shown) == ["default", "high-throughput", "low-latency", "constrained"]
+    assert all(row[0] > 0 and row[1] == 0 for row in shown.values()), "calls at once"
+
+
 def test_growth_draws_a_plot_for_each_line(tmp_path: Path) -> None:
     few = ["--tools", "2", "20", "--tenants", "1", "3", "--rows", "0", "100"]
     table = run("load.growth", *few, "--rounds", "1", "--seconds", "0.2", "--plots", str(tmp_path))
@@ -237,7 +243,7 @@ def test_a_quantile_of_nothing_is_zero() -> None:
 
 
 def test_every_part_is_a_module_that_runs() -> None:
-    assert set(PARTS) == {"wire", "headline", "capacity", "micro", "growth", "peers", "compare"}
+    assert set(PARTS) == {"wire", "headline", "capacity", "profiles", "micro", "growth", "peers", "compare"}
     refused = subprocess.run(
         [sys.executable, "-m", "load.bench", "wires"], cwd=ROOT, capture_output=True, text=True, timeout=RUN_S_MAX
     )
