@@ -53,18 +53,21 @@ GRACE = 0.1
 TIMER_S_MIN = 0.001
 """uvloop keeps time in whole milliseconds."""
 
+HEARTBEAT_S = 5.0
+"""Without a call nobody would ask, and a Redis that died would be called up until the next one has to find out."""
+
 CLOSED = "closed"
 
-PROBE = Limit(counter_key("probe"), "probe", RATE, 1_000_000, period_us=1_000_000, burst=1_000_000)
-"""Written after each connect: a Redis that is full or read-only answers, but cannot count."""
+PROBE = Ask((Limit(counter_key("probe"), "probe", RATE, 1_000_000, period_us=1_000_000, burst=1_000_000),), 1)
+"""Written after each connect and as a heartbeat: a Redis that is full or read-only answers, but cannot count."""
 
 Waiting = tuple[Ask, Waiter | None, float]
 """An ask, who waits for it (nobody for what is given back), and when that began, seconds of `perf_counter`."""
 
 
 class RedisStore:
-    """`run` must be running. For tests are `clock_us`, Unix microseconds that the script is to believe, and a shorter
-    `retry_s_max`."""
+    """`run` must be running. For tests are `clock_us`, Unix microseconds that the script is to believe, and other times
+    for `retry_s_max` and `heartbeat_s`."""
 
     def __init__(
         self,
@@ -72,12 +75,14 @@ class RedisStore:
         timeout_s: float,
         clock_us: Callable[[], int] | None = None,
         retry_s_max: float = RETRY_MAX_S,
+        heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
         self._loop = asyncio.get_running_loop()  # kept: asking costs Python 3.11 a system call
         self._locate = locate
         self._timeout_s = timeout_s
         self._clock_us = clock_us
         self._retry_s_max = retry_s_max
+        self._heartbeat_s = heartbeat_s
         self._grace_s = timeout_s * GRACE
         self._link: RedisLink | None = None
         self._lost = asyncio.Event()
@@ -244,13 +249,21 @@ class RedisStore:
             self._tried.set()
             if connected:
                 since = time.perf_counter()
-                await self._lost.wait()
+                await self._until_lost()
                 if time.perf_counter() - since > self._retry_s_max:
                     pause_s = RETRY_MIN_S
                     continue
             # A Redis that is lost again and again is given time, or every attempt would cost some calls their budget.
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311
             pause_s = min(self._retry_s_max, 2 * pause_s)
+
+    async def _until_lost(self) -> None:
+        while not self._lost.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._lost.wait()
+            if not self._pending and not self._in_flight and self._link is not None:
+                self._add(PROBE, None)  # who has no answer in time says that Redis is away
 
     async def settled(self) -> None:
         """Wait, bounded, until the first attempt to connect has ended either way."""
@@ -267,9 +280,8 @@ class RedisStore:
                 link = await RedisLink.connect(endpoint, self._link_lost)
                 await link.ask("SCRIPT", "LOAD", SCRIPT)
             async with asyncio.timeout(self._timeout_s):
-                probe = Ask((PROBE,), 1)
-                keys, payload = _encode([probe])
-                _verdicts([probe], await link.ask("EVALSHA", SCRIPT_SHA, len(keys), *keys, payload, ""))
+                keys, payload = _encode([PROBE])
+                _verdicts([PROBE], await link.ask("EVALSHA", SCRIPT_SHA, len(keys), *keys, payload, ""))
             if link.lost:
                 raise LinkLost("connection to Redis lost")
         except BaseException as error:

@@ -111,10 +111,14 @@ def wait_us(limit: Limit, verdict: Verdict, cost: int = 1) -> int:
 
 @contextlib.asynccontextmanager
 async def running(
-    url: str, timeout_s: float = PATIENT_S, clock_us: Callable[[], int] | None = None, retry_s_max: float = 0.1
+    url: str,
+    timeout_s: float = PATIENT_S,
+    clock_us: Callable[[], int] | None = None,
+    retry_s_max: float = 0.1,
+    heartbeat_s: float = 3_600.0,
 ) -> AsyncIterator[RedisStore]:
-    """A store whose background task runs, as the service has it."""
-    store = RedisStore(redis_locator(url, KEY_PREFIX, timeout_s), timeout_s, clock_us, retry_s_max)
+    """A store whose background task runs, as the service has it, but for the heartbeat: commands are counted."""
+    store = RedisStore(redis_locator(url, KEY_PREFIX, timeout_s), timeout_s, clock_us, retry_s_max, heartbeat_s)
     task = asyncio.create_task(store.run(), name="limit-store")
     try:
         await store.settled()

@@ -6,7 +6,7 @@ import asyncio
 import os
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -279,6 +279,31 @@ async def test_a_loop_that_is_blocked_again_and_again_still_finds_out_that_redis
             await asyncio.sleep(0)
         assert blocked < 20 and isinstance(asked.exception(), StoreAway)
         own_redis.resume()
+
+
+# Without calls
+
+
+async def test_a_redis_that_stops_answering_is_away_though_nobody_asks(own_redis: RedisServer) -> None:
+    async with running(own_redis.url, timeout_s=0.2, heartbeat_s=0.01) as store:
+        own_redis.pause()
+        await until(lambda: not store.up)
+        own_redis.resume()
+        await until(lambda: store.up)
+
+
+async def test_so_is_one_that_answers_and_cannot_count(own_redis: RedisServer) -> None:
+    async with running(own_redis.url, heartbeat_s=0.01) as store:
+        own_redis.cli("CONFIG", "SET", "maxmemory", "1")
+        await until(lambda: not store.up)
+        own_redis.cli("CONFIG", "SET", "maxmemory", "0")
+        await until(lambda: store.up)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SOON_S):
+        while not holds():
+            await asyncio.sleep(0.001)
 
 
 # The connection
