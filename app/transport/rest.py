@@ -6,6 +6,7 @@ registry and the methods built; FastAPI routes them and documents them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -102,7 +103,12 @@ def read_query(request: Request, shape: type[P]) -> P:
             raise InvalidParams.at(name, "Given more than once", "repeated")
         else:
             values[name] = value
+    if not _WHOLE.fullmatch(values.get("limit", "0")):  # pydantic would take 1_0, 1.0 and blanks around it
+        raise InvalidParams.at("limit", "must be a whole number", "int_parsing")
     return validated(shape, values, strict=False)
+
+
+_WHOLE = re.compile("-?[0-9]+")
 
 
 def validated(shape: type[M], value: Any, *, strict: bool) -> M:
