@@ -22,6 +22,7 @@ class BufferedLog:
     """A queue of records. Those that were read stay until they are released."""
 
     failing = False
+    stalled = False
     unwritten = 0
 
     def __init__(self, bytes_max: int, rows_max: int = ROWS_MAX) -> None:

@@ -31,8 +31,14 @@ READ_BYTES = 262_144
 SCAN_BYTES_MAX = 4_194_304
 """Looked through in one call where everything is damaged: about 2 ms."""
 
+UNREADABLE_BYTES = 65_536
+"""Passed over in one go where the disk does not give back what it holds: some two hundred small records."""
+
 ATTEMPTS_MAX = 10
 """To make a folder of our own: another process may take a new one for an orphan before it is locked."""
+
+NOT_THE_FILE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM})
+"""Want of descriptors, memory or rights: however long it lasts, the file is whole."""
 
 _NAME = re.compile(r"[0-9]{16}-[0-9]+-[0-9a-f]{8}")
 _SEGMENT_NAME = re.compile(r"([0-9]{10})\.segment")
@@ -74,7 +80,7 @@ class Damage:
     bytes: int = 0
     segments: int = 0
     other_versions: int = 0
-    """Segments of another version of this program; they stay where they are, for it to find."""
+    """Segments of another version of this program, or perhaps of one; they stay where they are, for it to find."""
 
 
 class Folder:
@@ -134,20 +140,36 @@ class Folder:
         )
 
     def read(self, rows_max: int, bytes_max: int, end: Position | None = None) -> list[bytes] | None:
-        """The next records, up to `end`. Empty: only damage was found so far, ask again. None: no more."""
+        """The next records, up to `end`. Empty: only damage was found so far, ask again. None: no more.
+
+        Raises OSError where they cannot be read now: all is as it was, and may be asked for again.
+        """
         scanned = 0
         while scanned < SCAN_BYTES_MAX:
             segment = self._segment_at_cursor(end)
             if segment is None:
                 return None
             before = self.cursor.offset
-            limit = segment.size_bytes if end is None or end.sequence != segment.sequence else end.offset
-            records = self._read_segment(segment, rows_max, max(FRAME_BYTES, min(bytes_max, READ_BYTES)), limit)
+            wanted_bytes = max(FRAME_BYTES, min(bytes_max, READ_BYTES))
+            records = self._read_segment(segment, rows_max, wanted_bytes, _limit(segment, end))
             if records:
                 self.handed_out = self.cursor
                 return records
             scanned += self.cursor.offset - before
         return []
+
+    def pass_over_unreadable(self, end: Position | None, error: OSError) -> None:
+        """`read` up to `end` raises that at the cursor again and again: go on after what stands there. Without a header
+        or a file that is the rest of the segment."""
+        segment = self._segment_at_cursor(end)
+        assert segment is not None
+        limit = _limit(segment, end)
+        if segment.framing is None or isinstance(error, FileNotFoundError):
+            self._pass_over_rest(segment, limit, error)
+            return
+        passed_bytes = min(UNREADABLE_BYTES, limit - self.cursor.offset)
+        self._pass_over(segment, passed_bytes, error)
+        self.cursor = Position(segment.sequence, self.cursor.offset + passed_bytes)
 
     def release(self, position: Position) -> list[Segment]:
         """Everything up to `position` is in the database: note it, and give back the segments that are done with."""
@@ -199,8 +221,7 @@ class Folder:
                 return None
             if segment.sequence > self.cursor.sequence:
                 self.cursor = Position(segment.sequence, HEADER_BYTES)
-            limit = segment.size_bytes if end is None or segment.sequence != end.sequence else end.offset
-            if self.cursor.offset < limit:
+            if self.cursor.offset < _limit(segment, end):
                 return segment
         return None
 
@@ -211,15 +232,18 @@ class Folder:
             data, ends = self._read_at(segment, offset, wanted_bytes, limit)
             frames = framing.decode(data, rows_max, ends=ends)
             if frames.needed_bytes and frames.end_bytes == 0:  # one record is larger than what was read
-                data, ends = self._read_at(segment, offset, max(frames.needed_bytes, wanted_bytes), limit)
+                wanted_bytes = max(frames.needed_bytes, wanted_bytes)
+                data, ends = self._read_at(segment, offset, wanted_bytes, limit, frames.needed_bytes)
                 frames = framing.decode(data, rows_max, ends=ends)
         except OtherVersion:
-            self._leave_alone(segment)
+            self._leave_alone(segment, "of another version")
             return []
-        except (OSError, Unreadable) as error:
-            self._pass_over(segment, limit - offset + (HEADER_BYTES if offset == HEADER_BYTES else 0), error)
-            self.cursor = Position(segment.sequence, limit)
+        except Unreadable as error:
+            self._pass_over_rest(segment, limit, error)
             return []
+        except OSError:
+            self._stop_reading()  # another descriptor may do
+            raise
         at_end = ends and frames.end_bytes == len(data)
         damaged_bytes = frames.skipped_bytes + (limit - offset - len(data) if at_end else 0)
         if damaged_bytes:
@@ -232,11 +256,24 @@ class Folder:
         segment.framing = read_header(header)
         return segment.framing
 
-    def _read_at(self, segment: Segment, offset: int, wanted_bytes: int, limit: int) -> tuple[bytes, bool]:
-        """At most so many bytes, and whether the segment ends with them."""
+    def _read_at(
+        self, segment: Segment, offset: int, wanted_bytes: int, limit: int, needed_bytes: int = 1
+    ) -> tuple[bytes, bool]:
+        """At most so many bytes, and whether the segment ends with them. Raises OSError with fewer than are needed."""
         wanted_bytes = min(wanted_bytes, limit - offset)
-        data = os.pread(self._fd_of(segment), wanted_bytes, offset)
-        return data, len(data) < wanted_bytes or offset + wanted_bytes == limit
+        fd = self._fd_of(segment)
+        data = os.pread(fd, wanted_bytes, offset)
+        while len(data) < wanted_bytes:  # the file ends there, or cannot be read from there on
+            try:
+                more = os.pread(fd, wanted_bytes - len(data), offset + len(data))
+            except OSError:
+                if len(data) < needed_bytes:
+                    raise
+                return data, False
+            if not more:
+                return data, True
+            data += more
+        return data, offset + wanted_bytes == limit
 
     def _fd_of(self, segment: Segment) -> int:
         if self._reading is None or self._reading[0] is not segment:
@@ -249,6 +286,11 @@ class Folder:
             os.close(self._reading[1])
             self._reading = None
 
+    def _pass_over_rest(self, segment: Segment, limit: int, error: Exception) -> None:
+        offset = self.cursor.offset
+        self._pass_over(segment, limit - offset + (HEADER_BYTES if offset == HEADER_BYTES else 0), error)
+        self.cursor = Position(segment.sequence, limit)
+
     def _pass_over(self, segment: Segment, size_bytes: int, error: Exception | None) -> None:
         if not segment.damaged_bytes:
             self._damage.segments += 1
@@ -259,14 +301,14 @@ class Folder:
         segment.damaged_bytes += size_bytes
         self._damage.bytes += size_bytes
 
-    def _leave_alone(self, segment: Segment) -> None:
+    def _leave_alone(self, segment: Segment, why: str) -> None:
         self._stop_reading()
         self.segments.remove(segment)
         self.other_versions.append(segment)
         self._damage.other_versions += 1
         logger.error(
-            "journal segment of another version left where it is",
-            extra={"segment": str(segment.path), "size_bytes": segment.size_bytes},
+            "journal segment left where it is",
+            extra={"segment": str(segment.path), "size_bytes": segment.size_bytes, "reason": why},
         )
 
     def _is_finished(self, segment: Segment) -> bool:
@@ -276,7 +318,7 @@ class Folder:
         return segment.sequence < sequence or (segment.sequence == sequence and segment.size_bytes <= offset)
 
     def _opened(self) -> Folder:
-        """With the segments that a process left in it, and how far they had been released."""
+        """With the segments that a process left in it, and how far they had been released. Raises OSError, closed."""
         try:
             for path in sorted(self.path.iterdir()):
                 named = _SEGMENT_NAME.fullmatch(path.name)
@@ -284,12 +326,12 @@ class Folder:
                     self.segments.append(Segment(int(named[1]), path, path.stat().st_size))
             self._checkpoint_fd = os.open(self.path / "checkpoint", os.O_RDWR | os.O_CREAT, 0o600)
             checkpoint = _read_checkpoint(os.pread(self._checkpoint_fd, _CHECKPOINT.size, 0))
+            if checkpoint is not None:
+                self.released = checkpoint
+                self._leave_other_versions()
         except OSError:
             self.close()
             raise
-        if checkpoint is not None:
-            self.released = checkpoint
-            self._leave_other_versions()
         self.rewind()
         return self
 
@@ -299,15 +341,24 @@ class Folder:
             try:
                 self._read_header(segment)
             except OtherVersion:
-                self._leave_alone(segment)
-            except (OSError, Unreadable):
+                self._leave_alone(segment, "of another version")
+            except Unreadable:
                 pass  # it was set aside, or held nothing
+            except OSError as error:
+                if error.errno in NOT_THE_FILE:
+                    raise
+                self._leave_alone(segment, repr(error))  # perhaps one of another version: not ours to remove
 
     def _write_checkpoint(self) -> None:
         """Not synced: should it be lost or torn, rows are offered again, and their key keeps them single."""
         body = _CHECKPOINT.pack(_CHECKPOINT_MAGIC, _CHECKPOINT_VERSION, *self.released, 0)[:-4]
         with contextlib.suppress(OSError):
             os.pwrite(self._checkpoint_fd, body + crc32(body).to_bytes(4, "little"), 0)
+
+
+def _limit(segment: Segment, end: Position | None) -> int:
+    """How far a segment may be read."""
+    return segment.size_bytes if end is None or segment.sequence != end.sequence else end.offset
 
 
 def orphans_in(root: Path) -> list[Path]:

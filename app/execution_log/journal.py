@@ -23,6 +23,9 @@ from app.execution_log.buffered import BufferedLog
 from app.execution_log.commit import COMMITTED, Commit
 from app.execution_log.disk import DiskThread
 from app.execution_log.folders import Damage, Folder, JournalError, Position, Segment, orphans_in
+from app.execution_log.reading import RETRY_S as READ_RETRY_S
+from app.execution_log.reading import TRIES_MAX as READ_TRIES_MAX
+from app.execution_log.reading import Reading
 from app.execution_log.segments import FRAME_BYTES, HEADER_BYTES, RECORD_BYTES_MAX
 from app.execution_log.syncing import INTERVAL_S, PATIENCE_S, Syncing
 
@@ -76,6 +79,8 @@ class Journal:
         tail_bytes_max: int,
         sync_interval_s: float,
         sync_patience_s: float,
+        read_retry_s: float,
+        read_tries_max: int,
     ) -> None:
         self.damage = damage
         self.dropped = 0
@@ -111,6 +116,7 @@ class Journal:
         self._adopted: list[Folder] = []
         self._left_alone = {own.path.name}
         self._readable = asyncio.Event()
+        self._reading = Reading(self._readable.set, read_retry_s, read_tries_max)
         self._tail: deque[Block] = deque()
         self._tail_bytes = 0
         self._behind = False
@@ -126,6 +132,8 @@ class Journal:
         tail_bytes_max: int = TAIL_BYTES_MAX,
         sync_interval_s: float = INTERVAL_S,
         sync_patience_s: float = PATIENCE_S,
+        read_retry_s: float = READ_RETRY_S,
+        read_tries_max: int = READ_TRIES_MAX,
     ) -> Journal:
         """A folder of this process's own in `root`, and every orphaned one adopted. Raises JournalError."""
         damage = Damage()
@@ -138,6 +146,8 @@ class Journal:
             tail_bytes_max=tail_bytes_max,
             sync_interval_s=sync_interval_s,
             sync_patience_s=sync_patience_s,
+            read_retry_s=read_retry_s,
+            read_tries_max=read_tries_max,
         )
         journal.adopt_orphans()
         return journal
@@ -163,6 +173,11 @@ class Journal:
     def failing(self) -> bool:
         """The disk takes no records, or does not sync them: answers leave all the same."""
         return self._write_failing or self._syncing.failing
+
+    @property
+    def stalled(self) -> bool:
+        """Records on disk cannot be read now; others are read meanwhile, but for those of the same folder."""
+        return self._reading.stalled
 
     @property
     def sync_failures(self) -> int:
@@ -323,6 +338,9 @@ class Journal:
             batch = self._read_folder(self._own, rows_max, bytes_max, self._tail_begins())
             if batch is not None:
                 return self._topped_up(batch, rows_max, bytes_max) if batch.records else None
+            if self._reading.is_stalled(self._own):  # to release the tail would be to release what is before it
+                self._readable.clear()
+                return None
             self._behind = False
         batch = self._read_tail([], rows_max, bytes_max)
         if batch is None:
@@ -392,8 +410,8 @@ class Journal:
         return True
 
     def _read_folder(self, folder: Folder, rows_max: int, bytes_max: int, end: Position | None) -> Batch | None:
-        """None: it has no more up to `end`. A batch without records: the scan of damage pauses."""
-        records = folder.read(rows_max, bytes_max, end)
+        """None: it has no more up to `end`, or none now. A batch without records: the scan of damage pauses."""
+        records = self._reading.read(folder, rows_max, bytes_max, end)
         if records is None:
             self._discard(folder, folder.release_damage())
             return None
@@ -459,6 +477,7 @@ class Journal:
             self._disk.submit(work, partial(self._discarded, segment))
         if folder in self._adopted and not folder.segments:
             self._adopted.remove(folder)
+            self._reading.forget(folder)
             if folder.other_versions:
                 self._left_alone.add(folder.path.name)
                 self._used -= sum(segment.frames_bytes for segment in folder.other_versions)
@@ -485,6 +504,7 @@ class Journal:
             self._write_all(bytes_max=self._unwritten_bytes)
         if self._retry_timer is not None:
             self._retry_timer.cancel()
+        self._reading.close()
         if self._unwritten:
             self.dropped += self.unwritten
             logger.critical("journal closed with records unwritten", extra={"records": self.unwritten})

@@ -163,6 +163,8 @@ class ExecutionLog:
             problems.append(f"database away for {self.lag_s:.0f} s, rows wait")
         if self._journal is not None and self._journal.failing:
             problems.append(f"journal cannot be written or synced, {self._journal.unwritten} rows are in memory alone")
+        if self._journal is not None and self._journal.stalled:
+            problems.append("journal cannot be read, rows wait")
         if self._is_full():
             problems.append("journal full, calls are refused")
         return problems

@@ -65,6 +65,10 @@ class Source(Protocol):
     def backlog_bytes(self) -> int:
         """Of records that are not released."""
 
+    @property
+    def stalled(self) -> bool:
+        """There are records that cannot be read now; it tries again by itself."""
+
     async def wait(self) -> None:
         """Returns when there is a record to read."""
 
@@ -153,7 +157,10 @@ class LogWriter:
         return self._drained.is_set()
 
     async def _has_more(self) -> bool:
-        """Whether the source only paused: a journal does, in a long scan of damage."""
+        """Whether the source only paused: a journal does, in a long scan of damage and while its disk errs."""
+        if self._source.stalled:
+            await asyncio.sleep(DRAIN_RETRY_S)
+            return True
         waiting = asyncio.ensure_future(self._source.wait())
         await asyncio.sleep(0)
         waiting.cancel()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import logging
+import mmap
 import os
 import random
 import signal
@@ -21,8 +23,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.execution_log.folders import UNREADABLE_BYTES, Damage, Folder, Position, Segment
 from app.execution_log.journal import COMMITTED, BufferedLog, Commit, Journal, JournalError
-from app.execution_log.segments import FRAME_BYTES, HEADER_BYTES
+from app.execution_log.segments import FRAME_BYTES, HEADER_BYTES, new_header
 from tests.conftest import ROOT, service_environ
 from tests.executor.in_process import SOON_S, until
 
@@ -755,6 +758,157 @@ async def test_a_full_disk_is_written_again_once_there_is_room(tmp_path: Path) -
             assert journal.unwritten == 0 and read(journal) == [b"after"]
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# A disk that gives nothing back
+
+STARVED = """
+from app.execution_log.connections import StoreAway
+from app.execution_log.store import Stored
+from app.execution_log.writer import LogWriter
+
+class Store:
+    away, rows = True, []
+
+    async def insert(self, records):
+        if self.away:
+            raise StoreAway("refuses", None)
+        self.rows += records
+        return Stored(len(records), 0, 0)
+
+async def until(holds):
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+async def append(first, last):
+    for number in range(first, last):
+        await journal.append(b"record %d" % number, strict=False).wait()
+
+store = Store()
+journal = Journal.open(root, bytes_max=1 << 30, segment_bytes=90, tail_bytes_max=60, read_retry_s=0.01)
+writer = LogWriter(journal, store, jitter=lambda low, high: 0.01)
+await append(30, 60)
+task = asyncio.create_task(writer.run())
+await until(lambda: writer.away)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+store.away = False
+await until(lambda: journal.stalled)
+await append(60, 70)
+say(f"{await writer.drain(0.1)} {journal.damage.segments}")
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+await until(lambda: len(store.rows) >= 70)
+assert await writer.drain(5)
+say(f"{sorted(store.rows) == sorted(b'record %d' % number for number in range(70))}")
+say(f"{journal.stalled} {journal.failing} {journal.backlog_bytes} {journal.damage.segments}")
+task.cancel()
+await journal.close(5)
+"""
+
+
+async def test_without_a_free_descriptor_no_segment_is_given_up_and_every_row_arrives_later(tmp_path: Path) -> None:
+    await left_behind(tmp_path, *numbered(30), ticks=10, segment_bytes=50)
+    with child(tmp_path, STARVED) as process:
+        assert lines(process, 3) == [b"False 0", b"True", b"False False 0 0"]
+        assert process.wait(SOON_S) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def unreadable(segment: Path) -> Iterator[None]:
+    """Whoever opens it and reads gets EIO, as of a bad sector."""
+    aside = segment.with_suffix(".aside")
+    segment.rename(aside)
+    segment.symlink_to("/proc/self/mem")
+    yield
+    segment.unlink(missing_ok=True)
+    aside.rename(segment)
+
+
+async def test_an_error_that_passes_costs_nothing_and_holds_up_no_other_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await left_behind(tmp_path, *numbered(9), ticks=3, segment_bytes=10)
+    first, second, third = segments(tmp_path)
+    async with opened(tmp_path, read_retry_s=0.01) as journal:
+        await write(journal, b"own")
+        with unreadable(second):
+            assert read(journal, release=True) == [*numbered(9)[0::3], b"own"]
+            for _ in range(5):
+                await asyncio.wait_for(journal.wait(), SOON_S)
+                assert read(journal) == [] and journal.stalled
+            assert not first.exists() and third.exists()
+        await asyncio.wait_for(journal.wait(), SOON_S)
+        assert read(journal, release=True) == [*numbered(9)[1::3], *numbered(9)[2::3]]
+        assert not journal.stalled and journal.damage.bytes == 0 and journal.backlog_bytes == 0
+    assert [one.message for one in caplog.records] == ["journal cannot be read, rows wait", "journal is read again"]
+
+
+async def test_what_can_never_be_read_is_set_aside_after_so_many_tries_and_the_rest_arrives(tmp_path: Path) -> None:
+    await left_behind(tmp_path, *numbered(9), ticks=3, segment_bytes=10)
+    _, second, _ = segments(tmp_path)
+    async with opened(tmp_path, read_retry_s=0.001, read_tries_max=4) as journal:
+        with contextlib.suppress(FileNotFoundError), unreadable(second):
+            found = read(journal, release=True)
+            tries = 1
+            while journal.stalled:
+                await asyncio.wait_for(journal.wait(), SOON_S)
+                found += read(journal, release=True)
+                tries += 1
+        assert found == [*numbered(9)[0::3], *numbered(9)[2::3]] and tries == 4
+        assert journal.damage.segments == 1
+    assert len(list(tmp_path.glob("*.damaged"))) == 1
+
+
+async def test_of_a_segment_of_our_own_what_is_unreadable_alone_is_passed_over(tmp_path: Path) -> None:
+    async with opened(tmp_path, tail_bytes_max=1_000, read_retry_s=0.001, read_tries_max=1) as journal:
+        records = [b"%d:" % number + b"x" * 500 for number in range(600)]
+        for record in records:
+            await write(journal, record)
+        (path,) = segments(tmp_path)
+        with unreadable(path):
+            for _ in range(2):
+                assert journal.read_batch(1000, MIB) is None
+        found = read(journal, release=True)
+        assert found == records[-len(found) :]
+        assert 2 * UNREADABLE_BYTES // 600 < len(records) - len(found) < 2 * UNREADABLE_BYTES // 500
+        assert journal.backlog_bytes == 0
+
+
+async def test_the_tail_in_memory_waits_behind_segments_that_cannot_be_read(tmp_path: Path) -> None:
+    async with opened(tmp_path, tail_bytes_max=50, read_retry_s=0.001) as journal:
+        for record in numbered(20):
+            await write(journal, record)
+        with unreadable(*segments(tmp_path)):
+            assert read(journal, release=True) == [] and journal.stalled
+            await write(journal, b"record 20")
+            assert read(journal, release=True) == []
+        await until(lambda: not journal._reading._stalls[journal._own].timer)
+        assert read(journal, release=True) == numbered(21)
+
+
+async def test_what_stands_before_a_bad_sector_is_read(tmp_path: Path) -> None:
+    """Memory whose second page cannot be read stands for the disk; offsets in it are addresses."""
+    page = mmap.PAGESIZE
+    with (tmp_path / "pages").open("wb+") as file:
+        file.truncate(2 * page)
+        mapped = mmap.mmap(file.fileno(), 2 * page)
+        file.truncate(page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+    _, framing = new_header()
+    records = [b"x" * 900] * 5
+    mapped[:page] = framing.encode(records)[:page]
+    folder = Folder.create(tmp_path / "journal", Damage())
+    path = folder.segment_path(1)
+    path.symlink_to("/proc/self/mem")
+    folder.segments.append(Segment(1, path, address + 2 * page, framing))
+    folder.cursor = Position(1, address)
+    assert folder.read(100, MIB) == records[: page // 912]
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            folder.read(100, MIB)
+    folder.close()
 
 
 # Damage

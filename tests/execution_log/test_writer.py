@@ -33,6 +33,7 @@ class Memory:
     """Records in a list, as the journal hands them out; `at_once` at most, as when it reads its segments."""
 
     at_once = ROWS_MAX
+    stalled = False
 
     def __init__(self, *records: bytes) -> None:
         self.unread = deque(records)
@@ -238,6 +239,19 @@ async def test_a_drain_is_not_over_when_the_source_only_pauses() -> None:
     async with running(writer):
         assert await writer.drain(SOON_S)
     assert len(source.released) == 5_000
+
+
+async def test_a_drain_waits_in_its_time_for_what_cannot_be_read_now() -> None:
+    source = Memory()
+    source.stalled = True
+    writer = LogWriter(source, Scripted())
+    async with running(writer):
+        assert not await writer.drain(0.05)
+        source.add(record())
+        await until(lambda: not source.unread)
+        source.stalled = False
+        assert await writer.drain(SOON_S)
+    assert len(source.released) == 1
 
 
 async def test_a_drain_ends_in_time_with_the_database_away_and_leaves_the_rest_unreleased() -> None:
