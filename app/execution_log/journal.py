@@ -115,6 +115,9 @@ class Journal:
         # To be read
         self._adopted: list[Folder] = []
         self._left_alone = {own.path.name}
+        """Those that can never be adopted."""
+        self._not_yet: set[str] = set()
+        """Those that could not be adopted when it was tried last, which was said."""
         self._readable = asyncio.Event()
         self._reading = Reading(self._readable.set, read_retry_s, read_tries_max)
         self._tail: deque[Block] = deque()
@@ -385,7 +388,9 @@ class Journal:
         """Take over folders whose processes have ended; their records are read before ours. Called again and again."""
         adopted = 0
         known = self._left_alone | {folder.path.name for folder in self._adopted}
-        for path in _orphans(self._root):
+        orphans = _orphans(self._root)
+        self._not_yet.intersection_update(path.name for path in orphans)
+        for path in orphans:
             if len(self._adopted) >= ADOPTED_MAX:
                 break
             if path.name not in known:
@@ -398,9 +403,9 @@ class Journal:
         try:
             folder = Folder.adopt(path, self.damage)
         except OSError as error:
-            self._left_alone.add(path.name)
-            logger.error("journal folder cannot be adopted", extra={"folder": str(path), "reason": error.strerror})
+            self._not_adopted(path, error)
             return False
+        self._not_yet.discard(path.name)
         if folder is None:
             return False
         self._used += folder.frames_bytes
@@ -408,6 +413,14 @@ class Journal:
         logger.info("journal folder adopted", extra={"folder": str(path), "backlog_bytes": folder.unreleased_bytes})
         self._discard(folder, folder.release_damage())
         return True
+
+    def _not_adopted(self, path: Path, error: OSError) -> None:
+        """Tried again in the next round and said once, unless it is no folder of a journal at all."""
+        if isinstance(error, NotADirectoryError | IsADirectoryError):
+            self._left_alone.add(path.name)
+        if path.name not in self._not_yet:
+            self._not_yet.add(path.name)
+            logger.error("journal folder cannot be adopted", extra={"folder": str(path), "reason": error.strerror})
 
     def _read_folder(self, folder: Folder, rows_max: int, bytes_max: int, end: Position | None) -> Batch | None:
         """None: it has no more up to `end`, or none now. A batch without records: the scan of damage pauses."""

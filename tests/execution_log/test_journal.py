@@ -911,6 +911,63 @@ async def test_what_stands_before_a_bad_sector_is_read(tmp_path: Path) -> None:
     folder.close()
 
 
+@pytest.mark.parametrize("free", range(4))
+async def test_a_folder_that_met_an_error_that_passes_is_adopted_in_a_later_round(tmp_path: Path, free: int) -> None:
+    """Also where it holds a segment of another version before those that were released: it stays what it is."""
+    folder = await left_behind(tmp_path, *numbered(6), ticks=3, segment_bytes=10)
+    _, second, _ = segments(tmp_path)
+    data = bytearray(second.read_bytes())
+    data[8] = data[HEADER_BYTES // 2 + 8] = 2
+    second.write_bytes(data)
+    async with opened(tmp_path) as journal:
+        batches = [journal.read_batch(1, MIB) for _ in range(3)]
+        journal.release(batches[-1])
+    (tmp_path / "root").mkdir()
+    body = """
+    root /= "root"
+    journal = Journal.open(root, bytes_max=1 << 30)
+    {folder}.rename(root / "{name}")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first_free = os.dup(0)
+    os.close(first_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + {free}, hard))
+    say(f"{journal.adopt_orphans()} {journal.adopt_orphans()}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    journal.adopt_orphans()
+    say(f"{journal.read_batch(5, 1 << 20).records}")
+    """
+    body = body.replace("{folder}", repr(folder).replace("PosixPath", "Path")).replace("{name}", folder.name)
+    with child(tmp_path, body.replace("{free}", str(free))) as process:
+        expected = b"0 0" if free < 3 else b"1 0"
+        assert lines(process, 2) == [expected, repr([b"record 5"]).encode()]
+    assert (tmp_path / "root" / folder.name / second.name).read_bytes() == data
+
+
+async def test_what_is_no_folder_of_a_journal_is_named_once_and_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "0001795000000000-77-00aa11bb").touch()
+    (tmp_path / "0001795000000000-77-00aa11cc" / "lock").mkdir(parents=True)
+    async with opened(tmp_path) as journal:
+        assert journal.adopt_orphans() == journal.adopt_orphans() == 0
+        assert len(journal._left_alone) == 3
+    assert [one.message for one in caplog.records] == ["journal folder cannot be adopted"] * 2
+
+
+async def test_a_folder_that_cannot_be_adopted_is_named_once_however_often_it_is_tried(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = await left_behind(tmp_path, b"record")
+    (folder / "lock").unlink()
+    (folder / "lock").symlink_to("lock")
+    async with opened(tmp_path) as journal:
+        assert journal.adopt_orphans() == journal.adopt_orphans() == 0
+        assert [one.message for one in caplog.records] == ["journal folder cannot be adopted"]
+        (folder / "lock").unlink()
+        assert journal.adopt_orphans() == 1
+        assert read(journal, release=True) == [b"record"]
+
+
 # Damage
 
 
