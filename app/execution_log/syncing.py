@@ -38,6 +38,7 @@ class Syncing:
         self._fd = -1
         self._retired_fds: list[int] = []
         self._new_files = False
+        """Their names are not known to be on disk: until a sync of the folders has succeeded."""
         self._written_bytes = 0
         self._synced_bytes = 0
         self._running = False
@@ -75,6 +76,7 @@ class Syncing:
         """A last sync; `release` is due when the disk's thread has ended."""
         self._stop_timers()
         self._closed = True
+        self._new_files |= self._running  # that sync may still fail
         self._sync()
 
     def release(self) -> None:
@@ -94,12 +96,14 @@ class Syncing:
 
     def _sync(self) -> None:
         self._stop_timers()
-        work = partial(_sync_files, self._retired_fds, self._fd, self._folders if self._new_files else [])
+        with_names = self._new_files
+        work = partial(_sync_files, self._retired_fds, self._fd, self._folders if with_names else [])
         self._retired_fds, self._new_files, self._running = [], False, True
-        self._disk.submit(work, partial(self._synced, self._written_bytes))
+        self._disk.submit(work, partial(self._synced, self._written_bytes, with_names))
 
-    def _synced(self, written_bytes: int, error: OSError | None) -> None:
+    def _synced(self, written_bytes: int, with_names: bool, error: OSError | None) -> None:
         self._running = False
+        self._new_files |= with_names and error is not None
         self._stop_timers()
         self._note(error)
         if error is None:

@@ -180,6 +180,26 @@ async def test_a_disk_that_hangs_holds_no_answer_back_for_ever(tmp_path: Path) -
         await until(lambda: not journal.failing)
 
 
+async def test_a_new_segment_is_not_synced_before_its_name_is(tmp_path: Path) -> None:
+    async with opened(tmp_path, sync_interval_s=0.001) as journal:
+        async with disk_that_hangs(journal) as ends:
+            strict = journal.append(b"record", strict=True)
+            await until(lambda: len(segments(tmp_path)) == 1)
+            aside = journal._own.path.rename(tmp_path / "aside")
+            ends.set()
+            await asyncio.wait_for(strict.wait(), SOON_S)
+        rounds = 0
+        for number in range(3):  # the segment's own file can be synced all the while
+            commit = journal.append(b"%d" % number, strict=True)
+            async with disk_that_hangs(journal):
+                await asyncio.wait_for(commit.wait(), SOON_S)
+            rounds += journal.failing
+        assert rounds == 3
+        aside.rename(journal._own.path)
+        await until(lambda: not journal.failing)
+        assert journal._syncing._synced_bytes == journal._syncing._written_bytes
+
+
 async def test_what_is_durable_is_synced_soon_and_then_there_is_no_timer(tmp_path: Path) -> None:
     async with opened(tmp_path, sync_interval_s=0.001) as journal:
         await write(journal, b"record")
