@@ -50,6 +50,7 @@ class SegmentWriter:
 
     def _begin(self) -> Segment:
         self.retire()
+        self._folder.hold()
         header, framing = new_header()
         self._sequence += 1
         path = self._folder.segment_path(self._sequence)

@@ -125,6 +125,27 @@ class Folder:
             return None
         return cls(path, lock_fd, damage)._opened()
 
+    def hold(self) -> None:
+        """Before a new segment: where folder or lock was taken away under us, they are made again. Raises OSError, also
+        when another took the new folder for an orphan before it was locked: try again."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._lock_fd), (self.path / "lock").stat()):
+                return
+        with contextlib.suppress(FileExistsError):
+            self.path.mkdir(mode=0o700)  # not what is above it: a disk that is not mounted must not be written beside
+        lock_fd = _locked(self.path)
+        if lock_fd is None:
+            raise BlockingIOError(errno.EAGAIN, "the journal's folder is held by another process")
+        try:
+            checkpoint_fd = os.open(self.path / "checkpoint", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError:
+            os.close(lock_fd)
+            raise
+        for fd in (self._lock_fd, self._checkpoint_fd):
+            os.close(fd)
+        self._lock_fd, self._checkpoint_fd = lock_fd, checkpoint_fd
+        logger.error("journal folder was taken away and is made again", extra={"folder": str(self.path)})
+
     @property
     def frames_bytes(self) -> int:
         return sum(segment.frames_bytes for segment in (*self.segments, *self.other_versions))

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import ctypes
 import errno
+import fcntl
 import logging
 import mmap
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -778,6 +780,59 @@ async def test_a_full_disk_is_written_again_once_there_is_room(tmp_path: Path) -
             assert journal.unwritten == 0 and read(journal) == [b"after"]
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+async def test_a_journal_dir_that_was_removed_and_made_again_is_written_without_a_restart(tmp_path: Path) -> None:
+    root = tmp_path / "journal"
+    async with opened(root, segment_bytes=50) as journal, opened(root) as other:
+        await write(journal, *numbered(5))
+        shutil.rmtree(root)
+        await write(journal, *numbered(1, first=5))
+        assert journal.failing and journal.unwritten == 1 and not root.exists(), "a disk that is not mounted looks so"
+        root.mkdir()
+        await until(lambda: not journal.unwritten)
+        for number in range(6, 20):
+            await write(journal, *numbered(1, first=number))
+        assert other.adopt_orphans() == 0, "it is locked"
+        await _crash(journal)
+        assert other.adopt_orphans() == 1
+        assert read(other, release=True) == numbered(15, first=5)
+        assert read(journal) == numbered(20)
+        journal._closed = True
+    assert list(root.iterdir()) == []
+
+
+async def test_a_folder_that_was_made_again_is_not_written_while_another_process_holds_it(tmp_path: Path) -> None:
+    async with opened(tmp_path, segment_bytes=10) as journal:
+        await write(journal, b"first")
+        shutil.rmtree(journal._own.path)
+        journal._own.path.mkdir()
+        theirs = os.open(journal._own.path / "lock", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        await write(journal, b"second")
+        assert journal.unwritten == 1 and segments(tmp_path) == []
+        (journal._own.path / "lock").unlink()  # as at the end of an adoption
+        journal._own.path.rmdir()
+        os.close(theirs)
+        await until(lambda: not journal.failing)
+        assert journal.unwritten == 0 and len(segments(tmp_path)) == 1
+        assert read(journal, release=True) == [b"first", b"second"]
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_records_that_went_with_the_folder_hold_up_the_later_ones_for_a_while_only(tmp_path: Path) -> None:
+    options = {"segment_bytes": 50, "tail_bytes_max": 60, "read_retry_s": 0.001, "read_tries_max": 5}
+    async with opened(tmp_path, **options) as journal:
+        for record in numbered(20):
+            await write(journal, record)
+        shutil.rmtree(journal._own.path)
+        for record in numbered(20, first=20):
+            await write(journal, record)
+        found = []
+        while journal.backlog_bytes:
+            await asyncio.wait_for(journal.wait(), SOON_S)
+            found += read(journal, release=True)
+        assert found == sorted(found) and set(numbered(20, first=20)) <= set(found) and not journal.stalled
 
 
 # A disk that gives nothing back
