@@ -183,10 +183,6 @@ class Journal:
         return self._reading.stalled
 
     @property
-    def sync_failures(self) -> int:
-        return self._syncing.failures
-
-    @property
     def unwritten(self) -> int:
         """Records that are in memory alone because the disk took none."""
         if not self._unwritten:

@@ -29,7 +29,8 @@ class Syncing:
 
     def __init__(self, disk: DiskThread, folders: list[Path], interval_s: float, patience_s: float) -> None:
         self.failing = False
-        self.failures = 0
+        self._failures = 0
+        """Since it last succeeded."""
         self._disk = disk
         self._folders = folders
         self._interval_s = interval_s
@@ -120,17 +121,18 @@ class Syncing:
 
     def _note(self, error: OSError | None) -> None:
         if error is not None:
-            self.failures += 1
+            self._failures += 1
             if not self.failing:
                 logger.error("journal cannot be synced", extra={"errno": error.errno, "reason": error.strerror})
         elif self.failing:
-            logger.warning("journal is synced again")
+            logger.warning("journal is synced again", extra={"failures": self._failures})
+            self._failures = 0
         self.failing = error is not None
 
     def _hangs(self) -> None:
         self._patience = None
         self.failing = True
-        self.failures += 1
+        self._failures += 1
         logger.error("journal sync hangs", extra={"patience_s": self._patience_s})
         self.release()
 
