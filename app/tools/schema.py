@@ -8,17 +8,24 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sized
 from decimal import Decimal
 from typing import Any, Literal, cast
 
 import orjson
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ErrorDetails, PydanticKnownError, SchemaValidator
-from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
+from pydantic_core.core_schema import (
+    CoreSchema,
+    chain_schema,
+    is_instance_schema,
+    no_info_before_validator_function,
+)
 
 from app.errors import RESULT_INVALID, InvalidParams, RunFailed, clean_text, failure
 from app.tools.content import are_contents
@@ -201,8 +208,8 @@ class ResultSchema:
         self._native = True
         self.json_schema: dict[str, Any] | None = None
         if annotation is not Any:
-            self._adapter = TypeAdapter(annotation)
-            self._validate = self._adapter.validator.validate_python  # the adapter's own method adds 0.5 µs to it
+            self._adapter = _adapter(annotation)
+            self._validate = _validator_of_results(self._adapter).validate_python  # the adapter's own adds 0.5 µs to it
             self._native = _is_native(self._adapter.core_schema)
             self.json_schema = self._adapter.json_schema(mode="serialization", schema_generator=_PlainJsonSchema)
             self.is_object = self.json_schema.get("type") == "object" and not self.are_contents
@@ -232,6 +239,74 @@ class ResultSchema:
         assert self._adapter is not None
         return self._adapter.dump_python(valid, mode=mode, by_alias=True)
 
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    """Raises TypeError where the annotation lets an iterator through, which could be endless."""
+    try:
+        adapter = TypeAdapter(annotation)
+        iterates = any(node["type"] == "generator" for node in _nodes(adapter.core_schema))
+    except PydanticSchemaGenerationError:
+        if not _names_iterator(annotation):
+            raise
+        iterates = True
+    if iterates:
+        raise TypeError("the result must not be an iterator, which could be endless; declare and return list[...]")
+    return adapter
+
+
+def _names_iterator(annotation: Any) -> bool:
+    origin = typing.get_origin(annotation) or annotation
+    if isinstance(origin, type) and issubclass(origin, (Iterator, AsyncIterable)):
+        return True
+    return any(map(_names_iterator, typing.get_args(annotation)))
+
+
+def _nodes(schema: Any) -> Iterator[Mapping[str, Any]]:
+    """Every schema within a core schema, itself too; no values that it holds, as defaults and literals."""
+    if isinstance(schema, list | tuple):
+        for item in schema:
+            yield from _nodes(item)
+    elif isinstance(schema, Mapping):  # a dict, or what stands for one until the model is built
+        # Tables of fields have names for keys and no type of their own, but maybe a field of that name.
+        is_node = isinstance(schema.get("type"), str)
+        if is_node:
+            yield schema
+        for key, item in schema.items():
+            if not (is_node and key in _VALUES):
+                yield from _nodes(item)
+
+
+_VALUES = frozenset(("default", "expected", "members", "metadata"))
+
+
+def _validator_of_results(adapter: TypeAdapter[Any]) -> Any:
+    """The adapter's validator, or one rebuilt so that an iterator is no list.
+
+    pydantic makes a list of any iterator, however long: an endless one would hold the event loop for ever.
+    """
+    schema = adapter.core_schema
+    if any(node["type"] in _COLLECTED for node in _nodes(schema)):
+        return SchemaValidator(_without_iterators(schema), _use_prebuilt=False)
+    return adapter.validator
+
+
+def _without_iterators(schema: Any) -> Any:
+    if isinstance(schema, list | tuple):
+        return type(schema)(_without_iterators(item) for item in schema)
+    if not isinstance(schema, Mapping):
+        return schema
+    is_node = isinstance(schema.get("type"), str)
+    inside = {key: item if is_node and key in _VALUES else _without_iterators(item) for key, item in schema.items()}
+    if not is_node or schema["type"] not in _COLLECTED:
+        return inside
+    ref = inside.pop("ref", None)
+    return chain_schema([_SIZED, cast(CoreSchema, inside)], ref=ref)
+
+
+_COLLECTED = frozenset(("list", "tuple", "set", "frozenset", "deque"))
+
+_SIZED = is_instance_schema((list, tuple, set, frozenset, deque, Sized), cls_repr="Sized")
+"""What has a length ends. The usual types stand first: 20 ns, where the abstract one takes its time."""
 
 _NATIVE_TYPES = frozenset(
     ("any", "none", "bool", "int", "float", "str", "nullable", "list", "dict", "union", "typed-dict")

@@ -6,6 +6,8 @@ import dataclasses
 import enum
 import itertools
 import math
+from collections import deque
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal
@@ -425,6 +427,15 @@ class NotANumber(enum.Enum):
     NAN = math.nan
 
 
+class Steps(TypedDict):
+    steps: list[int]
+
+
+class Trail(BaseModel, defer_build=True):
+    trails: list[Trail] = []
+    steps: list[int] = []
+
+
 def encoded(hint: Any, value: Any) -> Any:
     return orjson.loads(ResultSchema(hint).encode(value))
 
@@ -555,6 +566,30 @@ def test_what_is_not_json_fails_inside_declared_types(hint: Any, value: Any) -> 
 )
 def test_a_result_of_another_type_than_declared_fails(hint: Any, value: Any) -> None:
     refused(hint, value)
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [list, list[int], tuple[int, ...], tuple[int], set[int], frozenset[int], deque[int], Sequence[int], Steps, Trail],
+    ids=repr,
+)
+def test_an_iterator_is_no_list_for_it_may_never_end(hint: Any) -> None:
+    refused(hint, (number for number in (1,)))
+    refused(hint, {"steps": (number for number in (1,))})
+    refused(list[hint], [map(int, "1")])
+
+
+@pytest.mark.parametrize(
+    "value", [[1, 2], (1, 2), deque([1, 2]), range(1, 3), {1: 0, 2: 0}.keys(), {0: 1, 1: 2}.values()], ids=repr
+)
+def test_whatever_has_a_length_is_a_list(value: Any) -> None:
+    assert encoded(list[int], value) == encoded(tuple[int, ...], value) == [1, 2]
+    assert encoded(Steps, {"steps": value}) == {"steps": [1, 2]}
+
+
+def test_lists_within_lists_of_their_own_type_are_written() -> None:
+    assert encoded(Trail, {"trails": [{"steps": (1,)}]}) == {"trails": [{"trails": [], "steps": [1]}], "steps": []}
+    refused(Trail, {"trails": [{"steps": iter([1])}]})
 
 
 def test_a_serializer_that_raises_fails_the_run_and_tells_nothing() -> None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, computed_field
+from typing_extensions import TypedDict
 
 from app.calls import LOCAL_CALLER
 from app.egress import EgressClient
@@ -254,6 +266,68 @@ FUNCTIONS = [
 def test_a_function_that_cannot_be_a_tool_is_refused_by_name(function: Callable[..., Any]) -> None:
     with pytest.raises(ToolDeclarationError, match=f"^tool '{function.__name__}': "):
         tool(function)
+
+
+class Lazy(BaseModel, defer_build=True):
+    default: Iterable[int]
+
+
+class Streamed(TypedDict, total=False):
+    type: str
+    metadata: list[Generator[int, None, None]]
+
+
+@dataclasses.dataclass
+class Pending:
+    items: dict[str, Iterable[Any]]
+
+
+class Growing(BaseModel):
+    @computed_field
+    def items(self) -> Iterable[int]:
+        return []
+
+
+ENDLESS: list[Any] = [
+    Iterable,
+    Iterable[int],
+    Iterator[int],
+    Generator[int, None, None],
+    AsyncIterable[int],
+    AsyncIterator[int],
+    AsyncGenerator[int, None],
+    list[Iterable[int]],
+    Iterator[int] | None,
+    Annotated[dict[str, Iterable[int]], Field()],
+    Lazy,
+    Streamed,
+    Pending,
+    Growing,
+]
+
+
+@pytest.mark.parametrize("annotation", ENDLESS, ids=repr)
+def test_a_result_that_could_be_endless_is_refused_by_name(annotation: Any) -> None:
+    def endless() -> Any:
+        """Never ends."""
+
+    endless.__annotations__["return"] = annotation
+    with pytest.raises(ToolDeclarationError, match=r"^tool 'endless': .* declare and return list\[\.\.\.\]$"):
+        tool(endless)
+
+
+class Finite(BaseModel):
+    type: str = "generator"
+    kept: Annotated[dict[str, str], Field(json_schema_extra={"type": "generator"})] = {"type": "generator"}
+    parts: Sequence[int] | tuple[int, ...] | set[int] | Mapping[str, int] = ()
+
+
+def test_a_result_that_only_speaks_of_generators_is_none() -> None:
+    def finite() -> Finite:
+        """Ends."""
+        return Finite()
+
+    assert tool(finite).result.encode(finite()) == b'{"type":"generator","kept":{"type":"generator"},"parts":[]}'
 
 
 def plain() -> None:
