@@ -356,10 +356,17 @@ def _hides_non_finite(value: Any, form: Any) -> bool:
     if isinstance(value, _ARRAYS) and isinstance(form, _ARRAYS):
         return any(map(_hides_non_finite, value, form))
     if isinstance(value, enum.Enum):
-        return _hides_non_finite(value.value, form)
-    if dataclasses.is_dataclass(value):
-        return any(_hides_non_finite(getattr(value, field.name), None) for field in dataclasses.fields(value))
+        return _hides_non_finite(value.value, form.value if isinstance(form, enum.Enum) else form)
+    if dataclasses.is_dataclass(value):  # only orjson takes one as it is, so what it holds is its own form
+        return any(_hides_non_finite(held, held) for held in _attributes(value))
     return False
+
+
+def _attributes(value: Any) -> list[Any]:
+    """What orjson writes of a dataclass: all that it has, though it be no field, but nothing private."""
+    held = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    held |= getattr(value, "__dict__", {})
+    return [each for name, each in held.items() if not name.startswith("_")]
 
 
 _ARRAYS = (list, tuple, set, frozenset)

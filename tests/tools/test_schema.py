@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, HttpUrl, computed_field
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, HttpUrl, computed_field, field_serializer
 from typing_extensions import TypedDict
 
 from app.errors import RESULT_INVALID, InvalidParams, RunFailed
@@ -423,8 +423,33 @@ class Slotted:
     note: str | None = None
 
 
+@dataclasses.dataclass(slots=True)
+class Box:
+    value: Any
+
+
+@dataclasses.dataclass
+class Wide:
+    value: Any
+    added: dataclasses.InitVar[Any] = None
+    _kept: float = 0.0
+
+    def __post_init__(self, added: Any) -> None:
+        self.more = added
+
+
 class NotANumber(enum.Enum):
     NAN = math.nan
+    LIST = [math.nan]
+
+
+class Named(BaseModel):
+    number: NotANumber = NotANumber.NAN
+    note: str | None = None
+
+    @field_serializer("number")
+    def name_of(self, number: NotANumber) -> str:
+        return number.name
 
 
 class Steps(TypedDict):
@@ -458,6 +483,7 @@ WRITTEN: list[tuple[Any, Any, Any]] = [
     (Any, [1, "a", None, 2.5, True], [1, "a", None, 2.5, True]),
     (Any, {"a": Measured()}, {"a": {"value": 1.0, "note": None, "extra": None}}),
     (Any, Slotted(1.0), {"value": 1.0, "note": None}),
+    (Any, [Wide([1.0], None, math.nan)], [{"value": [1.0], "more": None}]),
     (Any, {"t": datetime(2026, 11, 20, tzinfo=UTC)}, {"t": "2026-11-20T00:00:00+00:00"}),
     (Any, {"c": Colour.RED}, {"c": "red"}),
     (Any, {"s": {1}}, {"s": [1]}),
@@ -473,6 +499,8 @@ WRITTEN: list[tuple[Any, Any, Any]] = [
     (Measured | None, None, None),
     (Slotted, Slotted(2.0), {"value": 2.0, "note": None}),
     (Hidden, Hidden(), {"note": None}),
+    (Named, Named(), {"number": "NAN", "note": None}),
+    (Any, Named(), {"number": "NAN", "note": None}),
     (datetime, datetime(2026, 11, 20, tzinfo=UTC), "2026-11-20T00:00:00Z"),
     (set[int], {1}, [1]),
     (dict[int, str], {1: "a"}, {"1": "a"}),
@@ -497,7 +525,12 @@ NOT_JSON: list[dict[Any, Any]] = [
     {"x": Open(hidden=math.nan)},
     {"x": Computed()},
     {"x": Slotted(math.nan)},
+    {"x": Box({"deep": [math.nan]})},
+    {"x": [Wide([math.nan])]},
+    {"x": Wide({"deep": (Slotted(-math.inf),)})},
+    {"x": Wide([], math.nan)},
     {"x": NotANumber.NAN},
+    {"x": NotANumber.LIST},
     {"x": {math.nan}},
     {"x": b"bytes"},
     {"x": bytearray(b"bytes")},
