@@ -13,7 +13,8 @@ import warnings
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sized
 from decimal import Decimal
-from typing import Any, Literal, cast
+from functools import lru_cache
+from typing import Any, Literal, Never, cast
 
 import orjson
 from pydantic import BaseModel, ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError, create_model
@@ -196,7 +197,7 @@ def whole_floats_as_integers(value: Any) -> Any:
 class ResultSchema:
     """The result of one tool: its JSON Schema when it declares one, and the way to checked JSON bytes."""
 
-    __slots__ = ("_adapter", "_native", "_validate", "are_contents", "is_object", "json_schema")
+    __slots__ = ("_adapter", "_may_hold_iterators", "_native", "_validate", "are_contents", "is_object", "json_schema")
 
     def __init__(self, annotation: Any) -> None:
         self.are_contents = are_contents(annotation)
@@ -206,11 +207,13 @@ class ResultSchema:
         self._adapter: TypeAdapter[Any] | None = None
         self._validate: Callable[[Any], Any] | None = None
         self._native = True
+        self._may_hold_iterators = False
         self.json_schema: dict[str, Any] | None = None
         if annotation is not Any:
             self._adapter = _adapter(annotation)
             self._validate = _validator_of_results(self._adapter).validate_python  # the adapter's own adds 0.5 µs to it
             self._native = _is_native(self._adapter.core_schema)
+            self._may_hold_iterators = any(map(_is_roomy, _nodes(self._adapter.core_schema)))
             self.json_schema = self._adapter.json_schema(mode="serialization", schema_generator=_PlainJsonSchema)
             self.is_object = self.json_schema.get("type") == "object" and not self.are_contents
 
@@ -237,6 +240,8 @@ class ResultSchema:
 
     def _dumped(self, valid: Any, mode: Literal["json", "python"]) -> Any:
         assert self._adapter is not None
+        if self._may_hold_iterators:
+            _refuse_iterators(valid)
         return self._adapter.dump_python(valid, mode=mode, by_alias=True)
 
 
@@ -303,6 +308,12 @@ def _without_iterators(schema: Any) -> Any:
     return chain_schema([_SIZED, cast(CoreSchema, inside)], ref=ref)
 
 
+def _is_roomy(node: Mapping[str, Any]) -> bool:
+    """Whether something of this core schema can hold what no validator has seen to its end."""
+    extra = node.get("extra_behavior") or (node.get("config") or {}).get("extra_fields_behavior")
+    return node["type"] == "any" or node["type"] in _COLLECTED or extra == "allow"
+
+
 _COLLECTED = frozenset(("list", "tuple", "set", "frozenset", "deque"))
 
 _SIZED = is_instance_schema((list, tuple, set, frozenset, deque, Sized), cls_repr="Sized")
@@ -333,6 +344,7 @@ def _is_native(schema: Any) -> bool:
 def _json_form(value: Any) -> Any:
     """What orjson does not know and JSON can hold. Not generators: one may never end."""
     if isinstance(value, BaseModel):
+        _refuse_iterators(value)
         form: Any = value.model_dump(mode="json", by_alias=True)
         if _hides_non_finite(value.model_dump(by_alias=True), form):
             raise ValueError("NaN or infinity")
@@ -342,6 +354,44 @@ def _json_form(value: Any) -> Any:
     if isinstance(value, Decimal) and value.is_finite():
         return str(value)
     raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _refuse_iterators(value: Any) -> None:
+    """Raises TypeError where the value is an iterator or holds one. pydantic takes them for lists, also in the fields
+    of models and dataclasses, that nothing has validated. A cycle raises RecursionError."""
+    parts = _parts_of(type(value))  # type: ignore[arg-type]  # mypy takes it for one of its instances
+    if parts is not None:
+        for part in parts(value):
+            if type(part) not in _LEAVES:
+                _refuse_iterators(part)
+
+
+_LEAVES = frozenset((str, int, float, bool, type(None)))
+
+KINDS_KEPT_MAX = 1_000
+"""To ask what a type is costs more than all the rest; results are of few types."""
+
+
+@lru_cache(KINDS_KEPT_MAX)
+def _parts_of(kind: type) -> Callable[[Any], Iterable[Any]] | None:
+    if hasattr(kind, "__next__"):
+        return _refuse
+    if issubclass(kind, dict):
+        return dict.values
+    if issubclass(kind, BaseModel):
+        return _model_parts
+    if dataclasses.is_dataclass(kind):
+        return lambda value: _attributes(value).values()
+    return iter if issubclass(kind, _ARRAYS) else None
+
+
+def _refuse(value: Any) -> Never:
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _model_parts(value: BaseModel) -> Iterable[Any]:
+    own, extra = vars(value).values(), value.__pydantic_extra__
+    return (*own, *extra.values()) if extra else own
 
 
 def _hides_non_finite(value: Any, form: Any) -> bool:
@@ -358,15 +408,14 @@ def _hides_non_finite(value: Any, form: Any) -> bool:
     if isinstance(value, enum.Enum):
         return _hides_non_finite(value.value, form.value if isinstance(form, enum.Enum) else form)
     if dataclasses.is_dataclass(value):  # only orjson takes one as it is, so what it holds is its own form
-        return any(_hides_non_finite(held, held) for held in _attributes(value))
+        return any(_hides_non_finite(held, held) for name, held in _attributes(value).items() if name[0] != "_")
     return False
 
 
-def _attributes(value: Any) -> list[Any]:
-    """What orjson writes of a dataclass: all that it has, though it be no field, but nothing private."""
-    held = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-    held |= getattr(value, "__dict__", {})
-    return [each for name, each in held.items() if not name.startswith("_")]
+def _attributes(value: Any) -> dict[str, Any]:
+    """All that a dataclass has, though it be no field. orjson writes what is not private, pydantic the fields."""
+    fields = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    return fields | getattr(value, "__dict__", {})
 
 
-_ARRAYS = (list, tuple, set, frozenset)
+_ARRAYS = (list, tuple, set, frozenset, deque)

@@ -438,6 +438,12 @@ class Wide:
         self.more = added
 
 
+@dataclasses.dataclass
+class Listed:
+    steps: list[int]
+    _more: list[int] = dataclasses.field(default_factory=list)
+
+
 class NotANumber(enum.Enum):
     NAN = math.nan
     LIST = [math.nan]
@@ -506,6 +512,7 @@ WRITTEN: list[tuple[Any, Any, Any]] = [
     (dict[int, str], {1: "a"}, {"1": "a"}),
     (tuple[int, str], (1, "a"), [1, "a"]),
     (UUID, UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+    (Listed, Listed([1]), {"steps": [1], "_more": []}),
 ]
 
 
@@ -623,6 +630,33 @@ def test_whatever_has_a_length_is_a_list(value: Any) -> None:
 def test_lists_within_lists_of_their_own_type_are_written() -> None:
     assert encoded(Trail, {"trails": [{"steps": (1,)}]}) == {"trails": [{"trails": [], "steps": [1]}], "steps": []}
     refused(Trail, {"trails": [{"steps": iter([1])}]})
+
+
+def unvalidated() -> list[Any]:
+    late = Trail()
+    late.steps = iter((1,))  # type: ignore[assignment]
+    return [
+        Measured(extra=iter((1,))),
+        Measured(extra={"deep": [map(int, "1")]}),
+        Measured(extra=deque([iter((1,))])),
+        Open(more=iter((1,))),  # type: ignore[call-arg]
+        Trail(trails=[late]),
+        Trail.model_construct(steps=(number for number in (1,))),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(unvalidated())))
+def test_an_iterator_is_not_run_though_nothing_was_declared_of_it(number: int) -> None:
+    refused(Any, {"x": unvalidated()[number]})
+    refused(type(unvalidated()[number]), unvalidated()[number])
+
+
+def test_an_iterator_is_not_run_in_what_no_type_is_held_to() -> None:
+    refused(Listed, Listed(iter((1,))))  # type: ignore[arg-type]
+    refused(Listed, Listed([], iter((1,))))  # type: ignore[arg-type]
+    refused(tuple[Any], (iter((1,)),))
+    refused(set[Any], {iter((1,))})
+    refused(dict[int, Any], {1: [iter((1,))]})
 
 
 def test_a_serializer_that_raises_fails_the_run_and_tells_nothing() -> None:
