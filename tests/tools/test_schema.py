@@ -554,6 +554,12 @@ NOT_JSON: list[dict[Any, Any]] = [
     {"x": itertools.count()},
     {"x": (number for number in itertools.count())},
     {"x": ValueError(CANARY)},
+    {"x": orjson.Fragment(b'NaN, "x')},
+    {"x": [orjson.Fragment("1")]},
+    {"x": {"deep": (orjson.Fragment(b"{}"),)}},
+    {"x": Box(orjson.Fragment(b"]"))},
+    {"x": Wide(0, orjson.Fragment(b"]"))},
+    {"x": Measured(extra=orjson.Fragment(b"]"))},
 ]
 
 
