@@ -122,7 +122,7 @@ class LineWriter(logging.Handler):
         while (record := self._records.get()) is not None:
             try:
                 self._write(_line_anyhow(record))
-            except OSError:
+            except BaseException:  # a reader that has gone; whatever else, there is no other writer
                 self.dropped += 1
 
     def _write(self, written: bytes) -> None:
@@ -154,7 +154,7 @@ def call_facts(call: CurrentCall) -> dict[str, str]:
 def _line_anyhow(record: logging.LogRecord) -> bytes:
     try:
         return line(record)
-    except Exception:  # records hold arguments of anyone's making, and the writer must outlive them
+    except BaseException:  # records hold arguments of anyone's making, that may also exit, and the writer outlives them
         return line_of_last_resort(record)
 
 

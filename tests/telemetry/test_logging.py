@@ -201,6 +201,26 @@ class Fails:
     __repr__ = __str__
 
 
+class Panic(BaseException):
+    """As extensions that are written in Rust raise one, and like SystemExit no Exception."""
+
+
+class Panics:
+    def __str__(self) -> str:
+        raise Panic
+
+    __repr__ = __str__
+
+
+class Unreadable(str):
+    """A text that lets nobody read it."""
+
+    def __getitem__(self, _: Any) -> str:
+        raise Panic
+
+    __str__ = __repr__ = __len__ = __contains__ = __getitem__  # type: ignore[assignment]
+
+
 def contains_itself() -> dict[str, Any]:
     one: dict[str, Any] = {}
     one["self"] = one
@@ -215,6 +235,9 @@ ODD: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "message that is no text": ({"a": ["list"]}, (), {}),
     "message without a text": (Fails(), (), {}),
     "fact without a text": ("event", (), {"fact": Fails()}),
+    "argument that panics": ("%s", (Panics(),), {}),
+    "message that panics": (Panics(), (), {}),
+    "fact that panics": ("event", (), {"fact": Panics()}),
     "fact that contains itself": ("event", (), {"fact": contains_itself()}),
     "integer past 64 bits": ("event", (), {"fact": 2**70}),
     "not a number": ("event", (), {"fact": float("nan")}),
@@ -234,6 +257,14 @@ def test_whatever_is_logged_a_line_is_written_and_the_writer_goes_on(kind: str) 
         assert pipe.writer.dropped == 0
     assert first["level"] == "ERROR"
     assert second["message"] == "next"
+
+
+def test_a_line_that_cannot_be_written_in_any_form_is_counted_and_the_writer_goes_on() -> None:
+    with opened() as pipe:
+        pipe.logger.error(Unreadable("text"))
+        pipe.logger.error("next")
+        assert [event["message"] for event in pipe.events()] == ["next"]
+        assert pipe.writer.dropped == 1
 
 
 def test_one_message_is_repeated_so_often_a_second_and_the_rest_is_counted() -> None:
