@@ -35,6 +35,10 @@ REPEATS_PER_SECOND_MAX = 10
 ACCESS_LINE = ("app.access", "request")
 """Logger and message of the one kind of line that may repeat as often as it likes: it was asked for, by its share."""
 
+NOISY = ("httpx", "httpcore", "urllib3", "uvicorn.error", "alembic", "sqlalchemy", "aiosqlite", "redis")
+"""Below WARNING they tell of every request and statement: 98 lines of 100, with parameters and hashes of keys in them.
+Our own lines say what came of each."""
+
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
@@ -168,6 +172,6 @@ def log_to_stdout(level: str) -> LineWriter:
         logger = logging.getLogger(name)
         logger.handlers[:] = []
         logger.propagate = True
-    for noisy in ("httpx", "httpcore", "uvicorn.error", "alembic"):
+    for noisy in NOISY:
         logging.getLogger(noisy).setLevel(max(root.level, logging.WARNING))
     return writer

@@ -387,7 +387,8 @@ PROBE = """
 import logging
 from app.telemetry.logging import log_to_stdout
 writer = log_to_stdout({level!r})
-for name in ("app.tools", "uvicorn.error", "uvicorn.access", "httpx", "someone.else"):
+names = ("app.tools", "uvicorn.error", "uvicorn.access", "httpx", "urllib3.connectionpool", "aiosqlite", "redis.client")
+for name in (*names, "sqlalchemy.engine.Engine", "someone.else"):
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
         logging.getLogger(name).log(level, f"{{name}} {{logging.getLevelName(level)}}")
 writer.close()
@@ -405,6 +406,13 @@ def test_the_log_level_holds_for_every_logger(level: str) -> None:
     levels = ("DEBUG", "INFO", "WARNING", "ERROR")
     for name in ("app.tools", "someone.else", "uvicorn.access"):
         assert [one[1] for one in seen if one[0] == name] == [one for one in levels if getattr(logging, one) >= least]
-    for noisy in ("httpx", "uvicorn.error"):
+    for noisy in (
+        "httpx",
+        "uvicorn.error",
+        "urllib3.connectionpool",
+        "aiosqlite",
+        "redis.client",
+        "sqlalchemy.engine.Engine",
+    ):
         expected = [one for one in levels if getattr(logging, one) >= max(least, logging.WARNING)]
         assert [one[1] for one in seen if one[0] == noisy] == expected
