@@ -12,10 +12,12 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import asyncpg
 from sqlalchemy import event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import QueuePool
+
+from app.database_url import parse_database_url
 
 # redis-py is imported by whoever opens a client, before anything is served: it takes 9 MB that a service without Redis
 # does without.
@@ -60,11 +62,14 @@ def reason(error: Exception) -> str:
 def create_engine(
     url: str, pool_size: int, max_overflow: int, command_timeout_s: float = COMMAND_TIMEOUT_S
 ) -> AsyncEngine:
-    """The engine of DATABASE_URL. Opens nothing yet. The pool's bounds hold for PostgreSQL; SQLite has one writer."""
-    if make_url(url).get_backend_name() == "sqlite":
-        return _create_sqlite(url)
+    """The engine of DATABASE_URL. Opens nothing yet. The pool's bounds hold for PostgreSQL; SQLite has one writer.
+
+    Raises ValueError as `parse_database_url` does."""
+    place = parse_database_url(url)
+    if place.url.get_backend_name() == "sqlite":
+        return _create_sqlite(place.url)
     return create_async_engine(
-        url,
+        place.url,
         pool_size=pool_size,
         max_overflow=max_overflow,
         pool_timeout=POOL_TIMEOUT_S,
@@ -74,14 +79,15 @@ def create_engine(
             "timeout": CONNECT_TIMEOUT_S,
             "command_timeout": command_timeout_s,
             "server_settings": {"application_name": "agentcore-tools"},
+            **place.options,
         },
     )
 
 
-def _create_sqlite(url: str) -> AsyncEngine:
+def _create_sqlite(url: URL) -> AsyncEngine:
     import sqlite3  # nobody else needs it
 
-    if (file := make_url(url).database) and file != ":memory:":
+    if (file := url.database) and file != ":memory:":
         with contextlib.suppress(OSError):  # the first statement says what is wrong
             Path(file).parent.mkdir(parents=True, exist_ok=True)
     engine = create_async_engine(url, connect_args={"timeout": SQLITE_BUSY_S})

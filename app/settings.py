@@ -25,6 +25,8 @@ from pydantic import (
     ValidationError,
 )
 
+from app.database_url import parse_database_url
+
 
 class SettingsError(ValueError):
     """A setting that cannot be: names the variable and its bound, never its value, which may be a secret."""
@@ -83,8 +85,7 @@ WebUrl = Annotated[str, AfterValidator(_web_url)]
 
 
 def _database_url(value: str) -> str:
-    if not value.startswith(("postgresql+asyncpg://", "sqlite+aiosqlite:///")):
-        raise ValueError("must start with postgresql+asyncpg:// or sqlite+aiosqlite:///")
+    parse_database_url(value)
     return value
 
 

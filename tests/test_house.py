@@ -23,7 +23,7 @@ FLOORS = (
     {"clients"},
     {"breaker"},
     {"calls", "settings", "stepping", "reload"},
-    {"errors"},
+    {"errors", "database_url"},
 )
 """From top to bottom; what stands on one floor does not import one another."""
 

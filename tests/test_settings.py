@@ -402,6 +402,21 @@ def test_enable_registry_cache_false_builds_list_answers_anew(enabled: bool) -> 
         ("FORWARDED_ALLOW_IPS", "canary", "IP addresses"),
         ("FORWARDED_ALLOW_IPS", "127.0.0.1,10.0.0.1/8", "IP addresses"),
         ("FORWARDED_ALLOW_IPS", "*,127.0.0.1", "alone"),
+        ("DATABASE_URL", "postgresql://u:canary@h/db", "postgresql+asyncpg://"),
+        ("DATABASE_URL", "postgresql+asyncpg://u:can/ary@h:canary/db", "%XX"),
+        ("DATABASE_URL", "postgresql+asyncpg://u:canary@[::1/db", "host:port"),
+        ("DATABASE_URL", "postgresql+asyncpg://u:canary@h:65536/db", "65535"),
+        ("DATABASE_URL", "postgresql+asyncpg://u:canary@a..b/db", "a host must be"),
+        ("DATABASE_URL", "postgresql+asyncpg://u:canary@a:1,b:2/db", "host:port"),
+        ("DATABASE_URL", "postgresql+asyncpg:///db?host=a:1&host=canary", "several hosts"),
+        ("DATABASE_URL", "postgresql+asyncpg://h/db?canary=bar", "sslmode, sslnegotiation"),
+        ("DATABASE_URL", "postgresql+asyncpg://h/db?canary", "name=value"),
+        ("DATABASE_URL", "postgresql+asyncpg://h/db?sslmode=", "name=value"),
+        ("DATABASE_URL", "postgresql+asyncpg://h/db?sslmode=canary", "verify-full"),
+        ("DATABASE_URL", "postgresql+asyncpg://h/db?ssl=require&ssl=prefer", "once"),
+        ("DATABASE_URL", "postgresql+asyncpg://h/db?prepared_statement_cache_size=canary", "whole number"),
+        ("DATABASE_URL", "sqlite+aiosqlite:///", "path"),
+        ("DATABASE_URL", "sqlite+aiosqlite:///canary.db?timeout=1", "uri=true"),
     ],
 )
 def test_a_bad_value_is_refused_by_name_and_bound_and_never_shown(name: str, value: str, says: str) -> None:
@@ -420,6 +435,16 @@ def test_a_bad_value_is_refused_by_name_and_bound_and_never_shown(name: str, val
         ("CORS_ALLOW_ORIGINS", "http://[::1]:3000, app://local", ("http://[::1]:3000", "app://local")),
         ("FORWARDED_ALLOW_IPS", "*", ("*",)),
         ("FORWARDED_ALLOW_IPS", "::1, 10.0.0.0/8", ("::1", "10.0.0.0/8")),
+        *(
+            ("DATABASE_URL", url, url)
+            for url in (
+                "postgresql+asyncpg://u:p%40ss@[::1]:5432/db?sslmode=require",
+                "postgresql+asyncpg://u:p?ss@h/db",
+                "postgresql+asyncpg:///db?host=a:5432&host=b:5432&target_session_attrs=primary",
+                "sqlite+aiosqlite:///file:a.db?uri=true&mode=ro",
+                "sqlite+aiosqlite:///:memory:",
+            )
+        ),
     ],
 )
 def test_addresses_that_can_be_are_taken(name: str, value: str, kept: object) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from app.migration import versions
 from tests.access.keyring import make_key
+from tests.certificates import make_certificate
 from tests.conftest import ROOT, places_in, service_environ
-from tests.servers import PostgresAt
+from tests.servers import POSTGRES_USER, PostgresAt, PostgresServer, make_folder, remove_folder
 
 
 def run(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -123,6 +126,45 @@ def test_a_database_that_is_away_is_one_plain_line(command: list[str]) -> None:
     done = run("postgresql+asyncpg://nobody:hunter2@127.0.0.1:1/none", *command)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and "DATABASE_URL" in line and "hunter2" not in line
+
+
+@pytest.fixture(scope="module")
+def encrypting() -> Iterator[tuple[PostgresAt, Path]]:
+    """A PostgreSQL that speaks TLS, and the authority of its certificate."""
+    folder = make_folder("agentcore-tls-", POSTGRES_USER)
+    certificate = make_certificate(folder, "127.0.0.1")
+    certificate.chmod(0o600)
+    if POSTGRES_USER is not None:
+        shutil.chown(certificate, POSTGRES_USER)
+    files = {"ssl_cert_file": str(certificate), "ssl_key_file": str(certificate)}
+    with PostgresServer(ssl="on", **files) as server:
+        yield server, certificate
+    remove_folder(folder)
+
+
+@pytest.mark.parametrize("words", ["sslmode=require", "ssl=require", "sslmode=verify-full&sslrootcert={authority}"])
+def test_a_database_url_takes_the_words_for_tls_that_services_hand_out(
+    encrypting: tuple[PostgresAt, Path], postgres: PostgresAt, words: str
+) -> None:
+    server, authority = encrypting
+    query = words.format(authority=authority)
+    done = run(f"{server.create_database()}?{query}", "migrate")
+    assert done.stdout == f"tables at {versions()[-1]}\n", done.stderr
+    plain = run(f"{postgres.create_database()}?{query}", "migrate")
+    assert plain.returncode == 1 and "SSL" in plain.stderr and "Traceback" not in plain.stderr
+
+
+def test_an_authority_that_did_not_sign_is_not_believed(encrypting: tuple[PostgresAt, Path], tmp_path: Path) -> None:
+    other = make_certificate(tmp_path, "127.0.0.1")
+    done = run(f"{encrypting[0].url}?sslmode=verify-full&sslrootcert={other}", "migrate")
+    assert done.returncode == 1 and "certificate" in done.stderr.lower() and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["serve --port 0", "keys list", "migrate", "tools list"])
+def test_a_database_url_that_cannot_be_is_one_plain_line(command: str) -> None:
+    done = run("postgresql+asyncpg://nobody:hunter2@h:notaport/none", *command.split())
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "DATABASE_URL" in line and "hunter2" not in line
 
 
 def test_doctor_tells_a_database_that_is_ready_from_one_that_is_not(tmp_path: Path) -> None:
