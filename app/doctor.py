@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import shutil
 import socket
@@ -12,8 +13,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from app.migration import MigrationError, version, versions
+from app.opening import open_tracing_of
 from app.service import Service
 from app.settings import SettingsError, check_bind
+from app.telemetry.otel_variables import is_exporting, odd_variables
 
 OPEN_FILES_MIN = 4096
 """Two sockets a call at the default of 1,500 calls, and room for idle clients."""
@@ -35,6 +38,7 @@ async def examine(service: Service, host: str, port: int) -> list[Finding]:
         settings,
         await _database(service),
         _limits(service),
+        await _tracing(service, host, port),
         *await asyncio.to_thread(lambda: [*_local(service, host, port)]),
     ]
 
@@ -69,6 +73,22 @@ def _limits(service: Service) -> Finding:
     store = service.admission.store
     says = store.state if store.up else f"{store.state}; check REDIS_URL, and that this user may write there"
     return Finding("limits", store.up, says)
+
+
+async def _tracing(service: Service, host: str, port: int) -> Finding:
+    """Opened as `serve` does it, and closed again: nothing is sent."""
+    if not service.settings.enable_tracing:
+        return Finding("tracing", True, "off")
+    try:
+        tracing = open_tracing_of(service.settings, (host, port))
+    except SettingsError as error:
+        return Finding("tracing", False, f"{error}; correct it or take it away")
+    await tracing.close()
+    if odd := [*odd_variables(os.environ)]:
+        return Finding("tracing", False, "; ".join(odd))
+    if is_exporting(os.environ) and not tracing.recording:
+        return Finding("tracing", False, "spans go nowhere; check OTEL_TRACES_EXPORTER and OTEL_EXPORTER_OTLP_*")
+    return Finding("tracing", True, "spans are sent" if tracing.recording else "ids are made, no span is sent")
 
 
 def _journal(service: Service) -> Finding:

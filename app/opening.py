@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app import __version__
+from app import PROPAGATORS, __version__
 from app.access.authenticator import Authenticator, Mode
 from app.access.store import KeyStore
 from app.bus import Bus
@@ -40,6 +40,7 @@ from app.limits.policy import Policies, Policy, settings_policies, tool_policies
 from app.limits.redis_store import RedisStore as RedisLimits
 from app.migration import MigrationError, migrate
 from app.settings import Settings, SettingsError, has_jwt, is_loopback
+from app.telemetry.otel_variables import foreign_propagators
 from app.telemetry.supervision import Supervisor
 from app.telemetry.tracing import Tracing, open_tracing
 from app.tools.loading import LoadedTools
@@ -64,6 +65,8 @@ class Database(NamedTuple):
 def open_tracing_of(settings: Settings, listen: tuple[str, int] | None) -> Tracing:
     """Commands, which do not listen, have no request to trace. Raises SettingsError."""
     enabled = settings.enable_tracing and listen is not None
+    if enabled and foreign_propagators(PROPAGATORS or os.environ.get("OTEL_PROPAGATORS", "")):
+        logger.warning("OTEL_PROPAGATORS is not followed: W3C Trace Context is passed on, and nothing else")
     try:
         return open_tracing(enabled, settings.trace_sample_ratio, os.environ, __version__)
     except ValueError as error:  # OpenTelemetry reads some of its variables when it is imported

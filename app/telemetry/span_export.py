@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import threading
 import time
 import uuid
@@ -25,6 +26,7 @@ from opentelemetry.trace import Link, SpanKind, TraceState
 from opentelemetry.trace import get_current_span as current_span
 
 from app.telemetry.metrics import SPAN_OUTCOMES
+from app.telemetry.otel_variables import count_in
 from app.telemetry.redaction import redact_text
 from app.telemetry.span_encoding import Encoder, NotedSpan, whole
 from app.telemetry.spans import HeadSampler, SpanNote
@@ -39,10 +41,7 @@ CLOSE_S = 2.0
 
 COMPLAINT_EVERY_S = 60.0
 
-QUEUE_SPANS = 2048
-BATCH_SPANS = 512
-GATHER_MS = 5000
-"""As OpenTelemetry has them, in OTEL_BSP_MAX_QUEUE_SIZE, _MAX_EXPORT_BATCH_SIZE and _SCHEDULE_DELAY."""
+_VARIABLE = re.compile(r"OTEL_[A-Z_]+")
 
 
 class SpanExport:
@@ -58,17 +57,19 @@ class SpanExport:
     ) -> None:
         self.outcomes = dict.fromkeys(SPAN_OUTCOMES, 0)
         self._resource = resource
-        self._sampler = sampler
-        self._queue_max = _count_in(environ, "OTEL_BSP_MAX_QUEUE_SIZE", QUEUE_SPANS)
+        # First, for it reads the variables of span limits and raises ValueError for what they cannot be.
+        self._provider = TracerProvider(sampler=_SdkSampler(sampler), resource=resource, shutdown_on_exit=False)
+        self._provider.add_span_processor(_Keeping(self))
+        self._queue_max = count_in(environ, "OTEL_BSP_MAX_QUEUE_SIZE")
         self._given = 0
         self._taken = 0
         """Of those given: handed to the exporter. The difference is what waits, or a batch more."""
         self._closed = False
         self._last_words = last_words
         exporter = _Counted(exporters, self.outcomes, self._take, last_words)
-        batch = min(self._queue_max, _count_in(environ, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", BATCH_SPANS))
-        delay_ms = _count_in(environ, "OTEL_BSP_SCHEDULE_DELAY", GATHER_MS)
-        self._processor = BatchSpanProcessor(exporter, self._queue_max, delay_ms, batch)
+        batch = min(self._queue_max, count_in(environ, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"))
+        delay_ms, export_ms = (count_in(environ, f"OTEL_BSP_{name}") for name in ("SCHEDULE_DELAY", "EXPORT_TIMEOUT"))
+        self._processor = BatchSpanProcessor(exporter, self._queue_max, delay_ms, batch, export_ms)
 
     def keep(self, note: SpanNote) -> None:
         """Queue a span of ours."""
@@ -91,11 +92,9 @@ class SpanExport:
         os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")  # the stable names; the old ones are deprecated
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 
-        provider = TracerProvider(sampler=_SdkSampler(self._sampler), resource=self._resource, shutdown_on_exit=False)
-        provider.add_span_processor(_Keeping(self))
         FastAPIInstrumentor.instrument_app(
             app,
-            tracer_provider=provider,
+            tracer_provider=self._provider,
             excluded_urls=own_paths,
             exclude_spans=["receive", "send"],
             server_request_hook=_without_secrets,
@@ -184,9 +183,8 @@ class LastWords(logging.Handler):
         self._source.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        # What else there is quotes variables, and a header among them may be a key.
         about_export = record.name.startswith("opentelemetry.exporter")
-        self.complain(record.getMessage() if about_export else str(record.msg))
+        self.complain(record.getMessage() if about_export else _without_values(record))
 
     def complain(self, reason: str) -> None:
         now = time.monotonic()
@@ -198,6 +196,16 @@ class LastWords(logging.Handler):
         self._source.removeHandler(self)
         self._source.propagate = self._propagated
         super().close()
+
+
+def _without_values(record: logging.LogRecord) -> str:
+    """Of what it quotes, names of variables alone: a header among the values may be a key."""
+    given = record.args if isinstance(record.args, tuple) else ()
+    told = tuple(arg if isinstance(arg, str) and _VARIABLE.fullmatch(arg) else "..." for arg in given)
+    try:
+        return str(record.msg) % told
+    except (TypeError, ValueError):
+        return str(record.msg)
 
 
 class _Keeping(SpanProcessor):
@@ -247,7 +255,9 @@ def _without_secrets(span: Any, scope: Mapping[str, Any]) -> None:
 
 
 def open_span_export(sampler: HeadSampler, environ: Mapping[str, str], version: str) -> SpanExport | None:
-    """By OpenTelemetry's variables; None, and a line in the log, when none of the exporters can be had."""
+    """By OpenTelemetry's variables; None, and a line in the log, when none of the exporters can be had.
+
+    Raises ValueError for what the SDK refuses."""
     last_words = LastWords()
     exporters: list[SpanExporter] = []
     for name in _names_in(environ.get("OTEL_TRACES_EXPORTER", "otlp")):
@@ -258,10 +268,14 @@ def open_span_export(sampler: HeadSampler, environ: Mapping[str, str], version: 
             logger.error("no spans go there", extra={"exporter": name, "reason": reason})
     for noisy in ("httpcore", "urllib3", "requests"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if exporters:
+    if not exporters:
+        last_words.close()
+        return None
+    try:
         return SpanExport(exporters, _resource(version), sampler, environ, last_words)
-    last_words.close()
-    return None
+    except ValueError:
+        last_words.close()
+        raise
 
 
 class NotSupported(Exception):
@@ -328,8 +342,3 @@ def _resource(version: str) -> Resource:
             Resource({name: value for name, value in ours.items() if name not in said.attributes})
         )
     return Resource({**ours, **said.attributes})
-
-
-def _count_in(environ: Mapping[str, str], name: str, otherwise: int) -> int:
-    text = environ.get(name, "")
-    return int(text) if text.isascii() and text.isdigit() and int(text) > 0 else otherwise

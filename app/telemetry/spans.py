@@ -4,7 +4,7 @@ bound. Plain Python, shared by `tracing`, which makes spans, and `span_export`, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 Attributes = dict[str, str | int | float | bool]
@@ -57,7 +57,8 @@ def sampler_of(ratio: float, environ: Mapping[str, str]) -> tuple[HeadSampler, b
         return HeadSampler(ratio), True
     fixed, follows_parent = known
     if fixed is None:
-        fixed = _ratio_in(environ.get("OTEL_TRACES_SAMPLER_ARG", ""), ratio)
+        given = environ.get("OTEL_TRACES_SAMPLER_ARG", "")
+        fixed = float(given) if is_ratio(given) else ratio
     return HeadSampler(fixed, follows_parent=follows_parent), name != "always_off"
 
 
@@ -72,12 +73,20 @@ _SAMPLERS: dict[str, tuple[float | None, bool]] = {
 """Ratio, where the name says it, and whether a caller's decision holds."""
 
 
-def _ratio_in(text: str, otherwise: float) -> float:
+def samplers() -> Iterable[str]:
+    """What OTEL_TRACES_SAMPLER may name."""
+    return _SAMPLERS
+
+
+def is_sampler(text: str) -> bool:
+    return text.strip().lower() in _SAMPLERS
+
+
+def is_ratio(text: str) -> bool:
     try:
-        ratio = float(text)
+        return 0.0 <= float(text) <= 1.0
     except ValueError:
-        return otherwise
-    return ratio if 0.0 <= ratio <= 1.0 else otherwise
+        return False
 
 
 class SpanNote(NamedTuple):

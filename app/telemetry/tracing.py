@@ -7,6 +7,7 @@ only where spans go somewhere. Called by the doors, the executor's epilogue and 
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import time
@@ -16,8 +17,11 @@ from typing import Any, Protocol
 from app.calls import Caller, Execution, ToolCall, current_call, new_execution_id
 from app.errors import DEPENDENCY_UNAVAILABLE, INTERNAL, ToolServiceError
 from app.telemetry.metrics import SPAN_OUTCOMES
+from app.telemetry.otel_variables import is_exporting, odd_variables
 from app.telemetry.redaction import redact_text
 from app.telemetry.spans import Attributes, HeadSampler, SpanNote, SpanSink, Tokens, sampler_of
+
+logger = logging.getLogger("app.tracing")
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -435,20 +439,13 @@ OFF = Tracing(HeadSampler(0.0), enabled=False)
 
 
 def open_tracing(enabled: bool, ratio: float, environ: Mapping[str, str], version: str) -> Tracing:
-    """By the settings and OpenTelemetry's own variables. Its SDK is imported only where spans go somewhere."""
+    """By the settings and OpenTelemetry's own variables. Its SDK is imported only where spans go somewhere. Raises
+    ValueError, which names the variable, for what the SDK refuses; what else is odd is told in the log."""
+    for odd in odd_variables(environ) if enabled else ():
+        logger.warning("a variable of OpenTelemetry is not followed", extra={"reason": odd})
     sampler, tail = sampler_of(ratio, environ)
-    if not (enabled and _is_exporting(environ)):
+    if not (enabled and is_exporting(environ)):
         return Tracing(sampler, enabled=enabled)
     from app.telemetry.span_export import open_span_export
 
     return Tracing(sampler, open_span_export(sampler, environ, version), tail=tail)
-
-
-def _is_exporting(environ: Mapping[str, str]) -> bool:
-    """The default exporter waits for an endpoint to be named: a service alone on a laptop has no collector."""
-    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return False
-    named = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
-    if named:
-        return named != "none"
-    return bool(environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))

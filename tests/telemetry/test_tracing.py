@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -28,7 +29,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 from opentelemetry.sdk.resources import Resource
 
 from app.calls import LOCAL_CALLER, new_execution_id
+from app.telemetry.otel_variables import odd_variables
 from app.telemetry.span_encoding import Encoder, NotedSpan, whole
+from app.telemetry.span_export import LastWords
 from app.telemetry.spans import HeadSampler, SpanNote, sampler_of
 from app.telemetry.tracing import Tracing
 from app.transport.jsonrpc import RequestContext
@@ -742,16 +745,97 @@ def test_otel_variables_stand_in_the_env_file_too(own_receiver: OtlpReceiver, tm
         end(running)
 
 
-def test_a_variable_that_opentelemetry_does_not_take_is_named_without_its_value() -> None:
-    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "canary-31c"}
-    done = subprocess.run(
-        [sys.executable, "-m", "app", "serve", "--port", "0"],
+def run(command: str, **environ: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "app", *command.split(), "--port", "0"],
         cwd=ROOT,
         env=service_environ(**environ),
         capture_output=True,
     )
-    assert done.returncode == 2 and b"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT",
+        "OTEL_ATTRIBUTE_COUNT_LIMIT",
+        "OTEL_SPAN_EVENT_COUNT_LIMIT",
+        "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT",
+    ],
+)
+def test_a_variable_that_opentelemetry_does_not_take_is_named_without_its_value(name: str) -> None:
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", name: "canary-31c"}
+    done = run("serve", **environ)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and name.encode() in line
     assert b"canary-31c" not in done.stderr + done.stdout
+    doctor = run("doctor --json", **environ)
+    (found,) = [each for each in json.loads(doctor.stdout) if not each["ok"]]
+    assert doctor.returncode == 1 and found["what"] == "tracing" and name in found["says"]
+
+
+def test_propagators_of_a_whole_cluster_break_no_command(serve: Serve, receiver: OtlpReceiver) -> None:
+    for command in ("tools list", "doctor"):
+        done = subprocess.run(
+            [sys.executable, "-m", "app", *command.split()],
+            cwd=ROOT,
+            env=service_environ(OTEL_PROPAGATORS="b3,canary-77"),
+            capture_output=True,
+        )
+        assert done.returncode == 0 and b"canary-77" not in done.stderr, done.stderr
+    running = serve(OTEL_PROPAGATORS="b3", TRACE_SAMPLE_RATIO="1", **FOR_TESTS, **receiver.environ)
+    running.read_log(lambda event: event["message"].startswith("OTEL_PROPAGATORS is not followed"))
+    trace_id = fresh()
+    headers = {"traceparent": f"00-{trace_id}-{PARENT_SPAN}-01"}
+    assert running.http.get("/api/v1/tools", headers=headers).status_code == 200
+    receiver.wait_for_trace(trace_id, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_TRACES_SAMPLER", "bogus"),
+        ("OTEL_TRACES_SAMPLER_ARG", "7"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "abc"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "0"),
+        ("OTEL_BSP_EXPORT_TIMEOUT", "x"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "garbage"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://a:port"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "zip"),
+    ],
+)
+def test_a_variable_that_is_not_followed_is_named(name: str, value: str) -> None:
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318", name: value}
+    (odd,) = odd_variables(environ)
+    assert odd.startswith(f"{name}: must be ") and value not in odd.split()
+
+
+def test_variables_that_can_be_followed_are_not_odd() -> None:
+    by_grpc = {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc", "OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4317"}
+    others = {"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.5", "OTEL_BSP_MAX_QUEUE_SIZE": "1"}
+    assert [*odd_variables({**by_grpc, **others})] == [] == [*odd_variables({"OTEL_BSP_MAX_QUEUE_SIZE": "unused"})]
+
+
+def test_odd_variables_are_told_at_the_start_and_by_doctor(serve: Serve) -> None:
+    odd = {"OTEL_TRACES_SAMPLER": "bogus", "OTEL_EXPORTER_OTLP_ENDPOINT": "garbage"}
+    running = serve(**odd)
+    for name in odd:
+        running.read_log(lambda event, name=name: event.get("reason", "").startswith(f"{name}: "))  # type: ignore[misc]
+    doctor = run("doctor --json", **odd)
+    (found,) = [each for each in json.loads(doctor.stdout) if not each["ok"]]
+    assert doctor.returncode == 1 and found["what"] == "tracing" and all(name in found["says"] for name in odd)
+
+
+def test_what_opentelemetry_logs_is_told_with_names_and_without_values(caplog: pytest.LogCaptureFixture) -> None:
+    last_words = LastWords()
+    try:
+        told = "Unable to parse value for %s as integer. Defaulting to %s"
+        logging.getLogger("opentelemetry.sdk").warning(told, "OTEL_BSP_EXPORT_TIMEOUT", "canary-52a")
+    finally:
+        last_words.close()
+    (record,) = caplog.records
+    assert vars(record)["reason"] == "Unable to parse value for OTEL_BSP_EXPORT_TIMEOUT as integer. Defaulting to ..."
 
 
 def test_odd_export_variables_do_not_keep_the_service_from_serving(serve: Serve) -> None:
