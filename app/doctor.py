@@ -37,6 +37,7 @@ async def examine(service: Service, host: str, port: int) -> list[Finding]:
     return [
         settings,
         await _database(service),
+        *await _tokens(service),
         _limits(service),
         await _tracing(service, host, port),
         *await asyncio.to_thread(lambda: [*_local(service, host, port)]),
@@ -66,6 +67,18 @@ async def _database(service: Service) -> Finding:
         says = f"its tables are at {found or 'nothing'}, {newest} is needed; run agentcore-tools migrate"
         return Finding("database", False, says)
     return Finding("database", True, f"{service.database.engine.dialect.name}, tables at {found}")
+
+
+async def _tokens(service: Service) -> list[Finding]:
+    """The keys of tokens can be read, and there is one."""
+    keys = service.access.token_keys
+    if keys is None:
+        return []
+    await keys.refresh()
+    if keys.problem is None:
+        return [Finding("token keys", True, "there are some")]
+    says = f"JWT_JWKS: {keys.problem}; give a path or a URL of a JWK Set that can be read from here"
+    return [Finding("token keys", False, says)]
 
 
 def _limits(service: Service) -> Finding:

@@ -31,6 +31,7 @@ from app.clients import reason
 from app.errors import DependencyUnavailable, Overloaded, ToolServiceError, Unauthenticated
 
 if TYPE_CHECKING:
+    from app.access.jwks import FixedKey, KeySet
     from app.access.jwt import JwtVerifier  # loaded where there are tokens alone
 
 logger = logging.getLogger("app.access")
@@ -163,10 +164,19 @@ class Authenticator:
         return None if self._away_since is None else self._clock() - self._away_since
 
     @property
+    def token_keys(self) -> KeySet | FixedKey | None:
+        """What tokens are verified by; None where none is taken."""
+        return None if self._verifier is None else self._verifier.keys
+
+    @property
     def lets_nobody_in(self) -> bool:
-        """Keys cannot be read, none is known from before, and tokens are not taken."""
-        blind = self._away_since is not None and self._verifier is None and not self.is_off
-        return blind and not self._keys.holds_fresh()
+        """No key of tokens is known, and no API key is: none can be read, or there is none beside the tokens. Where
+        there are no tokens, an empty table is no reason: whoever makes the first key is let in at once."""
+        if self.is_off or (self._verifier is not None and self._verifier.keys.usable):
+            return False
+        if self._away_since is not None:
+            return not self._keys.holds_fresh()
+        return self._verifier is not None and not self.keys_exist
 
     # New credentials
 

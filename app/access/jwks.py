@@ -243,6 +243,8 @@ class KeySet:
         find_wait_s_max: float = FIND_WAIT_S_MAX,
     ) -> None:
         self.generation = 0
+        self.problem: str | None = "not read yet"
+        """Why the last reading gave no key; None where it gave some."""
         self._source = source
         self._clock = clock
         self._sleep = sleep
@@ -255,6 +257,11 @@ class KeySet:
         self._waiting = 0
         self._failing = False
         self._warned_at = -WARNING_INTERVAL_S
+
+    @property
+    def usable(self) -> bool:
+        """Whether some key is known, from whatever reading."""
+        return bool(self._keys)
 
     async def find(self, key_id: str | None) -> VerifyingKey | None:
         """The key of this `kid`, after a look at the issuer when there is none and the last look is long enough ago.
@@ -327,9 +334,11 @@ class KeySet:
         if self._failing:
             logger.info("token keys can be read again")
         self._failing = False
+        self.problem = None if self._keys else "no key in it can be used"
 
     def _failed(self, reason: str) -> None:
         self._failing = True
+        self.problem = reason
         if self._clock() - self._warned_at >= WARNING_INTERVAL_S:
             self._warned_at = self._clock()
             logger.warning("token keys cannot be read; see JWT_JWKS", extra={"reason": reason})
@@ -339,12 +348,17 @@ class FixedKey:
     """JWT_SECRET in the place of a key set: one key for every token, whatever `kid` it names."""
 
     generation = 0
+    usable = True
+    problem = None
 
     def __init__(self, secret: bytes, algorithms: frozenset[str]) -> None:
         self._key = VerifyingKey(secret, algorithms)
 
     async def find(self, key_id: str | None) -> VerifyingKey:
         return self._key
+
+    async def refresh(self) -> None:
+        """There is nothing to read."""
 
     async def keep_fresh(self) -> None:
         """There is nothing to read; it waits for the end of the service, as a supervised task must."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -10,6 +11,9 @@ from fastapi.responses import PlainTextResponse
 from app.service import Phase, Service
 from app.transport.gate import open_to_all
 from app.transport.openapi import refusals
+
+if TYPE_CHECKING:
+    from app.access.jwks import FixedKey, KeySet  # loaded where there are tokens alone
 
 
 def router(service: Service) -> APIRouter:
@@ -60,6 +64,8 @@ def readiness(service: Service) -> Iterator[str]:
     yield f"service: {service.lifecycle.phase.value}"
     yield f"authentication: {'off' if service.access.is_off else 'on'}"
     yield f"database: {database_state(service)}"
+    if service.access.token_keys is not None:
+        yield f"tokens: {token_state(service.access.token_keys)}"
     yield f"limits: {'up' if service.admission.store.up else 'Redis away, every policy has its own answer'}"
     if service.log is None:
         yield "log: off"
@@ -77,3 +83,11 @@ def database_state(service: Service) -> str:
     if access.away_s is None:
         return "up"
     return f"away for {access.away_s:.0f} s, {'no key is known' if access.lets_nobody_in else 'known keys stay good'}"
+
+
+def token_state(keys: KeySet | FixedKey) -> str:
+    """Whether the keys of tokens can be read, and what it means when they cannot."""
+    if keys.problem is None:
+        return "up"
+    meaning = "known ones stay good" if keys.usable else "none is known"
+    return f"keys cannot be read; {meaning}; see JWT_JWKS and the log"

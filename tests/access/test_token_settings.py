@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +16,8 @@ from app.access.credential import CredentialRefused
 from app.access.jwt import JwtVerifier, jwt_rules
 from tests.access.keyring import make_key, opened_keyring
 from tests.access.tokens import AUDIENCE, ISSUER, SECRET, document, jwk, rsa_key, signed
-from tests.conftest import Running, end, places_in, start_service
-from tests.servers import make_folder, remove_folder
+from tests.conftest import ROOT, Running, Serve, end, places_in, service_environ, start_service
+from tests.servers import free_port, make_folder, remove_folder
 
 CALL = {"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": {"tool_id": "who_calls"}}
 
@@ -116,6 +119,74 @@ async def test_with_the_database_away_tokens_are_taken_all_the_same(tmp_path: Pa
         await ring.access.confirm()
         assert ring.access.away_s is not None and not ring.access.lets_nobody_in
         assert (await ring.identify(token(tenant="acme").encode())).tenant == "acme"
+
+
+@pytest.mark.anyio
+async def test_an_issuer_that_is_away_leaves_known_keys_good_and_none_known_lets_nobody_in(tmp_path: Path) -> None:
+    keys = tmp_path / "jwks.json"
+    rules = jwt_rules(issuer=ISSUER, audience=AUDIENCE, algorithms=("RS256",), secret=None, jwks=str(keys))
+    assert rules is not None
+    verifier = JwtVerifier(rules)
+    async with opened_keyring(f"sqlite+aiosqlite:///{tmp_path}/keys.db", tokens=verifier) as ring:
+        await verifier.keys.refresh()
+        await ring.access.confirm()
+        assert verifier.keys.problem == "file: No such file or directory" and ring.access.lets_nobody_in
+        keys.write_bytes(document(jwk(rsa_key())))
+        await verifier.keys.refresh()
+        assert verifier.keys.problem is None and not ring.access.lets_nobody_in
+        keys.unlink()
+        await verifier.keys.refresh()
+        assert verifier.keys.problem is not None and not ring.access.lets_nobody_in, "known keys are good"
+        keys.write_bytes(document())
+        await verifier.keys.refresh()
+        assert verifier.keys.problem == "no key in it can be used" and ring.access.lets_nobody_in
+        await ring.make()
+        await ring.access.confirm()
+        assert not ring.access.lets_nobody_in, "the API key is good"
+
+
+def jwt_by(jwks: str) -> dict[str, str]:
+    return {"JWT_ISSUER": ISSUER, "JWT_AUDIENCE": AUDIENCE, "JWT_ALGORITHMS": "RS256", "JWT_JWKS": jwks}
+
+
+@pytest.mark.parametrize("wrong", ["missing", "unreachable", "empty", "no set", "no key"])
+def test_doctor_reads_the_keys_of_tokens(wrong: str, tmp_path: Path) -> None:
+    file = tmp_path / "jwks.json"
+    if wrong in ("empty", "no set", "no key"):
+        file.write_text({"empty": "", "no set": "{}", "no key": '{"keys": []}'}[wrong])
+    jwks = f"http://127.0.0.1:{free_port()}/jwks" if wrong == "unreachable" else str(file)
+    done = doctor(jwks)
+    (found,) = [each for each in json.loads(done.stdout) if not each["ok"]]
+    assert done.returncode == 1 and found["what"] == "token keys" and found["says"].startswith("JWT_JWKS: ")
+
+
+def test_doctor_is_content_with_keys_that_can_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "jwks.json"
+    file.write_bytes(document(jwk(rsa_key())))
+    done = doctor(str(file))
+    assert done.returncode == 0, done.stdout
+
+
+def doctor(jwks: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "app", "doctor", "--port", "0", "--json"],
+        cwd=ROOT,
+        env=service_environ(**jwt_by(jwks)),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_readyz_is_503_while_neither_a_token_nor_a_key_can_let_anybody_in(serve: Serve, tmp_path: Path) -> None:
+    places = places_in(tmp_path)
+    running = serve(**places, **jwt_by(str(tmp_path / "nope.json")))
+    before = running.http.get("/readyz")
+    assert before.status_code == 503 and "tokens: keys cannot be read; none is known" in before.text
+    make_key(places["DATABASE_URL"])
+    ends = time.monotonic() + 60
+    while (ready := running.http.get("/readyz")).status_code != 200:
+        assert time.monotonic() < ends
+    assert "tokens: keys cannot be read" in ready.text
 
 
 def test_a_token_that_expires_is_refused_though_it_is_known(service: Service) -> None:
