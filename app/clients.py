@@ -50,13 +50,27 @@ DATABASE_ERRORS: tuple[type[Exception], ...] = (
 """Everything by which a statement can fail; while it connects, the driver's own errors come unwrapped."""
 
 
+TABLES_LACK = frozenset({"42P01", "42703"})
+"""SQLSTATE of an undefined table or column."""
+
+
 def reason(error: Exception) -> str:
     """Why the database failed, in a line for operators: without the statement and its values."""
-    cause: BaseException = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    cause = _cause(error)
     if isinstance(cause, TimeoutError):
         return "no answer in time"
     lines = str(cause).splitlines()
-    return lines[0][:200] if lines else type(cause).__name__
+    said = lines[0][:200] if lines else type(cause).__name__
+    return f"{said}; run agentcore-tools migrate" if lacks_tables(error) else said
+
+
+def lacks_tables(error: Exception) -> bool:
+    """Whether PostgreSQL answers, and has no tables yet or those of an older version."""
+    return getattr(_cause(error), "sqlstate", None) in TABLES_LACK
+
+
+def _cause(error: Exception) -> BaseException:
+    return error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
 
 
 def create_engine(

@@ -27,7 +27,7 @@ from app.access.keys import KEY_PREFIX, proven, split
 from app.access.memory import Known, Memory
 from app.access.store import CHUNK_MAX, KeyStore, Row, decode
 from app.calls import LOCAL_CALLER, Caller
-from app.clients import reason
+from app.clients import lacks_tables, reason
 from app.errors import DependencyUnavailable, Overloaded, ToolServiceError, Unauthenticated
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class Authenticator:
         self._flights: dict[bytes, asyncio.Task[Caller | Refusal]] = {}
         self._turns = asyncio.Semaphore(LOOKUPS_AT_ONCE)
         self._away_since: float | None = None
+        self.lacks_tables = False
+        """Whether the database answers and was not migrated: it is away until somebody does."""
         self.keys_exist: bool | None = None
         """Whether the table was ever seen to hold a row; None until it could be read."""
 
@@ -324,16 +326,20 @@ class Authenticator:
                 logger.info("authentication is on: there is a key")
 
     def _database_failed(self, error: DependencyUnavailable) -> None:
-        if self._away_since is None:
-            self._away_since = self._clock()
-            cause = error.__cause__
+        cause = error.__cause__
+        lacks = isinstance(cause, Exception) and lacks_tables(cause)
+        if self._away_since is None or lacks is not self.lacks_tables:
             why = reason(cause) if isinstance(cause, Exception) else "no answer in time"
             logger.error("keys cannot be read; known ones stay good for a while", extra={"reason": why})
+        self.lacks_tables = lacks
+        if self._away_since is None:
+            self._away_since = self._clock()
 
     def _database_answered(self) -> None:
         if self._away_since is not None:
             logger.info("keys can be read again", extra={"after_s": round(self._clock() - self._away_since, 1)})
             self._away_since = None
+            self.lacks_tables = False
 
     async def close(self) -> None:
         """Nobody waits any more."""

@@ -82,7 +82,10 @@ def database_state(service: Service) -> str:
     access = service.access
     if access.away_s is None:
         return "up"
-    return f"away for {access.away_s:.0f} s, {'no key is known' if access.lets_nobody_in else 'known keys stay good'}"
+    meaning = "no key is known" if access.lets_nobody_in else "known keys stay good"
+    if access.lacks_tables:
+        return f"its tables are missing or old, run agentcore-tools migrate; {meaning}"
+    return f"away for {access.away_s:.0f} s, {meaning}"
 
 
 def token_state(keys: KeySet | FixedKey) -> str:

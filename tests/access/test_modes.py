@@ -56,6 +56,19 @@ def migrated(url: str) -> str:
     return url
 
 
+def test_a_database_without_tables_is_said_to_need_migrating_and_heals_by_it(
+    serve: Serve, postgres: PostgresAt
+) -> None:
+    url = postgres.create_database()
+    running = serve(DATABASE_URL=url, AUTH_MODE="required")
+    status, lines = readiness(running)
+    assert status == 503 and "run agentcore-tools migrate; no key is known" in lines["database"]
+    told = running.read_log(lambda event: event["message"].startswith("keys cannot be read"))
+    assert told["reason"].endswith("run agentcore-tools migrate")
+    migrated(url)
+    becomes(lambda: readiness(running)[1]["database"] == "up")
+
+
 def refused_to_serve(*arguments: str, **environ: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "app", "serve", "--port", "0", *arguments],
