@@ -24,7 +24,7 @@ from app.access.keys import NewKey
 from app.access.store import KeyStore
 from app.calls import DEFAULT_SCOPES, LOCAL_CALLER, ToolCall, new_execution_id
 from app.clients import close_engine, create_engine
-from app.doctor import examine
+from app.doctor import Finding, examine, examine_refused
 from app.errors import ToolServiceError
 from app.execution_log.partitions import ensure_partitions
 from app.migration import NEWEST, MigrationError, is_current, migrate, version
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os.environ.setdefault(name, value)
         sys.exit(options.run(settings, options))
     except SettingsError as error:
-        sys.exit(_said(error))
+        sys.exit(_doctor_refused(error, options) if options.run is _doctor else _said(error))
     except KeyboardInterrupt:
         sys.exit(ENDED_BY_INTERRUPT)
 
@@ -376,16 +376,27 @@ async def opened_database(settings: Settings, **options: float) -> AsyncIterator
 
 def _doctor(settings: Settings, options: argparse.Namespace) -> int:
     async def examined() -> int:
-        async with open_service(settings, keep_log=False) as service:
-            findings = await examine(service, options.host, options.port)
-        if options.json:
-            _print_json([finding._asdict() for finding in findings])
-        else:
-            for finding in findings:
-                print(f"{'ok ' if finding.ok else 'BAD'}  {finding.what}: {finding.says}")
-        return 0 if all(finding.ok for finding in findings) else 1
+        try:
+            async with open_service(settings, keep_log=False) as service:
+                findings = await examine(service, options.host, options.port)
+        except SettingsError as error:
+            return _doctor_refused(error, options)
+        return _print_findings(findings, options)
 
     _run(examined())
+
+
+def _doctor_refused(error: SettingsError, options: argparse.Namespace) -> int:
+    return _print_findings(examine_refused(error, options.host, options.port), options)
+
+
+def _print_findings(findings: Sequence[Finding], options: argparse.Namespace) -> int:
+    if options.json:
+        _print_json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{'ok ' if finding.ok else 'BAD'}  {finding.what}: {finding.says}")
+    return 0 if all(finding.ok for finding in findings) else 1
 
 
 def _print_json(value: Any) -> None:

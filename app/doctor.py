@@ -44,6 +44,11 @@ async def examine(service: Service, host: str, port: int) -> list[Finding]:
     ]
 
 
+def examine_refused(error: SettingsError, host: str, port: int) -> list[Finding]:
+    """What the settings are refused for, and what can be looked at without any."""
+    return [Finding("settings", False, str(error)), _listen(host, port), _open_files(), _clock()]
+
+
 def _local(service: Service, host: str, port: int) -> Iterator[Finding]:
     """What is asked of this machine alone."""
     yield _bind(service, host)

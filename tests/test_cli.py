@@ -75,6 +75,25 @@ def test_doctor_says_what_is_wrong_and_what_to_do() -> None:
     assert exposed.returncode == 1 and "AUTH_MODE=none" in exposed.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "postgresql+asyncpg://h:notaport/db"),
+        ("MAX_BATCH_SIZE", "0"),
+        ("EGRESS_ALLOW", "http://x/"),
+        ("JWT_ISSUER", "alone"),
+    ],
+)
+def test_doctor_reports_a_setting_that_is_refused_among_its_checks(name: str, value: str) -> None:
+    done = run("doctor", "--port", "0", "--json", **{name: value})
+    findings = {finding["what"]: finding for finding in json.loads(done.stdout)}
+    assert done.returncode == 1 and done.stderr == ""
+    assert not findings["settings"]["ok"] and f"{name.partition('_')[0]}_" in findings["settings"]["says"]
+    assert findings["address"]["ok"] and findings["clock"]["ok"]
+    told = run("doctor", "--port", "0", **{name: value})
+    assert told.returncode == 1 and told.stdout.startswith("BAD  settings: ")
+
+
 def test_the_version_is_the_packages() -> None:
     assert run("--version").stdout.strip() == __version__
 
