@@ -164,7 +164,7 @@ def open_log(
         try:
             journal = Journal.open(settings.journal_dir, bytes_max=settings.journal_max_bytes)
         except JournalError as error:
-            raise SettingsError(f"JOURNAL_DIR: {error}") from None
+            raise SettingsError(str(error.strerror)) from None  # it names the variable; an errno is of no use
         stack.push_async_callback(journal.close)
     if "buffered" in modes:
         memory = BufferedLog(settings.journal_max_bytes)
@@ -208,9 +208,12 @@ async def open_admission(
 
 
 def _policies_in(file: Path) -> Iterable[Policy]:
-    from app.limits.limits_file import read_policies  # PyYAML takes 1 MB
+    from app.limits.limits_file import LimitsFileError, read_policies  # PyYAML takes 1 MB
 
-    return read_policies(file)
+    try:
+        return read_policies(file)
+    except LimitsFileError as error:
+        raise ValueError(f"LIMITS_FILE: {error}") from None
 
 
 def open_control(settings: Settings, slots: Slots, admission: Admission, supervisor: Supervisor) -> LoadControl:

@@ -101,6 +101,7 @@ async def test_limits_file_holds_policies_and_a_bad_one_is_refused_with_its_line
         assert service.metrics.limit_decisions["daily"]["would_refuse"] == 4
     path.write_text("policies:\n  - name: echoes\n    rate: 2/fortnight\n")
     assert "limits.yaml:3: " in refused(tmp_path, LIMITS_FILE=str(path))
+    assert "LIMITS_FILE: /nope: cannot be read" in refused(tmp_path, LIMITS_FILE="/nope")
 
 
 async def test_redis_url_makes_replicas_share_their_limits(tmp_path: Path, one_redis: RedisServer) -> None:
