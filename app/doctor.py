@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from app.migration import MigrationError, version, versions
-from app.opening import open_tracing_of
+from app.opening import log_modes, open_tracing_of
 from app.service import Service
 from app.settings import SettingsError, check_bind
 from app.telemetry.otel_variables import is_exporting, odd_variables
@@ -110,10 +110,12 @@ async def _tracing(service: Service, host: str, port: int) -> Finding:
 
 
 def _journal(service: Service) -> Finding:
-    """Its folder can be made and written, and the disk has room for the whole of it."""
+    """Its folder can be made and written, and the disk has room for the whole of it. Without Redis the outcomes of
+    idempotency keys are there too, whether there is a journal or not."""
     settings = service.settings
-    if not settings.enable_database_logging or settings.journal_mode == "buffered":
-        return Finding("journal", True, "not used by the service's own mode")
+    journals = bool(log_modes(settings, service.registry) - {"buffered"})
+    if not journals and settings.redis_url is not None:
+        return Finding("journal", True, "not used")
     folder = settings.journal_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,11 +123,14 @@ def _journal(service: Service) -> Finding:
             free_bytes = shutil.disk_usage(folder).free
     except OSError as error:
         says = f"{folder} cannot be written ({error.strerror}); mend its rights, or set JOURNAL_DIR"
-        return Finding("journal", False, says)
-    if free_bytes < settings.journal_max_bytes:
+        keyed = "" if journals else "; calls with an idempotency key are refused until then"
+        return Finding("journal", False, says + keyed)
+    if journals and free_bytes < settings.journal_max_bytes:
         says = f"{folder} has {free_bytes} bytes free, JOURNAL_MAX_BYTES is {settings.journal_max_bytes}; lower it"
         return Finding("journal", False, says)
-    return Finding("journal", True, f"{folder} can be written")
+    return Finding(
+        "journal", True, f"{folder} can be written{'' if journals else ', for outcomes of idempotency keys'}"
+    )
 
 
 def _bind(service: Service, host: str) -> Finding:

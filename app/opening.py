@@ -156,10 +156,12 @@ def open_log(
     stack: contextlib.AsyncExitStack,
 ) -> ExecutionLog | None:
     """The journal, and memory for what is buffered, as far as some tool needs them, with a writer each."""
+    modes = log_modes(settings, registry)
+    journal = memory = None
+    if not modes - {"buffered"}:
+        _tell_of_outcomes(settings)
     if not settings.enable_database_logging:
         return None
-    modes = {tool.spec.log_mode or settings.journal_mode for tool in registry.snapshot.tools.values()}
-    journal = memory = None
     if modes - {"buffered"}:
         try:
             journal = Journal.open(settings.journal_dir, bytes_max=settings.journal_max_bytes)
@@ -178,6 +180,26 @@ def open_log(
     supervisor.start("journal-adoption", log.adopt())
     supervisor.start("log-upkeep", Upkeep(engine, settings.log_retention_days).run())
     return log
+
+
+def log_modes(settings: Settings, registry: Registry) -> set[str]:
+    """How rows are kept: each tool's own way, else the service's; nothing where there is no log."""
+    if not settings.enable_database_logging:
+        return set()
+    return {tool.spec.log_mode or settings.journal_mode for tool in registry.snapshot.tools.values()}
+
+
+def _tell_of_outcomes(settings: Settings) -> None:
+    """Without a journal nobody else would find out before the first call with an idempotency key."""
+    if settings.redis_url is not None:
+        return
+    folder = settings.journal_dir.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        logger.error(
+            "calls with an idempotency key will be refused: JOURNAL_DIR, which has their outcomes, cannot be used"
+        )
 
 
 async def open_admission(

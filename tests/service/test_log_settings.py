@@ -90,6 +90,27 @@ def test_a_journal_dir_that_cannot_be_used_stops_the_start_and_says_what_to_do(t
     assert "JOURNAL_MODE=buffered" in line and "[Errno" not in line
 
 
+@pytest.mark.parametrize("without", [{"JOURNAL_MODE": "buffered"}, {"ENABLE_DATABASE_LOGGING": "false"}])
+def test_without_a_journal_its_folder_is_still_needed_for_outcomes(
+    serve: Serve, tmp_path: Path, without: dict[str, str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    places = {"JOURNAL_DIR": str(tmp_path / "file"), "TOOL_MODULES": "tests.service.reuse_tools", **without}
+    running = serve(**places)
+    assert running.execute("pay", {"name": "a"})["status"] == "success"
+    assert running.execute("pay", {"name": "a"}, idempotency_key="k")["code"] == -32008
+    running.read_log(lambda event: event["message"].startswith("calls with an idempotency key will be refused"))
+    done = subprocess.run(
+        [sys.executable, "-m", "app", "doctor", "--port", "0"],
+        cwd=ROOT,
+        env=service_environ(tmp_path, **places),
+        capture_output=True,
+        text=True,
+    )
+    (bad,) = [line for line in done.stdout.splitlines() if line.startswith("BAD")]
+    assert done.returncode == 1 and "calls with an idempotency key are refused" in bad and "JOURNAL_DIR" in bad
+
+
 @pytest.mark.parametrize(("mode", "kept"), [("durable", True), ("strict", True), ("buffered", False)])
 def test_journal_mode_decides_what_a_kill_may_cost(postgres: PostgresAt, tmp_path: Path, mode: str, kept: bool) -> None:
     """The database takes nothing, so that all there is of the call is what the process kept of it."""
