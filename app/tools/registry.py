@@ -88,7 +88,12 @@ def detail(tool: Tool, timeout_ceiling_s: float) -> dict[str, Any]:
         "parameters": tool.parameters.json_schema,
         "result": tool.result.json_schema,
         "timeout_seconds": min(spec.timeout or timeout_ceiling_s, timeout_ceiling_s),
-        "limits": {"max_concurrent": spec.max_concurrent},
+        "limits": {
+            "max_concurrent": spec.max_concurrent,
+            "rate_limits": spec.rate_limits,
+            "quotas": dict(spec.quotas),
+            "cost": spec.cost,
+        },
         "flags": {
             "read_only": spec.read_only,
             "idempotent": spec.idempotent,

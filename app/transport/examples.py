@@ -23,7 +23,7 @@ ECHO_SUMMARY = {
     "tags": ["text", "test"],
     "capabilities": ["echo"],
 }
-ECHO_DETAIL = {
+ECHO_DETAIL: dict[str, Any] = {
     **ECHO_SUMMARY,
     "title": None,
     "parameters": {
@@ -42,7 +42,7 @@ ECHO_DETAIL = {
         "required": ["message"],
     },
     "timeout_seconds": 5.0,
-    "limits": {"max_concurrent": None},
+    "limits": {"max_concurrent": None, "rate_limits": [], "quotas": {}, "cost": 1},
     "flags": {"read_only": True, "idempotent": True, "destructive": False, "cancel_on_disconnect": False},
 }
 EXECUTION = {

@@ -196,7 +196,12 @@ class ToolFlags(BaseModel):
 
 
 class ToolLimits(BaseModel):
-    max_concurrent: int | None
+    """What the tool declares. tools.get_rate_limit_status has what is left, and the policies of the service."""
+
+    max_concurrent: int | None = Field(description="Runs at once on one replica, when declared")
+    rate_limits: list[str] = Field(description="Rates of each tenant's calls, as 10/second")
+    quotas: dict[Literal["daily", "monthly"], int] = Field(description="Each tenant's calls in a UTC day or month")
+    cost: int = Field(description="What a call takes from each rate and quota")
 
 
 class ToolDetail(ToolSummary):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import orjson
+from jsonschema import Draft202012Validator
 
 from app.calls import LOCAL_CALLER, Caller
 from app.errors import ToolNotFound
 from app.tools.registry import PAGES_BYTES_MAX, PAGES_KEPT_MAX, Registry, ToolFilter
 from app.tools.tool import FunctionTool, tool
+from app.transport.shapes import ToolLimits
 
 
 def registry_of(count: int, description: str = "Work.") -> Registry:
@@ -102,3 +104,23 @@ def test_a_glob_of_many_stars_is_matched_in_linear_time() -> None:
 
     registry = Registry([tool(id="a" * 64, description="x")(work)], timeout_ceiling_s=1.0)
     assert listed(registry, "*a" * 40 + "b") == []
+
+
+def test_the_detail_of_a_tool_shows_each_limit_that_it_declares() -> None:
+    @tool(rate_limits=["2/minute", "10/hour"], quotas={"daily": 5}, max_concurrent=3, cost=2)
+    async def find() -> None:
+        """Find."""
+
+    @tool
+    async def free() -> None:
+        """Find for nothing."""
+
+    registry = Registry([find, free], timeout_ceiling_s=1.0)
+    limits = [orjson.loads(registry.detail(tool_id, LOCAL_CALLER))["limits"] for tool_id in ("find", "free")]
+    assert limits == [
+        {"max_concurrent": 3, "rate_limits": ["2/minute", "10/hour"], "quotas": {"daily": 5}, "cost": 2},
+        {"max_concurrent": None, "rate_limits": [], "quotas": {}, "cost": 1},
+    ]
+    published = ToolLimits.model_json_schema()
+    for each in limits:
+        Draft202012Validator(published | {"additionalProperties": False}).validate(each)
