@@ -22,6 +22,7 @@ from uvicorn.server import ServerState
 
 from app.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, Overloaded, ToolServiceError
 from app.transport.access_log import LINE, AccessLog, path_of, tell
+from app.transport.allowance import retry_after_s
 from app.transport.exchange import EXTENSION, Exchange
 from app.transport.gathering import GatheringTransport
 from app.transport.wire import Reason, Wire
@@ -81,6 +82,9 @@ class _BodyOnly:
 IDLE, HEAD, BODY, DEAF, LINGER = range(5)
 """What the next byte belongs to: nothing yet; a head; a body; nothing that we will read (earlier answers are still due,
 then the refusal); nothing (the refusal is sent). Plain integers: they are compared several times a request."""
+
+RETRY_AFTER_MS = 1000
+"""Told to who sends more requests in a row than wait on one connection: their answers are due first."""
 
 _CHUNKED = -1
 
@@ -256,7 +260,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         if self.pipeline and len(self.pipeline) >= self._bounds.pipelined_max:
             waiting = f"More than {self._bounds.pipelined_max} requests wait on this connection"
-            self._reject(Refusal(Reason.PIPELINE_FULL, Overloaded(waiting)))
+            self._reject(Refusal(Reason.PIPELINE_FULL, Overloaded(waiting, retry_after_ms=RETRY_AFTER_MS)))
         super().on_message_begin()
         self._head_bytes = self._shared_bytes = self._hosts = self._declared_bytes = 0
         self._phase = HEAD
@@ -439,7 +443,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Understand nothing more from this peer, answer when all earlier requests have their answers, and close."""
         self.wire.count(refusal.reason, detail)
         if self._phase != BODY or self._give_up_request():
-            self._answer = self._render(refusal.error)
+            self._answer = self._render(refusal)
             if self.wire.access_log is not None:
                 self._tell_refusal(self.wire.access_log, refusal.error.http_status)
         self._phase = DEAF
@@ -491,8 +495,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._linger_bytes < 0:
             self.transport.abort()
 
-    def _render(self, error: ToolServiceError) -> bytes:
-        is_rpc = self._phase != IDLE and self.url.partition(b"?")[0] in RPC_PATHS
+    def _render(self, refusal: Refusal) -> bytes:
+        error = refusal.error
+        # One request too many has no path yet; who sends so many in a row sends them all to the door of the last.
+        has_path = self._phase != IDLE or refusal.reason is Reason.PIPELINE_FULL
+        is_rpc = has_path and self.url.partition(b"?")[0] in RPC_PATHS
         envelope = {"jsonrpc": "2.0", "error": error.as_error(), "id": None} if is_rpc else {"error": error.as_error()}
         body = orjson.dumps(envelope)
         headers = [
@@ -501,6 +508,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             (b"content-length", b"%d" % len(body)),
             (b"connection", b"close"),
         ]
+        if error.retry_after_ms is not None:
+            headers.append((b"retry-after", b"%d" % retry_after_s(error.retry_after_ms)))
         lines = [b"%b: %b\r\n" % header for header in headers]
         is_head = self._phase == BODY and self.scope["method"] == "HEAD"
         return b"".join([STATUS_LINE[error.http_status], *lines, b"\r\n", b"" if is_head else body])

@@ -834,6 +834,28 @@ def test_more_pipelined_requests_than_the_bound_end_the_connection_in_order(serv
     assert_refused(peer, 503)
 
 
+@pytest.mark.parametrize(
+    ("path", "members"),
+    [
+        (b"x", ["error"]),
+        (b"api/v1/jsonrpc", ["jsonrpc", "error", "id"]),
+        (b"mcp?x=1", ["jsonrpc", "error", "id"]),
+    ],
+)
+def test_one_pipelined_request_too_many_is_refused_as_its_door_refuses(
+    server: Served, path: bytes, members: list[str]
+) -> None:
+    peer = server.connect().send(GET % b"gated" + post(path, b"{}") * 40)
+    eventually(lambda: server.wire.refused[Reason.PIPELINE_FULL] > 0)
+    server.ask(GET % b"open")
+    assert [peer.response().status for _ in range(1 + 32)] == [200] * 33
+    refused = assert_refused(peer, 503)
+    assert list(refused.json) == members and refused.json.get("id") is None
+    assert refused.json["error"]["code"] == -32006
+    assert refused.json["error"]["data"]["retry_after_ms"] == 1000
+    assert refused.headers["retry-after"] == "1"
+
+
 def test_requests_behind_a_listening_application_wait_unread(server: Served) -> None:
     peer = server.connect().send(GET % b"listening")
     assert server.app.seen.get(timeout=WAIT_S) == "listening"
