@@ -27,6 +27,7 @@ from app.clients import close_engine, create_engine
 from app.doctor import Finding, examine, examine_refused
 from app.errors import ToolServiceError
 from app.execution_log.partitions import ensure_partitions
+from app.executor.containment import LastingLoop
 from app.migration import NEWEST, MigrationError, is_current, migrate, version
 from app.reload import serve_reloading, watched_paths
 from app.service import Service, open_service
@@ -206,7 +207,7 @@ def _run(command: Coroutine[Any, Any, int]) -> NoReturn:
             sys.stderr.flush()
         os._exit(code)
 
-    uvloop.run(whole())
+    uvloop.run(whole(), loop_factory=LastingLoop)
     raise AssertionError("the process has ended")
 
 

@@ -226,6 +226,22 @@ async def cancel_a_group_that_has_not_begun() -> str:
 
 
 @tool(category="custom")
+async def exit_in_callbacks() -> str:
+    """Leave callbacks of every kind that exit."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.create_task(asyncio.sleep(0))
+    task.add_done_callback(sys.exit)
+    loop.call_soon(sys.exit, 3)
+    await task
+    await asyncio.sleep(0)
+    ended = loop.create_future()
+    loop.call_later(0, sys.exit, 3)
+    loop.call_later(0.001, ended.set_result, None)
+    await ended
+    return "done"
+
+
+@tool(category="custom")
 async def exit_in_a_task_of_another_context() -> str:
     """Start a task with a context of its own; it starts one that exits."""
 

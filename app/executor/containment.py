@@ -1,15 +1,21 @@
-"""Tasks that tools start for themselves: a SystemExit in one ends that task and not the process.
+"""Tasks and callbacks that tools start for themselves: a SystemExit in one ends that one and not the process.
 
-asyncio and uvloop re-raise SystemExit and KeyboardInterrupt of any task out of the event loop, and every other call
-would end with it. Installed once per loop, by the runner.
+asyncio and uvloop re-raise SystemExit and KeyboardInterrupt of any task or callback out of the event loop, and every
+other call would end with it. Tasks are contained by the runner, once per loop; callbacks by the loop itself, which the
+command line makes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
 from typing import Any
+
+import uvloop
+
+logger = logging.getLogger("app.tools")
 
 in_tool = ContextVar("in_tool", default=False)
 """True in a tool's task and, as tasks inherit their context, in every task below it."""
@@ -28,6 +34,21 @@ def _task(
     if (context := options.get("context")) is not None:
         context.run(in_tool.set, True)  # a context of its own would forget where it comes from
     return asyncio.Task(Contained(coroutine), loop=loop, **options)
+
+
+class LastingLoop(uvloop.Loop):
+    """A loop that only what it was run for ends. What came out of a callback has left the loop in good order: the other
+    callbacks of the turn are still due. A KeyboardInterrupt is let out, for it may be one."""
+
+    def run_until_complete(self, future: Any) -> Any:
+        task = asyncio.ensure_future(future, loop=self)
+        while True:
+            try:
+                return super().run_until_complete(task)
+            except SystemExit as error:
+                if task.done():
+                    raise
+                logger.error("exit in a callback", exc_info=error)
 
 
 class Contained(Coroutine[Any, Any, Any]):

@@ -41,6 +41,17 @@ def test_an_exit_below_a_context_of_its_own_ends_no_more_than_its_task(service: 
     assert service.http.get("/livez").status_code == 200
 
 
+def test_an_exit_in_a_callback_ends_no_other_call_and_not_the_process(serve: Serve) -> None:
+    running = serve(TOOL_MODULES=TOOLS, DRAIN_SECONDS="0")
+    requests = [{"tool_id": "wait", "parameters": {"seconds": 0.3}}, {"tool_id": "exit_in_callbacks"}]
+    result = running.rpc("tools.execute_batch", {"requests": requests})["result"]
+    assert [item["status"] for item in result["results"]] == ["success", "success"]
+    assert running.http.get("/livez").status_code == 200
+    assert running.stop() == 0
+    assert running.process.stdout is not None
+    assert running.process.stdout.read().count(b"exit in a callback") == 3
+
+
 def test_the_results_of_one_request_share_the_room_of_one_answer(serve: Serve) -> None:
     running = serve(TOOL_MODULES=TOOLS, MAX_RESULT_BYTES="10000")
     one = {"tool_id": "return_long", "parameters": {"characters": 9000}}
