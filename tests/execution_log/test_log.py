@@ -105,6 +105,17 @@ async def test_a_tool_that_says_nothing_has_the_services_mode_and_payloads(tmp_p
             assert record[19] == size_bytes
 
 
+async def test_while_the_journal_cannot_be_read_the_service_says_so(tmp_path: Path) -> None:
+    async with opened(tmp_path) as place:
+        await place.log.for_tool("1", 1, None, None).append(a_call(), ended(a_call())).wait()
+    async with opened(tmp_path) as place:
+        (segment,) = tmp_path.rglob("*.segment")
+        segment.unlink()
+        segment.symlink_to("/proc/self/mem")  # gives EIO
+        assert place.journal.read_batch(10, BYTES_MAX) is None
+        assert place.log.problems == ["journal cannot be read, rows wait"]
+
+
 async def test_room_is_taken_before_a_call_and_given_back_whether_it_ran_or_not(tmp_path: Path) -> None:
     async with opened(tmp_path) as place:
         tool = place.log.for_tool("1", 1, None, None)
