@@ -95,6 +95,7 @@ _HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(?::[
 """RFC 9110, section 7.2, by way of RFC 3986; an http URI has no empty host (section 4.2.1)."""
 
 _BLANKS = b" \t"
+"""The parser keeps those behind a header's value, which are no part of it (RFC 9110, section 5.5)."""
 
 _INSPECTED = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect"})
 
@@ -268,9 +269,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
         if value[-1:] in _BLANKS:
-            value = value.rstrip(
-                _BLANKS
-            )  # the parser keeps those behind a value (RFC 9110, section 5.5: no part of it)
+            value = value.rstrip(_BLANKS)
         headers = self.headers
         headers.append((name, value))
         if len(headers) > self._bounds.headers_max:
