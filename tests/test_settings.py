@@ -103,6 +103,12 @@ def test_max_request_bytes_is_413_past_it(tuned: Running) -> None:
     assert response.status_code == 413 and "4096" in response.json()["error"]["message"]
 
 
+def test_max_request_bytes_in_flight_is_never_less_than_one_request(serve: Serve) -> None:
+    running = serve("--profile", "constrained", MAX_REQUEST_BYTES="8388608", MAX_REQUEST_BYTES_IN_FLIGHT="1048576")
+    body = b'{"jsonrpc": "2.0", "method": "rpc.ping", "id": 1}'.ljust(8_388_608)
+    assert running.http.post("/api/v1/jsonrpc", content=body).json()["result"] == {"pong": True}
+
+
 def test_max_result_bytes_fails_a_longer_result(tuned: Running) -> None:
     assert tuned.execute("return_long", {"characters": 1022})["status"] == "success"
     longer = tuned.execute("return_long", {"characters": 1023})

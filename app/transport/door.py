@@ -25,6 +25,7 @@ from app.transport.access_log import LINE
 from app.transport.allowance import limit_lines, retry_after_s
 from app.transport.exchange import EXTENSION, Exchange
 from app.transport.jsonrpc import RequestContext
+from app.transport.turns import LARGE_BODY_BYTES, Turns
 
 logger = logging.getLogger("app.door")
 
@@ -116,6 +117,7 @@ class Door(ABC):
         self.access = access
         self.authentication = authentication
         self.tracing = tracing
+        self._turns = Turns()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._count_error = count_error
         self._body_bytes_max = body_bytes_max
@@ -131,8 +133,8 @@ class Door(ABC):
             self._count_error(error.kind.error_type)
             await self._turn_away(scope, send, error)
             return
-        authentication_s = perf_counter() - begin
-        self.authentication.observe(authentication_s)
+        ours_s = perf_counter() - begin
+        self.authentication.observe(ours_s)
         if scope["method"] != "POST":
             await self._allow_post_alone(scope, send, begin)
             return
@@ -142,7 +144,8 @@ class Door(ABC):
             self.check(context, scope)
             body = None if exchange is None else exchange.body()
             if body is None:
-                body = await read_body(receive, self._body_bytes_max, self._read_timeout_s)
+                body, waited_s = await self._read(receive)
+                ours_s += waited_s
         except ClientGone:
             return
         except ToolServiceError as error:
@@ -150,7 +153,7 @@ class Door(ABC):
             await self._refuse(send, error, begin)
             self.tracing.request_ended(context, begin)
             return
-        context.received_at = perf_counter() - authentication_s  # what a slow client took for its body is not ours
+        context.received_at = perf_counter() - ours_s  # what a slow client took for its body is not ours
         line = scope.get(LINE)
         if line is not None:
             line.context = context
@@ -167,6 +170,15 @@ class Door(ABC):
         if reply is not None and (exchange is None or reply.status >= 500 or not exchange.answer(*reply)):
             await respond(send, reply.status, _as_headers(reply.lines), reply.body)
         self.tracing.request_ended(context, begin)
+
+    async def _read(self, receive: Receive) -> tuple[bytes, float]:
+        """A body that did not come at once, or is large, and how long it waited for its turn, in seconds."""
+        body = await read_body(receive, self._body_bytes_max, self._read_timeout_s)
+        if len(body) <= LARGE_BODY_BYTES:
+            return body, 0.0
+        begin = perf_counter()
+        await self._turns.take()
+        return body, perf_counter() - begin
 
     def failed(self, error: BaseException) -> Reply:
         """What a bug is answered with."""

@@ -11,6 +11,7 @@ import asyncio
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from app.transport.access_log import AsgiLine
+from app.transport.turns import LARGE_BODY_BYTES
 
 EXTENSION = "agentcore.exchange"
 """Key in the scope's `extensions`; the value is the request's Exchange."""
@@ -91,9 +92,9 @@ class Exchange:
         return self._cycle.disconnected
 
     def body(self) -> bytes | None:
-        """The request's body when all of it is there; None: read it by `receive`."""
+        """The request's body when all of it is there, and it is small; None: read it by `receive`."""
         cycle = self._cycle
-        if cycle.more_body or cycle.disconnected:
+        if cycle.more_body or cycle.disconnected or len(cycle.body) > LARGE_BODY_BYTES:
             return None
         body = bytes(cycle.body)
         cycle.body = bytearray()

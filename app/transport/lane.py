@@ -27,6 +27,7 @@ from app.transport.access_log import ms_since, tell, told_call
 from app.transport.door import CLOSE_LINE, Door, Reply, Scope
 from app.transport.jsonrpc import RequestContext
 from app.transport.protocol import IDLE, BoundedHttpProtocol, is_open
+from app.transport.turns import LARGE_BODY_BYTES
 from app.transport.wire import Wire
 
 HEAD_BYTES_MAX = 2_048
@@ -95,6 +96,8 @@ class Lane:
         path: str = scope["path"]
         door = self._door_at(path)
         if door is None or target != path.encode() or len(head) > HEAD_BYTES_MAX or not self._is_usual(scope):
+            return
+        if body_bytes > LARGE_BODY_BYTES:  # takes its turn, and is counted
             return
         try:
             presented = door.access.presented(scope["headers"])

@@ -25,6 +25,7 @@ from app.transport.access_log import LINE, AccessLog, path_of, tell
 from app.transport.allowance import retry_after_s
 from app.transport.exchange import EXTENSION, Exchange
 from app.transport.gathering import GatheringTransport
+from app.transport.turns import LARGE_BODY_BYTES
 from app.transport.wire import Reason, Wire
 
 RPC_PATHS = frozenset({b"/api/v1/jsonrpc", b"/mcp"})
@@ -84,7 +85,13 @@ IDLE, HEAD, BODY, DEAF, LINGER = range(5)
 then the refusal); nothing (the refusal is sent). Plain integers: they are compared several times a request."""
 
 RETRY_AFTER_MS = 1000
-"""Told to who sends more requests in a row than wait on one connection: their answers are due first."""
+"""Told to who sends more requests in a row than wait on one connection: their answers are due first. And to who sends a
+large body while others take all the room for such."""
+
+BODIES_FULL = Refusal(
+    Reason.BODIES_FULL,
+    Overloaded("Too many large requests are under way here; send this one again", retry_after_ms=RETRY_AFTER_MS),
+)
 
 _CHUNKED = -1
 
@@ -121,6 +128,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         "_body_bytes",
         "_bounds",
         "_chunks",
+        "_counted_bytes",
         "_declared_bytes",
         "_framing_bytes",
         "_head_bytes",
@@ -166,6 +174,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._hosts = 0
         self._declared_bytes = 0
         """What Content-Length says, or _CHUNKED."""
+        self._counted_bytes = 0
+        """Of large bodies: what this connection has of the room that all share."""
 
     # The connection
 
@@ -180,6 +190,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.wire.forget(self.expire)
+        self._give_room_back()
         running = self._running if self.pipeline else self.cycle
         self.pipeline.clear()
         if is_open(running):
@@ -314,6 +325,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._check_head_bytes()
         if self._declared_bytes > bounds.request_bytes_max:
             self._reject(self._body_too_large())
+        if self._declared_bytes > LARGE_BODY_BYTES and not self.wire.has_room_for(self._declared_bytes):
+            self._reject(BODIES_FULL)
 
     def _check_host_and_version(self, version: str) -> None:
         if version not in ("1.0", "1.1"):
@@ -339,10 +352,24 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle.response_complete:
             return
+        if not 0 <= self._declared_bytes <= LARGE_BODY_BYTES:
+            self._take_room(len(body))
         cycle.body += body
         cycle.message_event.set()
         if len(cycle.body) > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
+
+    def _take_room(self, body_bytes: int) -> None:
+        """For what has come of a body that is large, or may be. A peer that declares much and sends little takes
+        little."""
+        if not self.wire.has_room_for(body_bytes):
+            self._reject(BODIES_FULL)
+        self.wire.bodies_bytes += body_bytes
+        self._counted_bytes += body_bytes
+
+    def _give_room_back(self) -> None:
+        self.wire.bodies_bytes -= self._counted_bytes
+        self._counted_bytes = 0
 
     def on_chunk_header(self) -> None:
         """Tens of thousands of one-byte chunks fit into one read, and each costs us a callback."""
@@ -385,6 +412,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
+        if self._counted_bytes and not self.pipeline:
+            self._give_room_back()
         if self.transport.is_closing():
             return
         if self.pipeline:
@@ -483,6 +512,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _close_lingering(self) -> None:
         self._phase = LINGER
+        self._give_room_back()
         self._since = self.loop.time()
         self.transport.write(self._answer)
         if self.transport.can_write_eof():

@@ -62,6 +62,7 @@ class Server(uvicorn.Server):
         self._wire = Wire(
             HttpBounds(
                 request_bytes_max=settings.max_request_bytes,
+                requests_bytes_max=max(settings.max_request_bytes_in_flight, settings.max_request_bytes),
                 header_read_timeout_s=settings.request_read_timeout_s,
                 body_read_timeout_s=settings.request_read_timeout_s,
             ),

@@ -44,6 +44,9 @@ class HttpBounds:
 
     request_bytes_max: int = 1_048_576
 
+    requests_bytes_max: int = 268_435_456
+    """Of the bodies over LARGE_BODY_BYTES of all connections together, from their first byte to their answer."""
+
     header_read_timeout_s: float = 10.0
     """From the first byte of a head, or from the answer before it, to its last byte."""
 
@@ -93,6 +96,7 @@ class Reason(StrEnum):
     READER_TOO_SLOW = "reader_too_slow"
     IDLE = "idle"
     PIPELINE_FULL = "pipeline_full"
+    BODIES_FULL = "bodies_full"
     CONNECTIONS_FULL = "connections_full"
     CLIENT_GONE = "client_gone"
     """Not a refusal: the application raised after its client had gone."""
@@ -111,6 +115,8 @@ class Wire:
         """While set, the answer to every request that arrives says `Connection: close`."""
         self.refused = dict.fromkeys(Reason, 0)
         self.connections: set[Expire] = set()
+        self.bodies_bytes = 0
+        """Of large bodies whose requests have no answer yet."""
         self.gone_log = _GoneLog(self)
         self.default_head = DefaultHead()
         self.outbox = Outbox()
@@ -137,6 +143,10 @@ class Wire:
         self.connections.discard(expire)
         if not self.connections:
             self.close()
+
+    def has_room_for(self, body_bytes: int) -> bool:
+        """Whether so much more of large bodies may come."""
+        return self.bodies_bytes + body_bytes <= self.bounds.requests_bytes_max
 
     def count(self, reason: Reason, detail: str = "") -> None:
         self.refused[reason] += 1

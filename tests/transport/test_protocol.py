@@ -630,6 +630,61 @@ def test_a_peer_that_never_stops_sending_is_cut(server: Served) -> None:
             peer.send(bytes(100_000))
 
 
+# Large bodies of all connections together
+
+
+@pytest.fixture
+def tight(loop: str) -> Iterator[Served]:
+    """Room for three large bodies of 100,000 bytes."""
+    with serving(Wire(HttpBounds(requests_bytes_max=300_000)), loop) as served:
+        yield served
+
+
+LARGE = {
+    "with its length": post(b"gated", bytes(100_000)),
+    "chunked": CHUNKED % b"gated" + b"186a0\r\n" + bytes(100_000) + b"\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("large", LARGE.values(), ids=LARGE.keys())
+def test_large_bodies_past_the_room_for_all_get_503_and_small_ones_pass(tight: Served, large: bytes) -> None:
+    running = [tight.connect().send(large) for _ in range(3)]
+    eventually(lambda: tight.wire.bodies_bytes == 300_000)
+    refused = assert_refused(tight.connect().send(large), 503)
+    assert refused.headers["retry-after"] == "1" and refused.json["error"]["data"]["retry_after_ms"] == 1000
+    assert tight.wire.refused[Reason.BODIES_FULL] == 1
+    assert tight.ask(post(b"x", bytes(32_768))).status == 200
+    tight.ask(GET % b"open")
+    assert [peer.response().status for peer in running] == [200] * 3
+    eventually(lambda: tight.wire.bodies_bytes == 0)
+    assert [peer.send(large).response().status for peer in running] == [200] * 3
+
+
+def test_room_is_taken_by_what_has_come_of_a_body_and_not_by_what_was_declared(tight: Served) -> None:
+    begin, rest = post(b"listening", bytes(90_000))[:-20_000], bytes(20_000)
+    whole, refused, gone, last = peers = [tight.connect() for _ in range(4)]
+    for number, peer in enumerate(peers, 1):
+        peer.send(begin)
+        eventually(lambda number=number: tight.wire.bodies_bytes == number * 70_000)
+    whole.send(rest)
+    eventually(lambda: tight.wire.bodies_bytes == 300_000)
+    assert_refused(refused.send(rest), 503)
+    gone.close()
+    eventually(lambda: tight.wire.bodies_bytes == 160_000)
+    last.send(rest)
+    tight.ask(GET % b"open")
+    assert [peer.response().status for peer in (whole, last)] == [200, 200]
+    eventually(lambda: tight.wire.bodies_bytes == 0)
+
+
+def test_room_comes_back_where_the_answer_comes_before_the_body(tight: Served) -> None:
+    head, body = post(b"early", bytes(200_000))[:-200_000], bytes(200_000)
+    peers = [tight.connect().send(head) for _ in range(4)]
+    assert [peer.response().status for peer in peers] == [200] * 4
+    assert [peer.send(body + GET % b"x").response().status for peer in peers] == [200] * 4
+    eventually(lambda: tight.wire.bodies_bytes == 0)
+
+
 # Lies
 
 
