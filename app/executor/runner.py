@@ -205,7 +205,7 @@ class Runner:
         try:
             await self._within_deadline(job.future, context.deadline, interrupt, lambda: self._stop_job(job, abandoned))
         except RunFailed as failed:
-            if failed.cause is TIMED_OUT and not job.written_off:
+            if failed.cause is TIMED_OUT and job.called_off:
                 raise Overloaded("No thread came free in time", retry_after_ms=1000) from None
             raise
         return job.future

@@ -22,14 +22,16 @@ THREADS_MAX = 64
 class Job:
     """One function on its way through the pool; `future` belongs to the event loop."""
 
-    __slots__ = ("_claim", "context", "function", "future", "written_off")
+    __slots__ = ("_claim", "called_off", "context", "function", "future", "written_off")
 
     def __init__(self, function: Callable[[], Any], future: asyncio.Future[Any]) -> None:
         self.function = function
         self.future = future
         self.context = contextvars.copy_context()
+        self.called_off = False
+        """Given up before a thread took it: it never ran and never will."""
         self.written_off = False
-        """Given up while a thread ran it; a job that was given up without this mark never ran."""
+        """Given up while a thread ran it. With neither mark it had ended when it was given up."""
         self._claim = threading.Lock()
 
     def claim(self) -> bool:
@@ -63,6 +65,7 @@ class ThreadPool:
             return  # it ended in the same tick
         self._busy -= 1
         if job.claim():
+            job.called_off = True
             job.function = _nothing  # the shell stays queued until a thread passes it over; the arguments need not
             return
         job.written_off = True

@@ -588,6 +588,28 @@ async def test_a_sync_tool_that_never_got_a_thread_is_refused_and_did_not_run() 
         assert rig.runs(hang) == {"success": 1}
 
 
+async def test_a_sync_tool_that_ends_in_the_tick_of_its_deadline_has_timed_out_and_did_run() -> None:
+    deadlines: list[float] = []
+    release = threading.Event()
+
+    @tool(timeout=0.05)
+    def send(context: ToolContext) -> None:
+        """Have an effect, late."""
+        deadlines.append(context.deadline)
+        release.wait()
+
+    async with opened(send) as rig:
+        call = rig.start(send, idempotency_key="once")
+        await until(lambda: bool(deadlines))
+        release.set()
+        threading.Event().wait(max(0.0, deadlines[0] - time.perf_counter()) + 0.02)  # the loop sees both at once
+        ended = await call
+        assert (ended.status, ended.refusal, ended.attempts) == ("timeout", None, 1)
+        assert rig.runs(send) == {"timeout": 1}
+        assert (await rig.call(send, idempotency_key="once")).replayed
+        assert len(deadlines) == 1
+
+
 async def test_a_sync_tool_runs_beside_the_event_loop_and_not_on_it() -> None:
     @tool
     def where() -> bool:
