@@ -336,10 +336,12 @@ class Executor:
         last: RunFailed | None = None
         while True:
             try:
+                if last is not None:
+                    arguments = self.arguments_of(call, state.tool)  # the run before may have changed its own
                 if state.in_place:
                     return self.run_in_place(call, run, state, arguments, deadline)
                 return await self._run(call, run, state, arguments, deadline)
-            except Overloaded:
+            except ToolServiceError:
                 if last is None:
                     raise
                 raise last from None

@@ -295,6 +295,52 @@ async def test_a_call_that_is_cancelled_in_the_tick_of_its_slot_does_not_run() -
         await first
 
 
+@pytest.mark.parametrize("where", ["in place", "on the loop", "in a thread"])
+async def test_each_attempt_gets_the_parameters_as_they_were_sent(where: str) -> None:
+    seen: list[list[str]] = []
+
+    def send(names: list[str]) -> int:
+        seen.append(list(names))
+        sent = names.pop()
+        if len(seen) == 1:
+            raise ToolError(f"{sent} was sent, then the connection broke", retryable=True)
+        return len(names)
+
+    async def in_place(names: list[str]) -> int:
+        return send(names)
+
+    async def on_loop(names: list[str]) -> int:
+        await asyncio.sleep(0)
+        return send(names)
+
+    function = {"in place": in_place, "on the loop": on_loop, "in a thread": send}[where]
+    sends = tool(id="send", description="Send to all.", idempotent=True, retries=1)(function)
+    async with opened(sends) as rig:
+        execution = await rig.call(sends, {"names": ["anna", "ben"]})
+        assert (execution.status, execution.attempts) == ("success", 2)
+        assert seen == [["anna", "ben"], ["anna", "ben"]]
+
+
+async def test_where_parameters_are_refused_the_second_time_the_first_failure_stands() -> None:
+    asked: list[str] = []
+
+    def once(word: str) -> str:
+        asked.append(word)
+        if len(asked) > 1:
+            raise ValueError
+        return word
+
+    async def fails(word: Any) -> None:
+        raise ToolError("Not now", code="NOT_NOW", retryable=True)
+
+    fails.__annotations__["word"] = Annotated[str, AfterValidator(once)]  # a hint can name what is global alone
+    work = tool(id="work", description="Fail, for now.", idempotent=True, retries=1)(fails)
+    async with opened(work) as rig:
+        execution = await rig.call(work, {"word": "one"})
+        assert execution.refusal is None and execution.error and execution.error.code == "NOT_NOW"
+        assert (execution.attempts, len(asked) > 1) == (1, True)
+
+
 async def test_a_running_call_id_cannot_be_used_twice_and_is_free_afterwards() -> None:
     async with opened(forever, echo, fail) as rig:
         first = rig.start(forever, call_id="mine")
