@@ -372,6 +372,8 @@ class Executor:
         finally:
             run.paused_s += perf_counter() - begin
             timer.cancel()
+        if run.interrupt.requested:  # in the tick in which it was over
+            raise asyncio.CancelledError
 
     def run_in_place(
         self, call: ToolCall, run: Passage, state: ToolState, arguments: dict[str, Any], deadline: float

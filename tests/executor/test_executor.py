@@ -18,6 +18,7 @@ from pydantic import AfterValidator
 
 from app.calls import LOCAL_CALLER, Caller, Execution, ToolCall, new_execution_id
 from app.errors import DRAINING, INTERNAL, INVALID_PARAMS, OVERLOADED, TOOL_NOT_FOUND, ErrorKind, ToolError
+from app.executor.attempts import BACKOFF_S_MIN
 from app.executor.run import LONG_IN_PLACE_MAX, LONG_IN_PLACE_S
 from app.executor.threads import ThreadPool
 from app.limits.concurrency import Slots
@@ -339,6 +340,30 @@ async def test_where_parameters_are_refused_the_second_time_the_first_failure_st
         execution = await rig.call(work, {"word": "one"})
         assert execution.refusal is None and execution.error and execution.error.code == "NOT_NOW"
         assert (execution.attempts, len(asked) > 1) == (1, True)
+
+
+async def test_a_call_that_is_cancelled_in_the_tick_in_which_its_pause_ends_does_not_run_again() -> None:
+    ran: list[str] = []
+
+    @tool(idempotent=True, retries=1)
+    async def work() -> None:
+        """Fail once."""
+        ran.append("work")
+        if len(ran) == 1:
+            raise ToolError("Not now", retryable=True, retry_after_ms=100)
+
+    async with opened(work) as rig:
+        call = rig.start(work)
+        await until(lambda: bool(ran))
+        answers: list[bool] = []
+        threading.Event().wait(0.1 + 2 * BACKOFF_S_MIN)  # the pause is over before the loop turns again
+        # Behind the pause's own timer, which was due earlier, and before its call goes on.
+        asyncio.get_running_loop().call_later(
+            0, lambda: answers.append(rig.executor.calls.cancel(LOCAL_CALLER, call.get_name(), None))
+        )
+        execution = await call
+        assert (answers, execution.status) == ([True], "cancelled")
+        assert len(ran) == 1
 
 
 async def test_a_running_call_id_cannot_be_used_twice_and_is_free_afterwards() -> None:
