@@ -14,8 +14,10 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from dataclasses import Field as DataclassField
+from types import NoneType
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
+import orjson
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
@@ -88,6 +90,19 @@ class ToolContext(NamedTuple):
         await self.on_progress(done, total, message)
 
 
+_NAME_LISTS = ("tags", "capabilities", "rate_limits", "required_scopes", "client_capabilities")
+
+_TYPES: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
+    (("id", "name", "description", "version"), (str,), "a text"),
+    (("title",), (str, NoneType), "a text"),
+    (("read_only", "idempotent", "destructive", "cache_shared", "cancel_on_disconnect"), (bool,), "True or False"),
+    (("retries", "cost"), (int,), "a whole number"),
+    (("max_concurrent",), (int, NoneType), "a whole number"),
+    (("timeout", "cache_ttl"), (int, float, NoneType), "a number"),
+)
+"""Fields of a ToolSpec and what they may be; True and False are no numbers."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolSpec:
     """A tool's declaration, as agents and operators see it."""
@@ -121,7 +136,7 @@ class ToolSpec:
 
     def __post_init__(self) -> None:
         try:
-            problem = next((text for holds, text in self._problems() if holds), None)
+            problem = self._mistyped() or next((text for holds, text in self._problems() if holds), None)
         except TypeError as error:
             problem = f"a field has the wrong type: {error}"
         if problem:
@@ -131,6 +146,19 @@ class ToolSpec:
     def declared(self) -> frozenset[str]:
         """Names of the fields that differ from their default."""
         return frozenset(each.name for each in fields(self) if getattr(self, each.name) != _default_of(each))
+
+    def _mistyped(self) -> str | None:
+        """The first field that is not what it must be. Taken as it is, it would be met where nobody expects it: when
+        the service starts, or when the database is given a row."""
+        for names, types, text in _TYPES:
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                    return f"{name} has the wrong type: it must be {text}"
+        for name in _NAME_LISTS:
+            if not all(isinstance(text, str) for text in getattr(self, name)):
+                return f"{name} must be a list of texts"
+        return None
 
     def _problems(self) -> list[tuple[bool, str]]:
         return [
@@ -224,6 +252,10 @@ class FunctionTool:
     def _build_schemas(self) -> None:
         self.parameters = ParameterSchema(dict(self._fields()))
         self.result = ResultSchema(self._hints.get("return", Any))
+        spec = self.spec
+        shown = spec.name, spec.title, spec.description, spec.version, spec.tags, spec.capabilities
+        # One tool that cannot be written would leave callers without the whole list.
+        orjson.dumps((shown, self.parameters.json_schema, self.result.json_schema))
 
     def _fields(self) -> typing.Iterator[tuple[str, tuple[Any, FieldInfo | Any]]]:
         for name, parameter in inspect.signature(self.function).parameters.items():
@@ -305,9 +337,6 @@ def tool(function: Callable[..., Any] | None = None, /, **declared: Any) -> Any:
         return FunctionTool(target, _spec(target, dict(declared)))
 
     return declare if function is None else declare(function)
-
-
-_NAME_LISTS = ("tags", "capabilities", "rate_limits", "required_scopes", "client_capabilities")
 
 
 def _spec(function: Callable[..., Any], declared: dict[str, Any]) -> ToolSpec:

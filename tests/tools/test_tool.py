@@ -241,6 +241,10 @@ async def generating_slowly() -> AsyncIterator[int]:
     yield 1
 
 
+def too_wide(size: Annotated[int, Field(le=2**64)]) -> None:
+    """A bound that JSON libraries do not write."""
+
+
 def misspelt(word: "str |") -> None:  # noqa: F722
     """A hint that is not Python."""
 
@@ -258,6 +262,7 @@ FUNCTIONS = [
     two_contexts,
     generating,
     generating_slowly,
+    too_wide,
     misspelt,
 ]
 
@@ -364,6 +369,20 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"capabilities": "text"}, "list of texts"),
     ({"required_scopes": "admin"}, "list of texts"),
     ({"readonly": True}, "no option 'readonly'"),
+    ({"version": 2}, "version has the wrong type"),
+    ({"name": 5}, "name has the wrong type"),
+    ({"title": b"Plain"}, "title has the wrong type"),
+    ({"description": 5}, "description has the wrong type"),
+    ({"cost": 1.5}, "cost has the wrong type"),
+    ({"cost": True}, "cost has the wrong type"),
+    ({"retries": 1.5}, "retries has the wrong type"),
+    ({"max_concurrent": math.nan}, "max_concurrent has the wrong type"),
+    ({"timeout": True}, "timeout has the wrong type"),
+    ({"idempotent": "false"}, "idempotent has the wrong type: it must be True or False"),
+    ({"tags": [2024]}, "tags must be a list of texts"),
+    ({"required_scopes": [None]}, "required_scopes must be a list of texts"),
+    ({"description": "half a \ud83d"}, "surrogates"),
+    ({"tags": ["half a \ud83d"]}, "surrogates"),
 ]
 
 
