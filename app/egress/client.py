@@ -33,6 +33,8 @@ RESPONSE_BYTES_MAX = 1024 * 1024
 FAILING_STATUSES = frozenset({500, 502, 503, 504})
 """Answers that are held against the origin. 501 and 505 are about the request."""
 
+BODILESS_STATUSES = frozenset({204, 304})
+
 SLOW_S = 1.0
 """An origin that had less time than this is not to blame for a timeout: the caller chose it."""
 
@@ -209,8 +211,9 @@ class EgressClient:
                 if _is_redirect(response):
                     return response
                 assert isinstance(answer.stream, AsyncIterable)
-                # what the headers of HEAD say is about a body that is not sent
-                described = {} if message.method == "HEAD" else response.headers
+                # what headers say there is about a body that is not sent (RFC 9110, sections 8.6 and 15.4.5)
+                bodiless = message.method == "HEAD" or answer.status in BODILESS_STATUSES
+                described = {} if bodiless else response.headers
                 return replace(response, body=await read_body(answer.stream, described, asking.bytes_max))
             finally:
                 await answer.aclose()

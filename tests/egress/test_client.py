@@ -484,6 +484,15 @@ async def test_head_tells_of_a_body_that_is_not_sent() -> None:
         assert client.pool.idle == 1
 
 
+@pytest.mark.parametrize("status", ["304 Not Modified", "204 No Content"])
+async def test_status_without_a_body_may_tell_of_one(status: str) -> None:
+    reply = f"HTTP/1.1 {status}\r\ncontent-length: 99999999\r\ncontent-encoding: br\r\netag: x\r\n\r\n".encode()
+    async with origin({"/": reply}) as server, egress() as client:
+        answer = await get(client, server.url(), headers={"If-None-Match": "x"})
+        assert (answer.status_code, answer.body, answer.headers["etag"]) == (int(status[:3]), b"", "x")
+        assert client.pool.idle == 1
+
+
 async def test_connection_is_used_again() -> None:
     async with origin({"/": response(b"x")}) as server, egress() as client:
         for _ in range(5):
