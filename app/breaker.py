@@ -387,8 +387,8 @@ def outcome_of(failure: Failure, error: BaseException | None, parameters: Any, *
         return SAYS_NOTHING if cut_short else FAILED
     if failure.category == TOOL_CRASHED.category:
         return FAILED
-    if failure.category != TOOL_ERROR.category or not failure.retryable:
+    if failure.category != TOOL_ERROR.category:
         return SAYS_NOTHING
-    if isinstance(error, UpstreamFailed) and (not error.asked or error.host in repr(parameters).lower()):
-        return SAYS_NOTHING
-    return FAILED
+    if isinstance(error, UpstreamFailed):  # retryable or not: a repeat may do harm, and the server is down all the same
+        return FAILED if error.asked and error.host not in repr(parameters).lower() else SAYS_NOTHING
+    return FAILED if failure.retryable else SAYS_NOTHING

@@ -275,6 +275,10 @@ class ToolError(Exception):
     `code` is upper snake case and stable. `retryable` says whether the same call may succeed later.
     """
 
+    in_doubt = False
+    """What was asked of another may have been done though nobody said so: unless the tool is idempotent or read-only,
+    the error is not retryable then. Set by the HTTP client; a tool that knows that a repeat does no harm clears it."""
+
     def __init__(
         self,
         message: str,

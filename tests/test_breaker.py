@@ -434,6 +434,7 @@ def test_enable_circuit_breakers_false_lets_everything_through(clock: Clock) -> 
 
 
 UPSTREAM = Failure("EGRESS_FAILED", TOOL_ERROR.category, "connection failed", True)
+IN_DOUBT = UPSTREAM._replace(retryable=False)
 
 
 @pytest.mark.parametrize(
@@ -446,6 +447,8 @@ UPSTREAM = Failure("EGRESS_FAILED", TOOL_ERROR.category, "connection failed", Tr
         (Failure("NO_CITY", TOOL_ERROR.category, "", False), ToolError(""), {}, SAYS_NOTHING),
         (Failure("BUSY", TOOL_ERROR.category, "", True), ToolError(""), {}, FAILED),
         (UPSTREAM, UpstreamFailed("", "wiki.test", code="EGRESS_FAILED"), {"query": "x"}, FAILED),
+        (IN_DOUBT, UpstreamFailed("", "wiki.test", code="EGRESS_FAILED"), {"query": "x"}, FAILED),
+        (IN_DOUBT, UpstreamFailed("", "wiki.test", code="EGRESS_FAILED"), {"url": "http://wiki.test/"}, SAYS_NOTHING),
         (UPSTREAM, UpstreamFailed("", "dead.test", code="EGRESS_FAILED"), {"url": "http://Dead.test/"}, SAYS_NOTHING),
         (UPSTREAM, UpstreamFailed("", "wiki.test", code="X", asked=False), {"query": "x"}, SAYS_NOTHING),
     ],

@@ -10,7 +10,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import certifi
 import httpcore
@@ -32,6 +32,12 @@ RESPONSE_BYTES_MAX = 1024 * 1024
 
 FAILING_STATUSES = frozenset({500, 502, 503, 504})
 """Answers that are held against the origin. 501 and 505 are about the request."""
+
+IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
+"""RFC 9110, section 9.2.2."""
+
+KEY_HEADER = "idempotency-key"
+"""With it the server tells a repeat from another request (draft-ietf-httpapi-idempotency-key-header)."""
 
 BODILESS_STATUSES = frozenset({204, 304})
 
@@ -86,8 +92,20 @@ class _Asking:
     bytes_max: int
     trace: Trace
     time: asyncio.Timeout
+    in_doubt: bool = field(default=False, init=False)
+    """A server may have done what would be done twice by a repeat."""
     connected_at: float = field(default=0.0, init=False)
     """Of the present hop, by the breakers' clock; 0 until there is a connection or an attempt at one."""
+
+    def request_for(self, message: Message, target: Target) -> httpcore.Request:
+        request = message.for_target(target)
+        if message.method not in IDEMPOTENT_METHODS and KEY_HEADER not in message.headers:
+            request.extensions["trace"] = self._noted
+        return request
+
+    async def _noted(self, event: str, _: Any) -> None:
+        if event == "http11.send_request_headers.started":
+            self.in_doubt = True
 
     def is_over(self) -> bool:
         """Whether the time has run out, or is about to."""
@@ -136,7 +154,8 @@ class EgressClient:
         timeout_s: float,
         response_bytes_max: int = RESPONSE_BYTES_MAX,
     ) -> EgressResponse:
-        """Send, follow redirects, read. `timeout_s` bounds all of it together.
+        """Send, follow redirects, read. `timeout_s` bounds all of it together. An error after a POST or PATCH was sent
+        without a header Idempotency-Key is `in_doubt`.
 
         Raises ToolError: EGRESS_INVALID_REQUEST, EGRESS_REFUSED, EGRESS_TIMEOUT, EGRESS_FAILED,
         EGRESS_UPSTREAM_FAILING, EGRESS_RESPONSE_TOO_LARGE or EGRESS_TOO_MANY_REDIRECTS.
@@ -144,9 +163,17 @@ class EgressClient:
         message = checked_message(method, headers or {}, body, self._defaults)
         target = parse_target(url, params)
         trace = untraced if "traceparent" in message.headers else self._trace  # a tool's own trace is the tool's
+        asking = _Asking(target, response_bytes_max, trace, asyncio.timeout(timeout_s))
         try:
-            async with asyncio.timeout(timeout_s) as time:
-                return await self._follow(message, target, _Asking(target, response_bytes_max, trace, time))
+            return await self._in_time(message, target, asking)
+        except ToolError as error:
+            error.in_doubt = asking.in_doubt
+            raise
+
+    async def _in_time(self, message: Message, target: Target, asking: _Asking) -> EgressResponse:
+        try:
+            async with asking.time:
+                return await self._follow(message, target, asking)
         except (TimeoutError, httpcore.TimeoutException):
             raise _timed_out(target) from None
         except httpcore.LocalProtocolError:
@@ -205,7 +232,7 @@ class EgressClient:
         async with self.pool.connection(target, addresses) as connection:
             if self.breakers is not None:
                 asking.connected_at = self.breakers.clock()
-            answer = await connection.handle_async_request(message.for_target(target))
+            answer = await connection.handle_async_request(asking.request_for(message, target))
             try:
                 response = EgressResponse(answer.status, _joined_headers(answer.headers), b"", target.url)
                 if _is_redirect(response):

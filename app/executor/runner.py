@@ -288,17 +288,19 @@ def _cause(error: BaseException, tool: Tool, execution_id: str) -> Failure:
     """What an agent may know of a tool's exception: all of a ToolError, nothing of any other."""
     if isinstance(error, ToolError):
         try:
-            return _told_by_tool(error)
+            return _told_by_tool(error, tool)
         except BaseException as broken:  # a subclass with a __str__ or attributes that fail
             error.__context__ = broken
     logger.error("tool crashed", exc_info=error, extra={"tool_id": tool.spec.id, "execution_id": execution_id})
     return CRASHED
 
 
-def _told_by_tool(error: ToolError) -> Failure:
+def _told_by_tool(error: ToolError, tool: Tool) -> Failure:
     retry_after_ms = error.retry_after_ms
     if retry_after_ms is not None:
         retry_after_ms = max(0, min(int(retry_after_ms), RETRY_AFTER_MS_MAX))
     # Built anew, because a subclass may have set a code that ToolError would not take.
     code = ToolError("", code=error.code).code
-    return Failure(code, TOOL_ERROR.category, clean_text(str(error)), bool(error.retryable), retry_after_ms)
+    harmless = not error.in_doubt or tool.spec.idempotent or tool.spec.read_only
+    retryable = bool(error.retryable) and harmless
+    return Failure(code, TOOL_ERROR.category, clean_text(str(error)), retryable, retry_after_ms)

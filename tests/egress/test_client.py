@@ -22,7 +22,7 @@ from app.egress import EgressClient, EgressResponse, parse_egress_allow
 from app.egress.network import EXPIRED_DROPPED_MAX, LOOKUPS_MAX
 from app.errors import ToolError
 from tests.egress.test_rules import ODD_URLS, REFUSED_ADDRESSES, words
-from tests.origin import WAIT_S_MAX, Origin, Received, origin, redirect, response
+from tests.origin import WAIT_S_MAX, Origin, Received, Reply, origin, redirect, response
 
 pytestmark = pytest.mark.anyio
 
@@ -184,6 +184,31 @@ async def test_one_bad_address_among_good_ones_refuses_all(answer: list[str]) ->
     async with origin({"/": response()}) as server, egress(resolver=answering(answer)) as client:
         assert (await failure_of(get(client, server.url(host="mixed.test")))).code == "EGRESS_REFUSED"
         assert server.accepted == 0
+
+
+async def cut_off(request: Received, writer: asyncio.StreamWriter) -> None:
+    """Read the request and close without a word."""
+
+
+@pytest.mark.parametrize("path", ["/", "/moved", "/done"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "POST", "PATCH"])
+async def test_error_after_a_request_that_a_repeat_would_do_twice_says_so(method: str, path: str) -> None:
+    replies: dict[str, Reply] = {"/": cut_off, "/moved": redirect("/", 307), "/done": redirect("/", 303)}
+    async with origin(replies) as server, egress() as client:
+        error = await failure_of(client.request(method, server.url(path), timeout_s=WAIT_S_MAX))
+        assert (error.code, error.retryable) == ("EGRESS_FAILED", True)
+        assert error.in_doubt is (method in ("POST", "PATCH"))
+        keyed = client.request(method, server.url(path), headers={"Idempotency-Key": "k"}, timeout_s=WAIT_S_MAX)
+        assert not (await failure_of(keyed)).in_doubt
+
+
+async def test_request_that_was_never_sent_leaves_no_doubt() -> None:
+    with socket.socket() as deaf:
+        deaf.bind((LOOPBACK, 0))
+        async with egress() as client:
+            url = f"http://{LOOPBACK}:{deaf.getsockname()[1]}/"
+            error = await failure_of(client.request("POST", url, timeout_s=WAIT_S_MAX))
+    assert (error.code, error.retryable, error.in_doubt) == ("EGRESS_FAILED", True, False)
 
 
 async def test_next_address_is_tried_when_one_does_not_answer() -> None:

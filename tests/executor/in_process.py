@@ -85,12 +85,13 @@ async def opened(
     bus: Bus | None = None,
     mode: Mode = "off",
     breakers: bool = True,
+    egress: str = "",
 ) -> AsyncIterator[Rig]:
     """A rig; when it closes, no call may have left anything behind. `mode` is that of limits that adapt."""
     metrics = Metrics()
     slots = slots or Slots(100)
     threads = threads or ThreadPool()
-    http = EgressClient(parse_egress_allow(""), 1, ssl_context=certificates())
+    http = EgressClient(parse_egress_allow(egress), 1, ssl_context=certificates())
     if results is None:
         results = ResultCache(None, 2**20, 2**20, compress=False)
     own_keys = FileStore(Path(":memory:"))

@@ -124,6 +124,21 @@ async def test_a_crash_is_an_end_like_another(work: Work) -> None:
             assert codes == ["TOOL_CRASHED"] * 2
 
 
+@pytest.mark.parametrize("declared", [{}, {"idempotent": True}, {"read_only": True}], ids=str)
+async def test_what_may_have_been_done_elsewhere_is_repeated_only_where_that_does_no_harm(
+    work: Work, declared: dict[str, bool]
+) -> None:
+    probe = tool_of(work, **declared)
+    error = ToolError("no complete response in time", retryable=True)
+    error.in_doubt = True
+    work.failures.append(error)
+    async with opened(probe) as rig:
+        first = await rig.call(probe, idempotency_key="k")
+        assert first.error is not None and first.error.retryable is bool(declared)
+        again = await rig.call(probe, idempotency_key="k")
+        assert (again.replayed, work.runs) == ((False, 2) if declared else (True, 1))
+
+
 async def test_a_failure_that_may_help_to_repeat_is_not_kept(work: Work) -> None:
     probe = tool_of(work)
     work.failures.append(ToolError("busy", retryable=True))

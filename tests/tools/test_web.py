@@ -20,6 +20,7 @@ from app.errors import InvalidParams, ToolError
 from app.tools.builtin.page import LINKS_MAX, METADATA_MAX, TITLE_CHARACTERS_MAX, read_page
 from app.tools.builtin.web import graphql_query, http_request, web_scrape
 from app.tools.tool import FunctionTool, ToolContext
+from tests.executor.in_process import opened
 from tests.origin import WAIT_S_MAX, Received, origin, redirect, response
 
 pytestmark = pytest.mark.anyio
@@ -420,6 +421,38 @@ async def test_graphql_errors_are_passed_on_as_data(status: str) -> None:
     async with origin({"/": reply}) as server, tool_context() as context:
         result = await run(graphql_query, context, endpoint=server.url(), query="{b}")
     assert result == {"data": None, "errors": [{"message": "no field b"}]}
+
+
+@pytest.mark.parametrize(
+    ("reply", "query", "in_doubt"),
+    [
+        (b"", "mutation { pay }", True),
+        (b"", "{ balance }", False),
+        (response(status="504 Gateway Timeout"), "mutation { pay }", True),
+        (response(status="504 Gateway Timeout"), "{ balance }", False),
+        (response(status="503 Service Unavailable"), "mutation { pay }", False),
+    ],
+)
+async def test_mutation_that_may_have_been_carried_out_is_in_doubt(reply: bytes, query: str, in_doubt: bool) -> None:
+    async def answer(request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(reply)
+        await writer.drain()
+
+    async with origin({"/": answer}) as server, tool_context() as context:
+        error = await failure_of(graphql_query, context, endpoint=server.url(), query=query)
+    assert (error.retryable, error.in_doubt) == (True, in_doubt)
+
+
+async def test_payment_without_an_answer_is_not_sent_twice_under_one_key() -> None:
+    async def silent(request: Received, writer: asyncio.StreamWriter) -> None:
+        """Read it and go."""
+
+    async with origin({"/": silent}) as server, opened(http_request, egress="127.0.0.1") as rig:
+        parameters = {"url": server.url(), "method": "POST", "body": "pay 5"}
+        first = await rig.call(http_request, parameters, idempotency_key="k")
+        again = await rig.call(http_request, parameters, idempotency_key="k")
+        assert first.error is not None and (first.error.code, first.error.retryable) == ("EGRESS_FAILED", False)
+        assert again.replayed and len(server.received) == 1
 
 
 @pytest.mark.parametrize(

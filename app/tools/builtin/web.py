@@ -161,28 +161,36 @@ async def graphql_query(
 ) -> GraphqlResult:
     """Send a GraphQL query or mutation. Errors of the GraphQL server come back in `errors`."""
     accepting = _with_default(headers, "Accept", "application/graphql-response+json, application/json")
-    response = await context.http.request(
-        "POST",
-        endpoint,
-        headers=_with_default(accepting, "Content-Type", "application/json"),
-        body=orjson.dumps({"query": query, "variables": variables or {}}),
-        timeout_s=context.remaining_s(),
-        response_bytes_max=BODY_BYTES_MAX,
-    )
+    mutates = "mutation" in query  # without the word it only reads
+    try:
+        response = await context.http.request(
+            "POST",
+            endpoint,
+            headers=_with_default(accepting, "Content-Type", "application/json"),
+            body=orjson.dumps({"query": query, "variables": variables or {}}),
+            timeout_s=context.remaining_s(),
+            response_bytes_max=BODY_BYTES_MAX,
+        )
+    except ToolError as error:
+        error.in_doubt = error.in_doubt and mutates
+        raise
     answer = _json_of(response)
     if not isinstance(answer, dict) or not answer.keys() & {"data", "errors"}:
-        require_success(response)
+        require_success(response, mutates=mutates)
         raise ToolError("The endpoint's answer is not GraphQL", code="GRAPHQL_RESPONSE_INVALID")
     errors = answer.get("errors")
     return {"data": answer.get("data"), "errors": errors if isinstance(errors, list) else []}
 
 
-def require_success(response: EgressResponse) -> None:
-    """Raises ToolError HTTP_STATUS for anything but 2xx; retryable where trying later may help."""
+def require_success(response: EgressResponse, *, mutates: bool = False) -> None:
+    """Raises ToolError HTTP_STATUS for anything but 2xx; retryable where trying later may help, in doubt where what
+    `mutates` may have been done before something behind it failed."""
     status = response.status_code
     if not 200 <= status < 300:
         later = status in (408, 425, 429, 500, 502, 503, 504)
-        raise ToolError(f"The server answered with HTTP status {status}", code="HTTP_STATUS", retryable=later)
+        error = ToolError(f"The server answered with HTTP status {status}", code="HTTP_STATUS", retryable=later)
+        error.in_doubt = mutates and status in (408, 500, 502, 504)
+        raise error
 
 
 def _json_of(response: EgressResponse) -> Any:
