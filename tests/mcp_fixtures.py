@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from app.tools.content import (
     Audio,
@@ -168,6 +168,37 @@ async def tell_after_the_deadline(context: ToolContext) -> None:
         except asyncio.CancelledError:
             pass
     await context.progress(2)
+
+
+class Outcome(BaseModel):
+    """A result that has an `error` of its own."""
+
+    done: bool
+    error: str | None
+
+
+@tool(read_only=True)
+async def return_outcome(error: str | None = None) -> Outcome:
+    """Return an error as data."""
+    return Outcome(done=error is None, error=error)
+
+
+@tool(read_only=True)
+async def return_anything(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what came."""
+    return values
+
+
+@tool(read_only=True)
+async def return_numbers(values: dict[str, int]) -> dict[str, int]:
+    """Return numbers by name."""
+    return values
+
+
+@tool(read_only=True)
+async def return_named_numbers(values: dict[str, int]) -> dict[Annotated[str, Field(pattern="^[a-z]+$")], int]:
+    """Return numbers by name, of names with a pattern."""
+    return values
 
 
 SCHEMA_2020_12: dict[str, Any] = {

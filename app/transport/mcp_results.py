@@ -57,17 +57,32 @@ def definition(tool: Tool, *, modern: bool) -> dict[str, Any]:
 
 def _or_refused(schema: dict[str, Any]) -> dict[str, Any]:
     """The same schema, which a refusal passes too. The TypeScript SDK up to 1.x, which speaks the legacy era, checks
-    the structured content of errors against it and throws: its agent would never read when to come back."""
-    properties = schema.get("properties", {})
-    if "error" in properties or "anyOf" in schema:
-        return schema
-    needed = schema.get("required", [])
-    either = {"anyOf": [{"required": needed}, {"required": ["error"]}]} if needed else {}
-    kept = {name: value for name, value in schema.items() if name != "required"}
-    return {**kept, "properties": {**properties, "error": _REFUSAL_SCHEMA}, **either}
+    the structured content of errors against it and throws: its agent would never read when to come back. What the tool
+    itself may return under that name goes on passing."""
+    others = schema.get("additionalProperties", False)
+    if type(others) is not bool or not schema.keys() <= _SIMPLE:
+        return _wrapped(schema)
+    properties, needed = schema.get("properties", {}), schema.get("required", [])
+    own = properties.get("error", others)
+    widened = {name: value for name, value in schema.items() if name != "required"}
+    if own is not True:
+        widened["properties"] = {**properties, "error": {"anyOf": [own, _REFUSAL_SCHEMA]} if own else _REFUSAL_SCHEMA}
+    if needed:
+        widened["anyOf"] = [{"required": needed}, _REFUSED]
+    return widened
 
 
+def _wrapped(schema: dict[str, Any]) -> dict[str, Any]:
+    """For what binds every property. Definitions stay at the root, which references start from."""
+    root = {name: value for name, value in schema.items() if name in _OF_ROOT}
+    rest = {name: value for name, value in schema.items() if name not in _OF_ROOT}
+    return {**root, "type": "object", "anyOf": [rest, _REFUSED]}
+
+
+_SIMPLE = frozenset(("$defs", "additionalProperties", "description", "properties", "required", "title", "type"))
+_OF_ROOT = frozenset(("$defs", "$id", "$schema"))
 _REFUSAL_SCHEMA = {"type": "object", "description": "Instead of a result, where the call was refused"}
+_REFUSED = {"properties": {"error": {"type": "object"}}, "required": ["error"]}
 
 
 def finished(result: bytes, *, modern: bool) -> bytes:

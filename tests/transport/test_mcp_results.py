@@ -304,6 +304,38 @@ def test_a_refusal_passes_the_schema_that_legacy_clients_check_it_against(mcp: R
         jsonschema.validate(error, modern_schema)
 
 
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("return_outcome", {}),
+        ("return_outcome", {"error": "as data"}),
+        ("return_anything", {"values": {"error": None}}),
+        ("return_numbers", {"values": {"error": 1, "other": 2}}),
+        ("return_named_numbers", {"values": {"error": 1, "other": 2}}),
+    ],
+)
+def test_an_error_among_the_data_of_a_tool_passes_its_schema_as_a_refusal_does(
+    mcp: Running, tool: str, arguments: dict[str, Any]
+) -> None:
+    schema = tools(mcp, is_legacy=True)[tool]["outputSchema"]
+    structured = legacy_call(mcp, tool, arguments).result["structuredContent"]
+    assert structured == (arguments.get("values") or structured)
+    jsonschema.validate(structured, schema)
+    jsonschema.validate({"error": {"code": -32001, "message": "Rate limit reached", "data": {}}}, schema)
+
+
+def test_what_no_tool_returns_and_no_refusal_is_fails_the_schema_of_legacy_lists(mcp: Running) -> None:
+    listed = tools(mcp, is_legacy=True)
+    wrong: dict[str, Any] = {
+        "return_outcome": {"error": "alone"},
+        "return_numbers": {"error": "no number"},
+        "return_named_numbers": {"error": "no number"},
+    }
+    for tool, structured in wrong.items():
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(structured, listed[tool]["outputSchema"])
+
+
 def test_a_replica_that_shuts_down_is_503_so_that_another_is_asked(serve: Serve) -> None:
     service = serve()
     body = json.dumps(modern_message("tools/call", {"name": "echo", "arguments": {"message": "x"}})).encode()
