@@ -177,6 +177,13 @@ class Outcome(BaseModel):
     error: str | None
 
 
+class Branch(BaseModel):
+    """A result that holds more of its kind."""
+
+    name: str
+    branches: list[Branch]
+
+
 @tool(read_only=True)
 async def return_outcome(error: str | None = None) -> Outcome:
     """Return an error as data."""
@@ -199,6 +206,12 @@ async def return_numbers(values: dict[str, int]) -> dict[str, int]:
 async def return_named_numbers(values: dict[str, int]) -> dict[Annotated[str, Field(pattern="^[a-z]+$")], int]:
     """Return numbers by name, of names with a pattern."""
     return values
+
+
+@tool(read_only=True)
+async def return_branch() -> Branch:
+    """Return a tree."""
+    return Branch(name="root", branches=[Branch(name="leaf", branches=[])])
 
 
 SCHEMA_2020_12: dict[str, Any] = {

@@ -226,7 +226,8 @@ class ResultSchema:
             self._native = _is_native(self._adapter.core_schema)
             self._may_hold_iterators = any(map(_is_roomy, _nodes(self._adapter.core_schema)))
             self._may_hold_fragments = self._native and self._may_hold_iterators
-            self.json_schema = self._adapter.json_schema(mode="serialization", schema_generator=_PlainJsonSchema)
+            schema = self._adapter.json_schema(mode="serialization", schema_generator=_PlainJsonSchema)
+            self.json_schema = _with_root(schema)
             self.is_object = self.json_schema.get("type") == "object" and not self.are_contents
 
     def encode(self, value: Any) -> bytes:
@@ -258,6 +259,13 @@ class ResultSchema:
         if self._may_hold_iterators:
             _refuse_unwritable(valid)
         return self._adapter.dump_python(valid, mode=mode, by_alias=True)
+
+
+def _with_root(schema: dict[str, Any]) -> dict[str, Any]:
+    """With its own keywords at the root: what holds more of its kind has only a reference there."""
+    if schema.keys() != {"$defs", "$ref"}:
+        return schema
+    return {**schema["$defs"][schema["$ref"].removeprefix("#/$defs/")], "$defs": schema["$defs"]}
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any]:

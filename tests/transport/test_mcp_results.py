@@ -312,6 +312,7 @@ def test_a_refusal_passes_the_schema_that_legacy_clients_check_it_against(mcp: R
         ("return_anything", {"values": {"error": None}}),
         ("return_numbers", {"values": {"error": 1, "other": 2}}),
         ("return_named_numbers", {"values": {"error": 1, "other": 2}}),
+        ("return_branch", {}),
     ],
 )
 def test_an_error_among_the_data_of_a_tool_passes_its_schema_as_a_refusal_does(
@@ -330,6 +331,7 @@ def test_what_no_tool_returns_and_no_refusal_is_fails_the_schema_of_legacy_lists
         "return_outcome": {"error": "alone"},
         "return_numbers": {"error": "no number"},
         "return_named_numbers": {"error": "no number"},
+        "return_branch": {"name": "root", "branches": [{}]},
     }
     for tool, structured in wrong.items():
         with pytest.raises(jsonschema.ValidationError):
