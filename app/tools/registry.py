@@ -38,6 +38,9 @@ PAGES_BYTES_MAX = 8 * 1024 * 1024
 """Pages differ by filter, cursor, limit and caller; a client that walks all of them must not fill the memory, nor keep
 out for ever the pages that others ask for: the oldest goes first. A page of 1,000 tools has about 170 KB."""
 
+CURSOR_CHARACTERS_MAX = 88
+"""Of an id of 64. A page is kept under its cursor, which counts for nothing in PAGES_BYTES_MAX."""
+
 
 ALLOW_LISTS_KEPT_MAX = 4_096
 """Keys with different allow-lists are few beside the calls that they make."""
@@ -254,6 +257,8 @@ def encode_cursor(tool_id: str) -> str:
 
 def decode_cursor(cursor: str) -> str:
     try:
+        if len(cursor) > CURSOR_CHARACTERS_MAX:
+            raise ValueError
         return base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
     except (binascii.Error, ValueError):
         raise InvalidParams.at("cursor", "Not a cursor that this service gave") from None

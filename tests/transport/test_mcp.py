@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 from typing import Any
@@ -454,7 +455,10 @@ def test_9_malformed_params_of_a_call(mcp: Running, params: dict[str, Any]) -> N
     assert modern(mcp, "tools/call", params).code == (400, -32602)
 
 
-@pytest.mark.parametrize("cursor", [5, None, [], True, "not a cursor!", "é"])
+LONG = base64.b64encode(b"z" * 300_000).decode()
+
+
+@pytest.mark.parametrize("cursor", [5, None, [], True, "not a cursor!", "é", pytest.param(LONG, id="long")])
 def test_9_a_bad_cursor(mcp: Running, cursor: Any) -> None:
     assert modern(mcp, "tools/list", {"cursor": cursor}).code == (400, -32602)
 
