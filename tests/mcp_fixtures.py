@@ -158,6 +158,13 @@ async def tell_and_fail(context: ToolContext) -> None:
     raise ToolError("It went wrong")
 
 
+@tool
+async def tell_and_return(context: ToolContext, text: str) -> str:
+    """Tell a text as progress, then return it."""
+    await context.progress(1, message=text)
+    return text
+
+
 @tool(timeout=0.1)
 async def tell_after_the_deadline(context: ToolContext) -> None:
     """Tell of progress, outlive the deadline, and tell of more."""

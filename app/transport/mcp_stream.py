@@ -72,8 +72,19 @@ class ProgressStream:
             if not self.opened:
                 await self._send({"type": "http.response.start", "status": 200, "headers": list(self._headers)})
                 self.opened = True
-            event = b"event: message\ndata: %b\n\n" % document
+            event = b"event: message\ndata: %b\n\n" % _in_one_line(document)
             await self._send({"type": "http.response.body", "body": event, "more_body": more})
+
+
+def _in_one_line(document: bytes) -> bytes:
+    """The same JSON, for readers that end lines where Unicode does, as httpx and httpx-sse before 0.4.2: an event with
+    one of these in it was lost to them, and with it the response."""
+    for character, escaped in _LINE_ENDS:
+        document = document.replace(character, escaped)
+    return document
+
+
+_LINE_ENDS = tuple((character.encode(), b"\\u%04x" % ord(character)) for character in "\x85\u2028\u2029")
 
 
 class HangUp:

@@ -69,6 +69,15 @@ def test_the_first_event_leaves_before_the_tool_has_ended(mcp: Running) -> None:
     assert head.count(b"event: message\ndata: ") == 1
 
 
+def test_no_event_has_a_line_end_of_unicode_in_it(mcp: Running) -> None:
+    text = "next\x85line\u2028separated\u2029here"
+    answer = with_progress(mcp, "tell_and_return", 1, text=text)
+    notification, response = answer.events
+    assert notification["params"]["message"].endswith("line\u2028separated\u2029here")
+    assert response["result"]["content"][0]["text"] == text
+    assert answer.body.decode().splitlines() == answer.body.decode().split("\n")[:-1]
+
+
 def test_without_a_token_the_answer_is_plain_json(mcp: Running) -> None:
     for answer in (call(mcp, "test_tool_with_progress"), legacy_call(mcp, "test_tool_with_progress")):
         assert answer.result["content"][0]["text"] == "Progress was told"
