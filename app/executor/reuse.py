@@ -116,7 +116,7 @@ class Reuse:
         """By whoever has it, or by `perform`. Raises as that does."""
         call, run, state = wanted.call, wanted.run, wanted.state
         parameters = canonical_json(call.parameters)
-        if parameters is None or call.on_progress is not None:
+        if parameters is None:
             return await wanted.perform()
         key = None
         if state.cached is not None:
@@ -125,6 +125,8 @@ class Reuse:
                 return await self._performed(wanted, key)
             if (found := self._results.look(key)) is not None:
                 return await self._give(wanted, key, found)
+        if call.on_progress is not None:  # of another's run it would hear nothing
+            return await self._alone(wanted, key)
         flight, leads = self._flights.of(key or _identity(call, state, parameters))
         if not leads:
             turn = flight.join()
@@ -134,6 +136,15 @@ class Reuse:
             if not isinstance(outcome, Lead):
                 return outcome
         return await self._lead(wanted, key, flight)
+
+    async def _alone(self, wanted: Wanted, key: str | None) -> bytes:
+        found = None if key is None else await self._fetched(wanted.state, key)
+        _end_if_cancelled(wanted.run)
+        if key is not None and found is not None:
+            return await self._give(wanted, key, found)
+        if key is not None:
+            wanted.state.series.reuse["miss"] += 1
+        return await self._performed(wanted, key)
 
     async def _performed(self, wanted: Wanted, key: str | None) -> bytes:
         result = await wanted.perform()

@@ -78,6 +78,22 @@ def test_no_event_has_a_line_end_of_unicode_in_it(mcp: Running) -> None:
     assert answer.body.decode().splitlines() == answer.body.decode().split("\n")[:-1]
 
 
+def test_who_listens_is_given_kept_results_and_keeps_its_own_for_others(mcp: Running) -> None:
+    def is_kept(text: str) -> bool:
+        return mcp.execute("remembered", {"text": text})["cached"] is True
+
+    def hits() -> float:
+        return mcp.metric("tool_reuse_total", tool_id="remembered", outcome="hit")
+
+    before = hits()
+    assert not is_kept("told to nobody")
+    for text, found in (("told to nobody", 1), ("told to somebody", 1), ("told to somebody", 2)):
+        answer = with_progress(mcp, "remembered", "fastmcp sends one with every call", text=text)
+        assert answer.result["content"][0]["text"] == text
+        assert hits() - before == found
+    assert is_kept("told to somebody")
+
+
 def test_without_a_token_the_answer_is_plain_json(mcp: Running) -> None:
     for answer in (call(mcp, "test_tool_with_progress"), legacy_call(mcp, "test_tool_with_progress")):
         assert answer.result["content"][0]["text"] == "Progress was told"
