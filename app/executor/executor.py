@@ -457,7 +457,8 @@ class Executor:
         """What is left of each limit for such a call, without spending. Raises ToolNotFound, DependencyUnavailable."""
         tool = self.registry.lookup(tool_id, caller)
         bound = self._bound(caller, tool_id, agent_id)
-        return status(tool_id, tool.spec.cost, await self.admission.look(bound.limits))
+        cost = tool.spec.cost
+        return status(tool_id, cost, await self.admission.look(bound.limits, cost))
 
     def arguments_of(self, call: ToolCall, tool: Tool) -> dict[str, Any]:
         try:

@@ -158,16 +158,16 @@ class Admission:
                 break
         return ask
 
-    async def look(self, limits: tuple[Limit, ...]) -> Grant:
-        """What is left of each limit; costs nothing. Raises DependencyUnavailable."""
-        ask = Ask(tuple(limit.tightened(self.step, 1) for limit in limits), 0)
+    async def look(self, limits: tuple[Limit, ...], cost: int = 1) -> Grant:
+        """What is left of each limit, for calls of this cost; costs nothing itself. Raises DependencyUnavailable."""
+        ask = Ask(tuple(limit.tightened(self.step, cost) for limit in limits), 0)
         if not limits:
             return Grant(ask, Verdict(0, ()), self.store)
         try:
             answer = self.store.ask(ask)
             verdict = answer if isinstance(answer, Verdict) else await answer
         except StoreAway:
-            part = self._local_part(ask, count=False)
+            part = Ask(self._local_part(ask, cost, count=False), 0)
             return Grant(part, self._fallback.ask(part), self._fallback)
         return Grant(ask, verdict, self.store)
 
@@ -199,15 +199,16 @@ class Admission:
 
     def without_store(self, ask: Ask) -> Grant:
         """What holds while the store is away: each limit's own answer. Raises as `admit` does."""
-        part = self._local_part(ask, count=True)
+        part = Ask(self._local_part(ask, ask.cost, count=True), ask.cost)
         return self.judged(part, self._fallback.ask(part), self._fallback)
 
-    def _local_part(self, ask: Ask, count: bool) -> Ask:
-        """What of an ask the store in this process decides. Raises DependencyUnavailable."""
+    def _local_part(self, ask: Ask, cost: int, count: bool) -> tuple[Limit, ...]:
+        """The limits of an ask that the store in this process decides, for calls of this cost. Raises
+        DependencyUnavailable."""
         local = []
         for limit in ask.limits:
             if limit.on_failure == "local":
-                local.append(limit.fallback)
+                local.append(limit.alone(cost))
                 continue
             closed = limit.on_failure == "closed" and not limit.shadow
             if count:
@@ -216,7 +217,7 @@ class Admission:
                 raise DependencyUnavailable(
                     "The store of limits is away and a policy says to wait for it", retry_after_ms=1000, rule=limit.rule
                 )
-        return Ask(tuple(local), ask.cost)
+        return tuple(local)
 
     def _refuse_what_is_over(self, ask: Ask) -> None:
         now = 0.0

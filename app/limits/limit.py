@@ -149,6 +149,24 @@ class Limit:
             )
         return limit
 
+    def alone(self, cost: int) -> Limit:
+        """This limit as this replica keeps it while the store is away, for calls of this cost. What could pass at all
+        still does, though it costs more than one replica's part: once nothing of the part is used."""
+        part = self.fallback
+        if not (part.burst or part.amount) < cost <= (self.burst or self.amount):
+            return part
+        return Limit(
+            self.key,
+            self.rule,
+            self.kind,
+            self.amount if self.kind == RATE else cost,
+            period_us=part.period_us,
+            burst=cost if self.kind == RATE else 0,
+            shadow=self.shadow,
+            on_failure=self.on_failure,
+            step=self.step,
+        )
+
     def _part(self, replicas: int) -> Limit:
         """This limit as one of so many replicas keeps it alone; never 0, for that would be `closed`."""
         if self.kind != RATE:

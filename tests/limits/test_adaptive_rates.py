@@ -127,6 +127,13 @@ async def test_the_status_shows_what_holds_and_its_factor(admission: Admission) 
     assert held[0]["limit"] / held[0]["window_seconds"] == pytest.approx(0.4 * 100 / 60)
 
 
+async def test_the_status_is_for_calls_of_the_cost_of_the_tool(admission: Admission) -> None:
+    bound = adaptive(10)
+    admission.step = 1
+    left = [one.remaining for one in (await admission.look(bound.limits, cost=7)).allowances()]
+    assert left == [7] and await admitted(admission, bound, 2, cost=7) == 1
+
+
 async def test_without_the_store_a_part_of_what_holds_is_kept_in_process() -> None:
     limit = rate(100, on_failure="local", replicas=2, step=STEPS)
     held = limit.tightened(4, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -293,6 +293,30 @@ async def test_each_limit_answers_for_itself_while_redis_is_away_and_again_when_
         own_redis.start()
         await until_up(store)
         assert await admitted(admission, local, closed, tries=30) == 20, "Redis has forgotten what it had not saved"
+
+
+@pytest.mark.parametrize("make", [rate, daily])
+async def test_a_call_that_costs_more_than_the_part_of_a_replica_passes_while_nothing_of_it_is_used(
+    own_redis: RedisServer, make: Callable[..., Limit]
+) -> None:
+    limit, other = (make(10, on_failure="local", replicas=4) for _ in range(2))
+    async with running(own_redis.url, timeout_s=0.05) as store:
+        admission = Admission(Policies(()), store)
+        own_redis.kill()
+        await until_away(store)
+        looked = await admission.look((limit,), cost=7)
+        assert status("dear", 7, looked)["policies"][0]["remaining"] == 7, "the call passes"
+        await admit(admission, limit, cost=7)
+        with pytest.raises((RateLimited, QuotaExceeded)) as refused:
+            await admit(admission, limit, cost=7)
+        assert refused.value.retry_after_ms is not None
+        assert await admitted(admission, limit, tries=3) == 0, "it has spent more than the part"
+        assert await admitted(admission, other, tries=9) == 2, "a part is what it was for others"
+        with pytest.raises((RateLimited, QuotaExceeded)):
+            await admit(admission, other, cost=7)
+        with pytest.raises((RateLimited, QuotaExceeded)) as never:
+            await admit(admission, make(10, on_failure="local", replicas=4), cost=11)
+        assert never.value.retry_after_ms is None, "over the whole limit"
 
 
 async def test_a_budget_that_ends_is_answered_by_each_limit_too(one_redis: RedisServer) -> None:
