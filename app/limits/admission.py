@@ -30,6 +30,9 @@ OVER_REMEMBERED_S = 1.0
 """A counter that is over is not asked again for this long, or until it lets the next call in, if that is sooner.
 Longer, and a refund or a changed limit would come late."""
 
+AWAY_WAIT_MS_MAX = 60_000
+"""What a replica's part of a limit refuses may pass once the store is back: nobody is told to wait for midnight."""
+
 SAID_EVERY_S = 10.0
 """Between two lines of the log about one rule."""
 
@@ -246,7 +249,10 @@ class Admission:
                 if 0 < one.wait_s < math.inf:
                     until = one.at + min(one.wait_s, OVER_REMEMBERED_S)
                     one.limit.over = (until, grant.ask.cost, one)
-        return last.again(last.at, grant.ask.cost)
+        error = last.again(last.at, grant.ask.cost)
+        if grant.store is self._fallback and error.retry_after_ms is not None:
+            error.retry_after_ms = min(error.retry_after_ms, AWAY_WAIT_MS_MAX)
+        return error
 
     def _say(self, message: str, limit: Limit) -> None:
         """One line per rule and time, with the count of those that were not said."""

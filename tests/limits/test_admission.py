@@ -16,6 +16,7 @@ from app.limits.memory_store import MemoryStore
 from app.limits.policy import Bound, Policies
 from app.limits.redis_store import RedisStore
 from tests.limits.stores import (
+    DAY_US,
     HOUR_US,
     SECOND_US,
     Clock,
@@ -317,6 +318,23 @@ async def test_a_call_that_costs_more_than_the_part_of_a_replica_passes_while_no
         with pytest.raises((RateLimited, QuotaExceeded)) as never:
             await admit(admission, make(10, on_failure="local", replicas=4), cost=11)
         assert never.value.retry_after_ms is None, "over the whole limit"
+
+
+async def test_what_a_part_refuses_is_told_to_come_back_within_a_minute(own_redis: RedisServer) -> None:
+    limits = daily(4, on_failure="local", replicas=4), rate(4, DAY_US, on_failure="local", replicas=4)
+    async with running(own_redis.url, timeout_s=0.05) as store:
+        admission = Admission(Policies(()), store)
+        own_redis.kill()
+        await until_away(store)
+        for limit in limits:
+            await admit(admission, limit)
+            with pytest.raises((RateLimited, QuotaExceeded)) as refused:
+                await admit(admission, limit)
+            assert refused.value.retry_after_ms == 60_000
+        own_redis.start()
+        await until_up(store)
+        for limit in limits:
+            await admit(admission, limit)
 
 
 async def test_a_budget_that_ends_is_answered_by_each_limit_too(one_redis: RedisServer) -> None:
