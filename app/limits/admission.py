@@ -62,22 +62,31 @@ class Grant:
         if self.ask.cost:
             self.store.give_back(self.ask.back(self.verdict))
 
-    def allowances(self) -> list[Allowance]:
+    @property
+    def wall_us(self) -> int:
+        """What the calendar said when it was decided."""
+        return self.store.wall_us(self.verdict.now_us)
+
+    def allowance(self, limit: Limit, state: tuple[int, int, int], wall_us: int | None = None) -> Allowance:
+        if limit.kind == RATE:
+            return _rate_left(limit, state, self.verdict.now_us)
+        return _quota_left(limit, state, self.wall_us if wall_us is None else wall_us)
+
+    def allowances(self, wall_us: int | None = None) -> list[Allowance]:
         """One for each limit that is enforced."""
         pairs = zip(self.ask.limits, self.verdict.states, strict=True)
-        return [_allowance(limit, state, self.verdict.now_us) for limit, state in pairs if not limit.shadow]
+        return [self.allowance(limit, state, wall_us) for limit, state in pairs if not limit.shadow]
 
     def tightest(self) -> Allowance | None:
         """The rate with the least left; without one, the quota. Asked for every call: no list is made."""
         found: Allowance | None = None
-        now_us = self.verdict.now_us
         if self.told is not None and len(self.told) == 1:  # the usual case: one rate, and quotas or none
             place = self.told[0]
-            return _allowance(self.ask.limits[place], self.verdict.states[place], now_us)
+            return self.allowance(self.ask.limits[place], self.verdict.states[place])
         for limit, state in zip(self.ask.limits, self.verdict.states, strict=True):
             if limit.shadow or (found is not None and limit.kind != RATE == found.limit.kind):
                 continue
-            one = _allowance(limit, state, now_us)
+            one = self.allowance(limit, state)
             if found is None or limit.kind == RATE != found.limit.kind or one.remaining < found.remaining:
                 found = one
         return found
@@ -271,19 +280,19 @@ class Over:
     __slots__ = ("_now_us", "_state", "allowance", "at", "limit", "reset_at", "wait_s")
 
     def __init__(self, grant: Grant, limit: Limit) -> None:
-        now_us = grant.verdict.now_us
+        wall_us = grant.wall_us
         state = next(
             state
             for one, state in zip(grant.ask.limits, grant.verdict.states, strict=True)
             if one is limit and state[0] == REFUSES
         )
         self._state = state
-        self._now_us = now_us
+        self._now_us = grant.verdict.now_us if limit.kind == RATE else wall_us
         self.limit = limit
         self.at = monotonic()
-        self.allowance = _allowance(limit, state, now_us)
-        self.wait_s = _wait_s(limit, state, grant.ask.cost, now_us)
-        self.reset_at = rfc3339(now_us / 1e6 + self.allowance.reset_s)
+        self.allowance = grant.allowance(limit, state, wall_us)
+        self.wait_s = _wait_s(limit, state, grant.ask.cost, self._now_us)
+        self.reset_at = rfc3339(wall_us / 1e6 + self.allowance.reset_s)
 
     def again(self, now: float, cost: int) -> ToolServiceError:
         """The error for a call of this cost, as of `now` (seconds of `monotonic`)."""
@@ -303,10 +312,14 @@ _made = tuple.__new__
 """A NamedTuple's own way to be made takes twice as long."""
 
 
-def _allowance(limit: Limit, state: tuple[int, int, int], now_us: int) -> Allowance:
+def _quota_left(limit: Limit, state: tuple[int, int, int], wall_us: int) -> Allowance:
+    _, period, used = state
+    left_s = max(0.0, (_period_end_us(limit, period) - wall_us) / 1e6)
+    return Allowance(limit, max(0, limit.amount - used), used, left_s)
+
+
+def _rate_left(limit: Limit, state: tuple[int, int, int], now_us: int) -> Allowance:
     _, a, b = state
-    if limit.kind != RATE:
-        return Allowance(limit, max(0, limit.amount - b), b, max(0.0, (_period_end_us(limit, a) - now_us) / 1e6))
     window_us, window_parts = limit.window
     remaining = ((now_us + window_us - a) * limit.amount + window_parts - b) // limit.period_us
     if remaining < 0:
@@ -317,7 +330,7 @@ def _allowance(limit: Limit, state: tuple[int, int, int], now_us: int) -> Allowa
 
 
 def _wait_s(limit: Limit, state: tuple[int, int, int], cost: int, now_us: int) -> float:
-    """Until a call of this cost passes; infinite when it never will."""
+    """Until a call of this cost passes; infinite when it never will. `now_us` of a quota is the calendar's."""
     _, a, b = state
     if limit.kind != RATE:
         return math.inf if cost > limit.amount else max(0.001, (_period_end_us(limit, a) - now_us) / 1e6)
@@ -342,7 +355,8 @@ def first_day(month: int) -> int:
 
 def status(tool_id: str, cost: int, grant: Grant) -> dict[str, Any]:
     """The result of tools.get_rate_limit_status: what is enforced, and only that."""
-    shown = [(one, _shown(one, grant.verdict.now_us)) for one in grant.allowances()]
+    wall_us = grant.wall_us  # read once: a quota ends at midnight and not a microsecond before
+    shown = [(one, _shown(one, wall_us)) for one in grant.allowances(wall_us)]
 
     def tightest(kind: int) -> dict[str, Any] | None:
         of_kind = [(one.remaining, position) for position, (one, _) in enumerate(shown) if one.limit.kind == kind]
@@ -363,14 +377,14 @@ def status(tool_id: str, cost: int, grant: Grant) -> dict[str, Any]:
     }
 
 
-def _shown(one: Allowance, now_us: int) -> dict[str, Any]:
+def _shown(one: Allowance, wall_us: int) -> dict[str, Any]:
     limit = one.limit
     entry: dict[str, Any] = {
         "rule": limit.rule,
         "kind": KINDS[limit.kind],
         "limit": limit.amount,
         "remaining": one.remaining,
-        "reset_at": rfc3339(now_us / 1e6 + one.reset_s),
+        "reset_at": rfc3339(wall_us / 1e6 + one.reset_s),
     }
     if limit.kind == RATE:
         entry.update(window_seconds=limit.period_us / 1e6, burst=limit.burst)

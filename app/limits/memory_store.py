@@ -102,6 +102,10 @@ class MemoryStore:
                 self._keep_set_back(limit, state)
         return Verdict(now, [(status, state[0], state[1]) for status, state in zip(statuses, states, strict=True)])
 
+    def wall_us(self, now_us: int) -> int:
+        """The clock of the rates does not follow the calendar's when that is set, nor while the machine sleeps."""
+        return now_us + self._wall_us() - self._clock_us()
+
     def give_back(self, ask: Ask) -> None:
         assert ask.spent is not None
         now = self._clock_us()

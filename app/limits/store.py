@@ -77,5 +77,8 @@ class LimitStore(Protocol):
     def ask_for(self, waiter: Waiter, ask: Ask) -> Verdict | None:
         """Decide now, or tell the waiter soon. Raises StoreAway, here or to the waiter."""
 
+    def wall_us(self, now_us: int) -> int:
+        """Unix microseconds of the calendar at a verdict's `now_us`: quotas end by it, and it is what is told."""
+
     def give_back(self, ask: Ask) -> None:
         """Undo a spending, as far as time has not done so already. Never raises, never waits."""

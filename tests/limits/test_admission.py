@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from app.calls import rfc3339
 from app.errors import DependencyUnavailable, QuotaExceeded, RateLimited
 from app.limits.admission import Admission, Asked, Grant, status
 from app.limits.limit import Limit
@@ -418,6 +419,37 @@ async def test_the_status_shows_what_is_enforced_and_costs_nothing(admission: Ad
     assert shown[0]["quota"] == {"daily": day, "monthly": month}
     assert [policy["rule"] for policy in shown[0]["policies"]] == ["wide", "narrow", "day", "month"]
     assert shown[0]["policies"][1] == {"rule": "narrow", "kind": "rate", "burst": 3, **narrow}
+
+
+@pytest.mark.parametrize("ahead_us", [7 * HOUR_US, -5 * HOUR_US])
+async def test_in_process_a_calendar_that_was_set_is_what_is_told(ahead_us: int) -> None:
+    """As where a machine slept, or started before it knew the time; rates go on by a clock of their own."""
+    steady, calendar = Clock(unix_us("2027-03-10T12:00")), Clock(unix_us("2027-03-10T12:00"))
+    admission = Admission(Policies(()), MemoryStore(steady, calendar))
+    a_rate, day = rate(1, name="rate"), daily(1, name="day")
+    await admit(admission, a_rate)
+    calendar.us += ahead_us
+    await admit(admission, day)
+    with pytest.raises(QuotaExceeded) as refused:
+        await admit(admission, day)
+    left_s = 12 * 3_600 - ahead_us / 1e6
+    data = refused.value.as_data()
+    assert (data["reset_at"], data["retry_after_ms"]) == ("2027-03-11T00:00:00.000Z", left_s * 1e3)
+    assert refused.value.allowance.reset_s == left_s
+    shown = status("echo", 1, await admission.look((a_rate, day)))
+    assert [one["reset_at"] for one in shown["policies"]] == [
+        rfc3339(calendar.us / 1e6 + 60),
+        "2027-03-11T00:00:00.000Z",
+    ]
+
+
+async def test_the_end_of_a_quota_is_told_to_the_millisecond() -> None:
+    """By the clocks of the machine, which are read one after the other."""
+    admission = Admission(Policies(()), MemoryStore())
+    limits = daily(1), monthly(1)
+    for _ in range(200):
+        shown = status("echo", 1, await admission.look(limits))
+        assert all(one["reset_at"].endswith("T00:00:00.000Z") for one in shown["policies"])
 
 
 async def test_the_status_of_a_tool_without_limits_asks_nobody(one_redis: RedisServer) -> None:
