@@ -29,7 +29,7 @@ from app.errors import ToolServiceError
 from app.execution_log.partitions import ensure_partitions
 from app.executor.containment import LastingLoop
 from app.migration import NEWEST, MigrationError, is_current, migrate, version
-from app.reload import serve_reloading, watched_paths
+from app.reload import serve_reloading, watched_folders
 from app.service import Service, open_service
 from app.settings import Settings, SettingsError, check_bind, otel_variables, read_settings
 from app.telemetry.logging import log_to_stdout
@@ -41,6 +41,7 @@ from app.transport.server import CannotListen, Server
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8001
 PORT_MAX = 65_535
+DOTENV = Path(".env")
 
 MIGRATION_TIMEOUT_S = 3600.0
 """For one statement: to write a large table anew takes its time, and half of it is worth nothing."""
@@ -58,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(ENDED_BY_TERM))
     options = _parser().parse_args(arguments)
     try:
-        settings = read_settings(os.environ, Path(".env"), profile=options.profile)
-        for name, value in otel_variables(Path(".env")).items():
-            os.environ.setdefault(name, value)
+        settings = read_settings(os.environ, DOTENV, profile=options.profile)
+        if not getattr(options, "reload", False):  # each process that it starts reads them anew
+            for name, value in otel_variables(DOTENV).items():
+                os.environ.setdefault(name, value)
         sys.exit(options.run(settings, options))
     except SettingsError as error:
         sys.exit(_doctor_refused(error, options) if options.run is _doctor else _said(error))
@@ -156,8 +158,9 @@ def _serve(settings: Settings, options: argparse.Namespace) -> int:
 
 def _serve_reloading(settings: Settings, options: argparse.Namespace) -> int:
     profile = () if options.profile is None else ("--profile", options.profile)
-    paths = watched_paths(settings.tool_modules, (Path(".env"), settings.limits_file))
-    return serve_reloading(("--host", options.host, "--port", str(options.port), *profile), paths)
+    files = [DOTENV] if settings.limits_file is None else [DOTENV, settings.limits_file]
+    arguments = ("--host", options.host, "--port", str(options.port), *profile)
+    return serve_reloading(arguments, watched_folders(settings.tool_modules), files)
 
 
 def _serve_once(settings: Settings, options: argparse.Namespace) -> NoReturn:

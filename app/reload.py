@@ -20,31 +20,39 @@ DRAINED_S_MAX = 60.0
 DRAIN_ENVIRON = "DRAIN_SECONDS"
 """Where nobody has endpoints to remove, it is 0 unless somebody set it."""
 
-SUFFIXES = (".py", ".yaml", ".yml", ".json", ".env", ".lua")
+SUFFIXES = (".py", ".yaml", ".yml", ".json", ".lua")
+
+FILES_LOOKED_AT_MS = 1_000
+"""Between two looks at single files: nothing tells of one that is made, or replaced as editors do it."""
 
 
-def watched_paths(tool_modules: Iterable[str], files: Iterable[Path | None]) -> list[Path]:
-    """Our own code, the modules that tools come from, and files of settings that are there."""
-    paths = {Path(__file__).parent}
+def watched_folders(tool_modules: Iterable[str]) -> list[Path]:
+    """Our own code, and the modules that tools come from."""
+    folders = {Path(__file__).parent}
     for name in tool_modules:
         try:
-            spec = importlib.util.find_spec(name)
+            # The package at the top is found without running anything of it, so that a broken one is watched too.
+            spec = importlib.util.find_spec(name.partition(".")[0])
         except (ImportError, ValueError):
             continue  # the service says what is wrong with it
-        if spec is not None and spec.origin is not None:
-            paths.add(Path(spec.origin).parent)
-    paths |= {path for path in files if path is not None and path.exists()}
-    return sorted(path.resolve() for path in paths)
+        if spec is not None and spec.submodule_search_locations is not None:
+            folders |= {Path(folder) for folder in spec.submodule_search_locations}
+        elif spec is not None and spec.has_location and spec.origin is not None:
+            folders.add(Path(spec.origin).parent)
+    return sorted(folder.resolve() for folder in folders)
 
 
-def serve_reloading(arguments: Sequence[str], paths: Sequence[Path], environ: Mapping[str, str] = os.environ) -> int:
+def serve_reloading(
+    arguments: Sequence[str], folders: Sequence[Path], files: Sequence[Path], environ: Mapping[str, str] = os.environ
+) -> int:
     """Run `agentcore-tools serve` with these arguments until a signal, which the service gets too; its exit code."""
     child_environ = {**environ, DRAIN_ENVIRON: environ.get(DRAIN_ENVIRON) or "0"}
     stop = threading.Event()
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", "app", "serve", *arguments], env=child_environ)  # noqa: S603
+        return subprocess.Popen([sys.executable, *_as_found(), "serve", *arguments], env=child_environ)  # noqa: S603
 
+    stamps = _stamps(files)
     child = start()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -55,23 +63,50 @@ def serve_reloading(arguments: Sequence[str], paths: Sequence[Path], environ: Ma
     signal.signal(signal.SIGINT, pass_on)
     from watchfiles import watch  # nobody else needs it
 
-    for changes in watch(*paths, watch_filter=_is_source, stop_event=stop, raise_interrupt=False):
+    for changes in watch(
+        *folders,
+        watch_filter=_is_source,
+        stop_event=stop,
+        raise_interrupt=False,
+        rust_timeout=FILES_LOOKED_AT_MS,
+        yield_on_timeout=True,
+    ):
         if stop.is_set():
             break
-        sys.stderr.write(f"agentcore-tools: {_named(changes)} changed, restarting\n")
+        before, stamps = stamps, _stamps(files)
+        changed = {Path(path).name for _, path in changes} | {one.name for one in files if stamps[one] != before[one]}
+        if not changed:
+            continue
+        sys.stderr.write(f"agentcore-tools: {_named(sorted(changed))} changed, restarting\n")
         _end(child)
         child = start()
     return _end(child)
 
 
+def _as_found() -> tuple[str, ...]:
+    """This package, found as it was for us: a folder `app` in the working directory is most likely somebody else's."""
+    return ("-m", "app") if Path(__file__).parent.parent == Path.cwd() else ("-P", "-m", "app")
+
+
+def _stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
+    """By which a file that was changed, replaced, made or taken away is told."""
+    return {path: _stamp(path) for path in files}
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def _is_source(change: object, path: str) -> bool:
     """What a running service was made of."""
-    name = Path(path).name
-    return name == ".env" or (name.endswith(SUFFIXES) and "__pycache__" not in path)
+    return path.endswith(SUFFIXES) and "__pycache__" not in path
 
 
-def _named(changes: Iterable[tuple[object, str]]) -> str:
-    names = sorted({Path(path).name for _, path in changes})
+def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
 
-from app.reload import watched_paths
-from tests.conftest import Running, Serve
+from app.reload import watched_folders
+from tests.conftest import Running, Serve, service_environ
 from tests.servers import free_port, wait_until
 
 MODULE = """
@@ -83,8 +87,62 @@ def which_code(running: Running) -> Any:
         return None
 
 
-def test_what_is_watched_is_our_code_the_tools_and_files_that_are_there(tmp_path: Path) -> None:
-    (tmp_path / ".env").touch()
-    paths = watched_paths(["tests.tools_for_tests", "no_such_module"], [tmp_path / ".env", tmp_path / "none", None])
+def test_what_is_watched_is_our_code_and_the_tools_a_package_that_cannot_be_imported_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "broken_tools_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError")
+    monkeypatch.syspath_prepend(tmp_path)
     here = Path(__file__).parent
-    assert paths == sorted([here.parent / "app", here, (tmp_path / ".env").resolve()])
+    modules = ["tests.tools_for_tests", "broken_tools_package.tools", "no_such_module", ".x", "sys"]
+    assert watched_folders(modules) == sorted([here.parent / "app", here, package.resolve()])
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Reloading]:
+    """In a folder that has an `app` of its own, and run as the console script runs: without that folder's modules."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "__init__.py").write_text("raise SystemExit('not ours')")
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "app", "serve", "--reload", "--port", "0"],
+        cwd=tmp_path,
+        env=service_environ(tmp_path),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield Reloading(process, tmp_path / ".env")
+        finally:
+            process.terminate()
+
+
+class Reloading(NamedTuple):
+    process: subprocess.Popen[str]
+    dotenv: Path
+
+    def messages_until(self, last: str) -> list[str]:
+        assert self.process.stdout is not None
+        messages = []
+        for line in self.process.stdout:
+            messages.append(json.loads(line)["message"])
+            if messages[-1] == last:
+                return messages
+        raise AssertionError(f"{last} never came after {messages}")
+
+    def replace(self, text: str) -> None:
+        """As editors do it: another file takes the name."""
+        beside = self.dotenv.with_name("env.new")
+        beside.write_text(text)
+        beside.replace(self.dotenv)
+
+
+def test_an_env_file_that_is_made_or_replaced_is_read_anew_variables_of_opentelemetry_too(elsewhere: Reloading) -> None:
+    told = "a variable of OpenTelemetry is not followed"
+    assert told not in elsewhere.messages_until("serving")
+    elsewhere.replace("OTEL_BSP_MAX_QUEUE_SIZE=abc\nOTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:1\n")
+    assert told in elsewhere.messages_until("serving")
+    elsewhere.replace("LOG_LEVEL=INFO\n")
+    assert told not in elsewhere.messages_until("serving")
+    elsewhere.dotenv.unlink()
+    assert told not in elsewhere.messages_until("serving")
