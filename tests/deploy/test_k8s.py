@@ -19,7 +19,7 @@ from app.clients import CLOSE_TIMEOUT_S
 from app.egress.rules import is_metadata, is_public
 from app.limits.limits_file import read_policies
 from app.service import LOG_DRAIN_S
-from app.settings import Settings, read_settings
+from app.settings import PROFILES, Settings, read_settings
 from app.transport.server import FINISH_MARGIN_S
 from tests.conftest import ROOT, Running
 from tests.deploy.kustomize import (
@@ -321,6 +321,30 @@ def test_the_forecast_is_a_metric_beside_the_others(production: list[Object]) ->
     name = metrics[2]["external"]["metric"]["name"]
     rules = yaml.safe_load((K8S / "prometheus-adapter" / "config.yaml").read_text())["externalRules"]
     assert [rule["name"]["as"] for rule in rules] == [name]
+
+
+@pytest.mark.parametrize("overlay", sorted({*OVERLAYS} - {"dev", "keda"}))
+def test_the_forecast_asks_for_as_many_calls_a_replica_as_the_present(overlay: str) -> None:
+    _, present, forecast = the(render_with(overlay, "forecast"), "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert forecast["external"]["target"] == present["pods"]["target"]
+
+
+@pytest.mark.parametrize("overlay", ["dev", "keda"])
+def test_the_forecast_is_refused_where_there_is_no_hpa(overlay: str) -> None:
+    with pytest.raises(AssertionError, match="HorizontalPodAutoscaler"):
+        render_with(overlay, "forecast")
+
+
+@pytest.mark.parametrize("profile", sorted(PROFILES.keys() - {"default"}))
+def test_a_profile_scales_by_the_same_numbers_with_keda(profile: str) -> None:
+    objects = render_with("keda", profile)
+    hpa = the(render(K8S / "overlays" / profile), "HorizontalPodAutoscaler")["spec"]
+    scaled = the(objects, "ScaledObject")["spec"]
+    assert (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (hpa["minReplicas"], hpa["maxReplicas"])
+    (cpu, prometheus), (of_cpu, of_calls) = scaled["triggers"], hpa["metrics"]
+    assert int(cpu["metadata"]["value"]) == of_cpu["resource"]["target"]["averageUtilization"]
+    assert prometheus["metadata"]["threshold"] == of_calls["pods"]["target"]["averageValue"]
+    assert settings_of(objects)["PROFILE"] == profile
 
 
 # Life cycle
