@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from app.errors import FAILURES, REFUSALS
 from app.settings import PROFILES, Settings
 from app.tools.builtin import builtin_tools
 from app.tools.tool import ToolSpec
-from tests.conftest import ROOT, Running
+from tests.conftest import ROOT, Running, service_environ
 
 DOCS = ROOT / "docs"
 
@@ -127,3 +131,23 @@ def test_the_commands_that_the_documents_name_exist(page: Path) -> None:
     for command in set(re.findall(r"agentcore-tools ((?:tools )?[a-z]+)\b", page.read_text())):
         done = subprocess.run([sys.executable, "-m", "app", *command.split(), "--help"], cwd=ROOT, capture_output=True)
         assert done.returncode == 0, command
+
+
+def test_the_readmes_first_tool_runs_as_it_stands_and_passes_the_check_where_it_is_pasted(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    (module,) = re.findall(r"```python\n(# my_tools\.py\n.*?)```", text, re.DOTALL)
+    (called,) = re.findall(r"agentcore-tools (tools call shout .*)\n", text)
+    (tmp_path / "my_tools.py").write_text(module)
+    environ = service_environ(tmp_path, TOOL_MODULES="my_tools", PYTHONPATH=os.pathsep.join((str(ROOT), str(tmp_path))))
+    command = [sys.executable, "-m", "app", *shlex.split(called)]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert json.loads(done.stdout)["result"] == "HI!", done.stderr
+    for check in ("check", "format --check"):
+        command = [sys.executable, "-m", "ruff", *check.split(), "--no-cache", "--stdin-filename", "my_tools.py", "-"]
+        done = subprocess.run(command, cwd=ROOT, input=module, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_types_are_checked_as_of_the_oldest_python_whichever_runs_the_check() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["requires-python"] == f">={project['tool']['mypy']['python_version']}"
