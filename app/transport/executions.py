@@ -5,12 +5,14 @@ Owns the REST routes under /api/v1/executions and what they say of themselves. K
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Send
 
-from app.errors import MethodNotFound
+from app.errors import DependencyUnavailable, MethodNotFound
 from app.execution_log.history import ExecutionHistory
 from app.transport import shapes
 from app.transport.gate import caller_with
@@ -18,6 +20,8 @@ from app.transport.methods import SCOPE_HISTORY, Methods, filters_of, tenant_see
 from app.transport.openapi import Operation, query_parameters, reference, response
 from app.transport.rest import read_query
 from app.transport.shapes import NoParams
+
+logger = logging.getLogger("app.transport")
 
 REFUSALS = (403, 414, 422, 500, 503)
 
@@ -54,7 +58,18 @@ class ExecutionRoutes:
         asked = read_query(request, shapes.HistoryFilters)
         pieces = self._history.export(tenant_seen(caller), filters_of(asked))
         first = await anext(pieces, b"")  # what is wrong is said by status, as long as nothing was sent
-        return StreamingResponse(_with_first(first, pieces), media_type="application/x-ndjson")
+        return _Export(_with_first(first, pieces), media_type="application/x-ndjson")
+
+
+class _Export(StreamingResponse):
+    """Has no end where the database went away meanwhile: uvicorn closes the connection then, which is how a client of
+    chunks learns that some are missing. An exception would do the same, with a traceback for each client."""
+
+    async def stream_response(self, send: Send) -> None:
+        try:
+            await super().stream_response(send)
+        except DependencyUnavailable as error:
+            logger.warning("export cut off", extra={"reason": str(error)})
 
 
 async def _with_first(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import httpx
 import pytest
 
 from load.durability import BATCH_BYTES, OF_DATABASE, Clients, Faults, Service, logged_rows, schedule, verdict
@@ -289,17 +290,35 @@ def test_a_database_that_refuses_costs_no_call_and_no_row(lasting: tuple[Place, 
     assert ready(the(service)) == "up"
 
 
-def fill(place: Place) -> None:
+def test_an_export_ends_without_an_end_where_the_database_goes_away(place: Place) -> None:
+    """Nobody takes half of the log for all of it; and the service's own log has a line of it, no traceback."""
+    fill(place, 20_000, tenant="local")
+    with place.service() as service:
+        running = the(service)
+        with (
+            pytest.raises(httpx.RemoteProtocolError),
+            running.http.stream("GET", "/api/v1/executions/export") as export,
+        ):
+            assert export.status_code == 200  # more than sockets hold is still to be read
+            place.postgres.kill()
+            assert all(export.iter_raw())
+        place.postgres.start()
+        cut = running.read_log(lambda event: event["message"] == "export cut off")
+        assert cut["reason"] == "The log cannot be read now"
+        assert [event for event in events(running) if "exception" in event] == []
+
+
+def fill(place: Place, count: int = 1200, tenant: str = "else") -> None:
     """Rows of somebody else, over FILE_BYTES_MAX of them: what comes after needs the file to grow."""
     place.postgres.run_sql(
-        """
+        f"""
         INSERT INTO tool_executions (execution_id, tool_id, tool_version, tenant, subject, status, started_at,
             finished_at, execution_ms, overhead_ms, attempts, cached, client_gone, trace_id, cost, parameters)
         SELECT (lpad(to_hex((extract(epoch FROM now()) * 1000)::bigint), 12, '0')
                 || lpad(to_hex(number), 20, '0'))::uuid,
-            'echo', '1', 'else', 'else', 'success', now(), now(), 1, 1, 1, false, false, 'x', 1,
+            'echo', '1', '{tenant}', 'else', 'success', now(), now(), 1, 1, 1, false, false, 'x', 1,
             to_jsonb(repeat('x', 1000))
-        FROM generate_series(1, 1200) AS number
+        FROM generate_series(1, {count}) AS number
         """,
         database=place.database,
     )
