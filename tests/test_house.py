@@ -22,7 +22,7 @@ FLOORS = (
     {"migration"},
     {"telemetry", "egress", "bus"},
     {"clients"},
-    {"breaker"},
+    {"breaker", "names"},
     {"calls", "settings", "stepping", "reload"},
     {"errors", "database_url"},
 )

@@ -18,10 +18,11 @@ import httpcore
 from app.breaker import FAILED, SAYS_NOTHING, SUCCEEDED, BreakerTable, Outcome
 from app.egress.body import read_body
 from app.egress.message import Message, checked_message
-from app.egress.network import ConnectionPool, Resolver, ThreadedResolver
+from app.egress.network import ConnectionPool
 from app.egress.rules import EgressAllow, EgressRules, as_addresses, egress_refused
 from app.egress.targets import Address, QueryValue, Target, invalid_request, parse_target
 from app.errors import Overloaded, ToolError, UpstreamFailed
+from app.names import Resolver, ThreadedResolver
 
 REDIRECTS_MAX = 3
 RESOLVE_S_MAX = 5.0

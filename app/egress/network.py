@@ -1,4 +1,4 @@
-"""From checked addresses to a connection: the resolver, the pool, and a backend that connects nowhere else.
+"""From checked addresses to a connection: the pool, and a backend that connects nowhere else.
 
 Decides nothing about what may be reached (`rules`) and knows no redirects or bodies (`client`).
 """
@@ -6,22 +6,14 @@ Decides nothing about what may be reached (`rules`) and knows no redirects or bo
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpcore
 
 from app.egress.targets import Address, Target
-
-Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
-"""Host and port in, addresses as text out; empty or OSError when there are none."""
-
-LOOKUPS_MAX = 32
-"""Threads that may hang in the C library at once. One per name, however many calls wait for that name."""
 
 CONNECT_ATTEMPTS_MAX = 4
 CONNECT_ATTEMPT_S = 2.0
@@ -33,51 +25,6 @@ KEEPALIVE_S = 4.0
 EXPIRED_DROPPED_MAX = 4
 """Idle connections that one request looks at, oldest first, and dead ones of its own origin that it passes over. To
 look polls the socket; a request leaves at most one idle connection behind, so they go faster than they come."""
-
-
-class ThreadedResolver:
-    """`getaddrinfo` in threads of its own.
-
-    It cannot be interrupted, so a hung look-up keeps its thread until the C library gives up. The threads are
-    daemons: an executor would join them when the process exits.
-    """
-
-    def __init__(self) -> None:
-        self._free = asyncio.Semaphore(LOOKUPS_MAX)
-        self._running: dict[str, asyncio.Future[list[str]]] = {}
-
-    async def __call__(self, host: str, port: int) -> list[str]:
-        if host not in self._running:
-            await self._free.acquire()
-            if host in self._running:  # begun by another while this one waited
-                self._free.release()
-            else:
-                self._begin(host)
-        return await asyncio.shield(self._running[host])
-
-    def _begin(self, host: str) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            threading.Thread(target=self._look_up, args=(host, loop), name="resolve", daemon=True).start()
-        except RuntimeError as error:  # the process may have no more threads
-            self._free.release()
-            raise OSError("no thread to resolve in") from error
-        self._running[host] = loop.create_future()
-
-    def _look_up(self, host: str, loop: asyncio.AbstractEventLoop) -> None:
-        try:
-            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-            addresses = [str(sockaddr[0]) for *_, sockaddr in found]
-        except (OSError, UnicodeError):
-            addresses = []
-        try:
-            loop.call_soon_threadsafe(self._finish, host, addresses)
-        except RuntimeError:
-            pass  # the loop was closed while the C library waited; nobody is left to tell
-
-    def _finish(self, host: str, addresses: list[str]) -> None:
-        self._free.release()
-        self._running.pop(host).set_result(addresses)
 
 
 class _Stream(httpcore.AsyncNetworkStream):

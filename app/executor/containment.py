@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
 from typing import Any
 
-import uvloop
+from app.names import ResolvingLoop
 
 logger = logging.getLogger("app.tools")
 
@@ -36,7 +36,7 @@ def _task(
     return asyncio.Task(Contained(coroutine), loop=loop, **options)
 
 
-class LastingLoop(uvloop.Loop):
+class LastingLoop(ResolvingLoop):
     """A loop that only what it was run for ends. What came out of a callback has left the loop in good order: the other
     callbacks of the turn are still due. A KeyboardInterrupt is let out, for it may be one."""
 

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from app.egress import EgressClient, EgressResponse, parse_egress_allow
-from app.egress.network import EXPIRED_DROPPED_MAX, LOOKUPS_MAX
+from app.egress.network import EXPIRED_DROPPED_MAX
 from app.errors import ToolError
+from app.names import LOOKUPS_MAX
 from tests.egress.test_rules import ODD_URLS, REFUSED_ADDRESSES, words
 from tests.origin import WAIT_S_MAX, Origin, Received, Reply, origin, redirect, response
 
