@@ -82,7 +82,10 @@ class Grant:
         found: Allowance | None = None
         if self.told is not None and len(self.told) == 1:  # the usual case: one rate, and quotas or none
             place = self.told[0]
-            return self.allowance(self.ask.limits[place], self.verdict.states[place])
+            limit = self.ask.limits[place]
+            if limit.kind == RATE:
+                return _rate_left(limit, self.verdict.states[place], self.verdict.now_us)
+            return self.allowance(limit, self.verdict.states[place])
         for limit, state in zip(self.ask.limits, self.verdict.states, strict=True):
             if limit.shadow or (found is not None and limit.kind != RATE == found.limit.kind):
                 continue
