@@ -45,7 +45,7 @@ LABELS_MAX = 16_384
 """Of cleaned texts remembered."""
 
 _NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
-_CUT_ESCAPE = re.compile(rb"(?<!\\)((?:\\\\)*)\\(?:u[0-9a-f]{0,3})?\Z")
+_ESCAPE_BEGINS = re.compile(rb"\\(?:u[0-9a-f]{0,3})?")
 _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\]]', re.DOTALL)
 
 
@@ -248,8 +248,17 @@ def _kept(clean: bytes, bytes_max: int, *, cut: bool) -> bytes:
     written = orjson.dumps(clean[:bytes_max].decode("utf-8", "ignore"))
     if len(written) <= bytes_max:
         return written
-    begin = _CUT_ESCAPE.sub(rb"\1", written[: bytes_max - 1])
+    begin = _without_cut_escape(written[: bytes_max - 1])
     return begin.decode("utf-8", "ignore").encode() + b'"'
+
+
+def _without_cut_escape(text: bytes) -> bytes:
+    """Of text in a JSON string that was cut anywhere. Looked for from the end: 4 KiB take a pattern 0.4 ms."""
+    last = text.rfind(b"\\", max(0, len(text) - len(rb"\u000")))
+    if last < 0 or _ESCAPE_BEGINS.fullmatch(text, last) is None:
+        return text
+    escapes = last + 1 - len(text[: last + 1].rstrip(b"\\"))
+    return text[:last] if escapes % 2 else text
 
 
 def _is_deep(data: bytes) -> bool:

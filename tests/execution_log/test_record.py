@@ -184,6 +184,15 @@ def test_whatever_is_cut_is_json_within_the_cap(data: Any) -> None:
             assert len(orjson.dumps(kept)) <= cap
 
 
+@pytest.mark.parametrize("cap", range(64, 90))
+@pytest.mark.parametrize("text", ["\\", '"\\', "\x07", "a\x07\\", '\\\\"', "u00\\u00", "\x07\x07é"])
+def test_no_cut_leaves_half_an_escape(text: str, cap: int) -> None:
+    whole = orjson.dumps([text * 60])
+    kept = row_of({}, whole, payload_bytes_max=cap)["result"]
+    assert whole.decode().startswith(kept)
+    assert cap - 12 <= len(orjson.dumps(kept)) <= cap
+
+
 POISON = ["\x00", "a\x00b", "\ud800", "x\udfff", "\\u0000", "\\\x00\\", "\u202eabc", "é" * 300, '"' * 5_000, "\x1b[0m"]
 
 
