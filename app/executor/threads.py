@@ -19,6 +19,11 @@ THREADS_MAX = 64
 """Sync tools mostly wait for something; 64 waiting threads cost about 4 MB of touched stack."""
 
 
+CALLED_OFF_MAX = 1_000
+"""Jobs that may have stayed in the queue before it is swept. Threads pass them over; while all of them hang nobody
+does, and each call that gives up would leave one."""
+
+
 class Job:
     """One function on its way through the pool; `future` belongs to the event loop."""
 
@@ -48,6 +53,8 @@ class ThreadPool:
         self._threads = 0
         self._busy = 0
         self._written_off = 0
+        self._called_off = 0
+        """Since the last sweep."""
 
     def submit(self, function: Callable[[], Any]) -> Job:
         """Queue a function. What it raises, even SystemExit, ends in the job's future."""
@@ -67,10 +74,24 @@ class ThreadPool:
         if job.claim():
             job.called_off = True
             job.function = _nothing  # the shell stays queued until a thread passes it over; the arguments need not
+            self._called_off += 1
+            if self._called_off >= CALLED_OFF_MAX:
+                self._sweep()
             return
         job.written_off = True
         self._written_off += 1
         self._hire(asyncio.get_running_loop())  # for the jobs that wait behind it
+
+    def _sweep(self) -> None:
+        """Take out of the queue what was called off; what waits keeps its order."""
+        self._called_off = 0
+        for _ in range(self._jobs.qsize()):
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return  # threads take from it too
+            if job is None or not job.called_off:
+                self._jobs.put(job)
 
     def _hire(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start a thread when there are more jobs than threads to serve them, up to the cap."""

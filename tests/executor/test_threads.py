@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from app.executor.threads import Job, ThreadPool
+from app.executor.threads import CALLED_OFF_MAX, Job, ThreadPool
 from tests.executor.in_process import SOON_S, until
 
 pytestmark = pytest.mark.anyio
@@ -80,6 +80,21 @@ async def test_a_job_that_waits_behind_a_hung_one_gets_a_thread_of_its_own_when_
         await ended(hung)
         assert counts(pool) == (0, 0)
         assert pool._threads == 1, "the thread that came back made one too many"
+
+
+async def test_jobs_that_are_called_off_leave_the_queue_though_every_thread_hangs() -> None:
+    begun, release = threading.Event(), threading.Event()
+    with pool_of(1) as pool:
+        hung = pool.submit(lambda: (begun.set(), release.wait(SOON_S)))
+        await until(begun.is_set)
+        waiting = [pool.submit(lambda number=number: number) for number in range(3)]  # type: ignore[misc]
+        for _ in range(3 * CALLED_OFF_MAX):
+            pool.give_up(pool.submit(lambda: None))
+            assert pool._jobs.qsize() < CALLED_OFF_MAX + 3
+        release.set()
+        await ended(hung)
+        assert [await ended(job) for job in waiting] == [0, 1, 2]
+        assert counts(pool) == (0, 0)
 
 
 async def test_written_off_threads_are_replaced_as_often_as_there_are_threads_and_no_more() -> None:
