@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import orjson
 
@@ -46,6 +46,9 @@ logger = logging.getLogger("app.mcp")
 
 ProgressTo = Callable[[str | int], Progress | None]
 """Where progress under this token goes; None: nowhere, for the client takes no stream."""
+
+TOKEN_CHARACTERS_MAX = 256
+"""Of a progress token, which every notification repeats: one of a megabyte, a thousand times, takes the loop 4 s."""
 
 _BAD_REQUEST = (PARSE_ERROR, INVALID_REQUEST, HeaderMismatch.kind, ClientCapabilityMissing.kind, VersionNotServed.kind)
 LEGACY_STATUS = {**dict.fromkeys(_BAD_REQUEST, 400), PERMISSION_DENIED: 403, DRAINING: 503}
@@ -190,7 +193,7 @@ class McpDispatcher:
             raise MethodNotFound(f"Method not found; there is {', '.join(table)}")
         context.method = request.method
         token = request.meta.get("progressToken") if request.method == CALL else None
-        on_progress = progress_to(token) if isinstance(token, str | int) and not isinstance(token, bool) else None
+        on_progress = progress_to(token) if _is_token(token) else None
         return method(context, request, routing, on_progress)
 
     async def _dispatch_batch(
@@ -258,6 +261,10 @@ class McpDispatcher:
 def _method_of(message: Any) -> str | None:
     method = message.get("method") if type(message) is dict else None
     return method if type(method) is str else None
+
+
+def _is_token(token: Any) -> TypeGuard[str | int]:
+    return type(token) is int or (type(token) is str and len(token) <= TOKEN_CHARACTERS_MAX)
 
 
 def _to_nowhere(token: str | int) -> None:

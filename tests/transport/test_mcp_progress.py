@@ -42,7 +42,7 @@ def until(holds: Callable[[], bool]) -> None:
         assert time.monotonic() < ends, "did not come to hold"
 
 
-@pytest.mark.parametrize("token", ["progress-1", "", 0, 17])
+@pytest.mark.parametrize("token", ["progress-1", "", 0, 17, "t" * 256])
 @pytest.mark.parametrize("ask", [with_progress, legacy_with_progress])
 def test_progress_comes_as_events_and_the_response_last(
     mcp: Running, ask: Callable[[Running, str, Any], Answer], token: Any
@@ -128,7 +128,7 @@ def test_a_token_may_be_named_with_escapes(mcp: Running) -> None:
         assert len(send(mcp, body.encode(), headers).events) == 4
 
 
-@pytest.mark.parametrize("token", [None, True, 1.5, {}, []])
+@pytest.mark.parametrize("token", [None, True, 1.5, {}, [], pytest.param("t" * 257, id="long")])
 def test_what_is_no_token_is_ignored(mcp: Running, token: Any) -> None:
     assert with_progress(mcp, "test_tool_with_progress", token).result["isError"] is False
 
