@@ -241,12 +241,9 @@ def _envelopes(table: Sequence[MethodSpec]) -> Json:
                 "mapping": {spec.name: reference(_request_name(spec))["$ref"] for spec in table},
             },
         },
-        "RpcResponse": {
-            "oneOf": [
-                _response_schema("result", {"anyOf": _distinct(results)}),
-                _response_schema("error", reference("RpcError")),
-            ]
-        },
+        "RpcResponse": {"oneOf": [reference("RpcResultResponse"), reference("RpcErrorResponse")]},
+        "RpcResultResponse": _response_schema("result", {"anyOf": _distinct(results)}),
+        "RpcErrorResponse": _response_schema("error", reference("RpcError")),
     }
 
 
@@ -267,7 +264,7 @@ def _request_schema(spec: MethodSpec) -> Json:
             "method": {"const": spec.name},
             "params": {
                 "description": "By name, or by position",
-                "anyOf": [named, {"type": "array", "maxItems": len(spec.params.model_fields)}],
+                "anyOf": [named, {"type": "array", "items": {}, "maxItems": len(spec.params.model_fields)}],
             },
             "id": {**REQUEST_ID, "description": "Comes back in the answer; without it there is none"},
             "a2a_context": {

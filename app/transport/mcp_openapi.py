@@ -74,7 +74,9 @@ def mcp_schemas() -> Json:
             },
             "required": ["jsonrpc", "method"],
         },
-        RESPONSE: {"oneOf": [_envelope("result", {"type": "object"}), _envelope("error", error)]},
+        RESPONSE: {"oneOf": [reference("McpResultResponse"), reference("McpErrorResponse")]},
+        "McpResultResponse": _envelope("result", {"type": "object"}),
+        "McpErrorResponse": _envelope("error", error),
     }
 
 

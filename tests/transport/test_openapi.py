@@ -102,6 +102,22 @@ def test_every_operation_says_what_it_is(document: Json) -> None:
         assert all(parameter["description"] for parameter in operation.get("parameters", ()))
 
 
+def test_every_array_and_every_answer_can_be_a_class(document: Json) -> None:
+    """openapi-python-client takes no array that does not say of what, and no two objects that are alike without a
+    name: its client of either door could not be imported."""
+
+    def arrays(schema: Any) -> Iterator[Json]:
+        if isinstance(schema, dict) and schema.get("type") == "array":
+            yield schema
+        for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+            yield from arrays(part)
+
+    schemas = document["components"]["schemas"]
+    assert all({"items", "prefixItems"} & array.keys() for array in arrays(schemas))
+    for name in ("RpcResponse", "McpResponse"):
+        assert [list(shape) for shape in schemas[name]["oneOf"]] == [["$ref"], ["$ref"]]
+
+
 def test_every_refusal_has_the_one_shape(document: Json) -> None:
     for _, path, operation in operations(document):
         for status, answer in operation["responses"].items():
