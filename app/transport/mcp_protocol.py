@@ -242,8 +242,14 @@ def check_mirrored(parameters: Iterable[Mirrored], arguments: Any, routing: Rout
     for parameter in parameters:
         header = MIRRORED_PREFIX + parameter.header.encode()
         given, value = routing.decoded(header), _value_at(arguments, parameter.path)
+        if given is None and type(value) in _NEVER_MIRRORED and not routing.has(header):
+            continue
         if routing.has(header) != (value is not None) or not _equal(given, value, parameter.type):
             raise HeaderMismatch(f"{_shown(header)} header is not the argument {'.'.join(parameter.path)!r}")
+
+
+_NEVER_MIRRORED = (dict, list)
+"""No header can say them; that they are no argument either, the agent hears of the arguments."""
 
 
 def _value_at(arguments: Any, path: tuple[str, ...]) -> Any:
@@ -260,7 +266,7 @@ def _equal(given: str | None, value: Any, kind: str) -> bool:
     if type(value) is bool:
         return given == ("true" if value else "false")
     if kind == "integer" and isinstance(value, int | float):
-        return _as_integer(given) == value
+        return _as_integer(given) == value or (type(value) is float and _as_float(given) == value)
     return given == str(value)
 
 
@@ -272,6 +278,14 @@ def _as_integer(text: str) -> int | None:
 
 _INTEGER = re.compile(r"(-?[0-9]{1,20})(?:\.0+)?")
 """Integers have 64 bits here."""
+
+
+def _as_float(text: str) -> float | None:
+    """What no integer is goes on to the arguments, which say so to the agent; it is the same all the same."""
+    return float(text) if _FLOAT.fullmatch(text) else None
+
+
+_FLOAT = re.compile(r"-?[0-9]{1,309}(?:\.[0-9]{1,309})?(?:[eE][+-]?[0-9]{1,3})?")
 
 
 def _shown(header: bytes) -> str:

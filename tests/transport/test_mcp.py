@@ -380,6 +380,10 @@ def test_7_null_counts_as_absent(mcp: Running) -> None:
         ("dry", True, "1", -32020),
         ("region", 5, "5", True),
         ("count", "x", "x", True),
+        ("count", 1.5, "1.5", True),
+        ("count", -1e21, "-1e+21", True),
+        ("count", 1e20, "100000000000000000000", True),
+        ("count", 1.5, "1.25", -32020),
         ("count", True, "true", True),
     ],
 )
@@ -400,6 +404,13 @@ def test_7_headers_that_no_parameter_asks_for_are_ignored(mcp: Running) -> None:
         False,
     )
     assert echo(mcp, [*CALL_HEADERS, ("Mcp-Param-Message", "other")]) == (200, None)
+
+
+@pytest.mark.parametrize("value", [["eu"], {"name": "eu"}, [], {}], ids=json.dumps)
+def test_7_what_no_header_can_say_is_for_the_agent_to_mend(mcp: Running, value: Any) -> None:
+    assert mirrored(mcp, {"region": value}) == (200, True)
+    assert mirrored(mcp, {"region": value}, ("Mcp-Param-Region", "eu")) == (400, -32020)
+    assert mirrored(mcp, {"region": value, "count": 1}) == (400, -32020)
 
 
 def test_7_is_told_before_what_is_wrong_with_the_arguments(mcp: Running) -> None:
