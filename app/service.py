@@ -187,7 +187,11 @@ async def open_service(
             access,
             admission,
             log,
-            ExecutionHistory(database.engine, wait_s_max=QUEUE_PATIENCE_S + settings.tool_execution_timeout),
+            ExecutionHistory(
+                database.engine,
+                wait_s_max=QUEUE_PATIENCE_S + settings.tool_execution_timeout,
+                payload_bytes_max=settings.log_payload_bytes,
+            ),
             registry,
             executor,
             metrics,

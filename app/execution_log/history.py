@@ -49,7 +49,7 @@ PATIENCE_S = 5.0
 CHUNK_ROWS = 100
 CHUNK_BYTES_MAX = 4 * 1024 * 1024
 """Rows are fetched and rendered in pieces between which the loop turns. After a piece of more bytes the next has fewer
-rows: with LOG_PAYLOAD_BYTES at its most a row has 2 MiB."""
+rows: with LOG_PAYLOAD_BYTES at its most a row has 2 MiB, and no piece has more rows than twice these bytes can be."""
 
 PAGE_BYTES_MAX = 8 * 1024 * 1024
 """A page ends early, with a cursor, rather than be larger."""
@@ -143,13 +143,20 @@ class ExecutionHistory:
     """The table of executions, for reading.
 
     `wait_s_max` is how long a call may have its id before it starts, in a queue or in a plan: `since` is about starts,
-    while keys are in the order of ids.
+    while keys are in the order of ids. `payload_bytes_max` is what a row keeps of each of its two payloads.
     """
 
-    def __init__(self, engine: AsyncEngine, wait_s_max: float = 60.0, timeout_s: float = STATEMENT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        wait_s_max: float = 60.0,
+        timeout_s: float = STATEMENT_TIMEOUT_S,
+        payload_bytes_max: int = 0,
+    ) -> None:
         kind = SqliteReader if engine.dialect.name == "sqlite" else PostgresReader
         self._reader: PostgresReader | SqliteReader = kind(engine, timeout_s)
         self._wait_us_max = int(wait_s_max * 1e6)
+        self._chunk_rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES_MAX // max(1, payload_bytes_max)))
         self._places = asyncio.Semaphore(_readers_max(engine))
 
     async def page(
@@ -163,7 +170,7 @@ class ExecutionHistory:
         page_bytes = 0
         while True:
             # One more than is wanted tells whether there is a next page.
-            chunk = await self._chunk(tenant, filters, below, min(limit - len(rows) + 1, CHUNK_ROWS))
+            chunk = await self._chunk(tenant, filters, below, min(limit - len(rows) + 1, self._chunk_rows))
             for row in chunk.rows:
                 if len(rows) == limit or page_bytes > PAGE_BYTES_MAX:
                     return Page(rows, _cursor(str(below)))
@@ -189,7 +196,7 @@ class ExecutionHistory:
         dropped meanwhile are missing.
         """
         below: str | None = None
-        rows_max = CHUNK_ROWS
+        rows_max = self._chunk_rows
         while True:
             chunk = await self._chunk(tenant, filters, below, rows_max)
             if chunk.rows:
@@ -197,7 +204,7 @@ class ExecutionHistory:
                 yield b"".join([row.json + b"\n" for row in chunk.rows])
             if chunk.last:
                 return
-            rows_max = _next_rows_max(rows_max, chunk)
+            rows_max = min(self._chunk_rows, _next_rows_max(rows_max, chunk))
 
     async def _chunk(self, tenant: str | None, filters: Filters, below: str | None, rows_max: int) -> Chunk:
         where = Where.of(tenant, filters, below, self._wait_us_max)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gc
 import itertools
+import tracemalloc
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -218,6 +219,26 @@ async def test_large_rows_end_a_page_early_and_shrink_the_pieces_of_an_export(da
         assert len(await walk(history, None, Filters(), 12)) == 12
         pieces = [piece async for piece in history.export(None, Filters())]
         assert sum(piece.count(b"\n") for piece in pieces) == 12
+
+
+async def test_no_more_rows_are_read_at_once_than_there_is_room_for(database_url: str) -> None:
+    large = "x" * 1_000_000
+    records = [record(at=NOON + number, parameters=large, result=large) for number in range(24)]
+    async with database(database_url) as engine:
+        await fill(engine, records)
+        history = ExecutionHistory(engine, payload_bytes_max=1_000_000)
+        pieces = [piece async for piece in history.export(None, Filters())]
+        assert sum(piece.count(b"\n") for piece in pieces) == 24
+        assert max(map(len, pieces)) <= 2 * module.CHUNK_BYTES_MAX
+        del pieces
+        tracemalloc.start()
+        try:
+            page = await history.page(None, Filters(), 24)
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert len(page.rows) == 5
+        assert peak_bytes < 24 * 2_000_000, "rows that the page has no room for"
 
 
 async def test_pages_of_every_size_are_whole(database_url: str) -> None:
