@@ -38,7 +38,7 @@ async def examine(service: Service, host: str, port: int) -> list[Finding]:
         settings,
         await _database(service),
         *await _tokens(service),
-        _limits(service),
+        await _limits(service),
         await _tracing(service, host, port),
         *await asyncio.to_thread(lambda: [*_local(service, host, port)]),
     ]
@@ -86,11 +86,14 @@ async def _tokens(service: Service) -> list[Finding]:
     return [Finding("token keys", False, says)]
 
 
-def _limits(service: Service) -> Finding:
+async def _limits(service: Service) -> Finding:
     """The service tried to reach Redis, and to count there, when it was opened."""
     store = service.admission.store
-    says = store.state if store.up else f"{store.state}; check REDIS_URL, and that this user may write there"
-    return Finding("limits", store.up, says)
+    if not store.up:
+        return Finding("limits", False, f"{store.state}; check REDIS_URL, and that this user may write there")
+    if trouble := await store.trouble():
+        return Finding("limits", False, f"{trouble}; set noeviction, or give the limits a Redis of their own")
+    return Finding("limits", True, store.state)
 
 
 async def _tracing(service: Service, host: str, port: int) -> Finding:

@@ -7,13 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from app import __version__
 from app.settings import http_url
 from tests.conftest import ROOT, service_environ
-from tests.servers import free_port
+from tests.servers import RedisServer, free_port
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -73,6 +74,19 @@ def test_doctor_says_what_is_wrong_and_what_to_do() -> None:
     assert not findings["journal"]["ok"] and "JOURNAL_DIR" in findings["journal"]["says"]
     exposed = run("doctor", "--host", "0.0.0.0", "--port", "0")
     assert exposed.returncode == 1 and "AUTH_MODE=none" in exposed.stdout
+
+
+def test_doctor_warns_of_a_redis_that_evicts_counters(own_redis: RedisServer) -> None:
+    def limits() -> dict[str, Any]:
+        done = run("doctor", "--port", "0", "--json", REDIS_URL=own_redis.url)
+        return next(finding for finding in json.loads(done.stdout) if finding["what"] == "limits")
+
+    own_redis.cli("CONFIG", "SET", "maxmemory-policy", "volatile-lru")
+    assert limits()["ok"], "it may take all the memory that there is"
+    own_redis.cli("CONFIG", "SET", "maxmemory", "64mb")
+    assert not limits()["ok"] and "volatile-lru" in limits()["says"] and "set noeviction" in limits()["says"]
+    own_redis.cli("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    assert limits()["ok"]
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,20 @@ class RedisStore:
     def state(self) -> str:
         return "Redis up" if self.up else f"Redis away ({self.reason}), each policy's on_store_failure holds"
 
+    async def trouble(self) -> str | None:
+        """Keys that may be evicted are counters that begin anew. Who may not ask is told nothing."""
+        link = self._link
+        try:
+            async with asyncio.timeout(CONNECT_S_MIN):
+                told = b"" if link is None else await link.ask("INFO", "memory")
+        except (OSError, TimeoutError, hiredis.ReplyError):
+            return None
+        memory = dict(line.split(b":", 1) for line in told.splitlines() if b":" in line)
+        policy = memory.get(b"maxmemory_policy", b"noeviction").decode()
+        if policy == "noeviction" or memory.get(b"maxmemory", b"0") == b"0":
+            return None
+        return f"Redis evicts keys when it is full (maxmemory-policy {policy}), and a counter that is gone begins anew"
+
     def ask(self, ask: Ask) -> asyncio.Future[Verdict]:
         future: asyncio.Future[Verdict] = self._loop.create_future()
         self.ask_for(future, ask)

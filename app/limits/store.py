@@ -71,6 +71,9 @@ class LimitStore(Protocol):
     def state(self) -> str:
         """For people: what it is, and why it is away if it is."""
 
+    async def trouble(self) -> str | None:
+        """What an operator has to mend although it answers; None: nothing that can be told."""
+
     def ask(self, ask: Ask) -> Verdict | asyncio.Future[Verdict]:
         """Decide, now or soon. Raises StoreAway, here or in the future."""
 

@@ -330,6 +330,7 @@ async def test_a_user_who_may_do_what_is_needed_and_no_more_is_enough(own_redis:
     async with running(f"redis://limits:secret@{HOST}:{own_redis.port}") as store:
         assert store.up, store.reason
         assert (await answer(store, Ask((rate(10), daily(10)), 1))).passes
+        assert await store.trouble() is None, "it may not ask"
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the kernel's own list of timers is Linux's")
