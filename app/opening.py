@@ -36,7 +36,7 @@ from app.limits.admission import Admission
 from app.limits.concurrency import Slots
 from app.limits.limit import KEY_PREFIX
 from app.limits.memory_store import MemoryStore
-from app.limits.policy import Policies, Policy, settings_policies, tool_policies
+from app.limits.policy import Policies, Policy, matching_no_tool, settings_policies, tool_policies
 from app.limits.redis_store import RedisStore as RedisLimits
 from app.migration import MigrationError, migrate
 from app.settings import Settings, SettingsError, has_jwt, is_loopback
@@ -202,8 +202,16 @@ def _tell_of_outcomes(settings: Settings) -> None:
         )
 
 
+RULES_SHOWN_MAX = 10
+"""In one line of the log; there may be a thousand."""
+
+
 async def open_admission(
-    settings: Settings, declared: Iterable[Policy], supervisor: Supervisor, stack: contextlib.AsyncExitStack
+    settings: Settings,
+    declared: Iterable[Policy],
+    registry: Registry,
+    supervisor: Supervisor,
+    stack: contextlib.AsyncExitStack,
 ) -> Admission:
     """Every policy that there is, over the store that settings name. Raises SettingsError."""
     try:
@@ -215,6 +223,9 @@ async def open_admission(
         admission_policies = Policies(policies, settings.limits_expected_replicas)
     except ValueError as error:
         raise SettingsError(str(error)) from None
+    if idle := matching_no_tool(policies, registry.snapshot.tools.keys()):
+        # Not refused: one file may be for services that have other tools.
+        logger.warning("limit policies match no tool", extra={"rules": idle[:RULES_SHOWN_MAX], "count": len(idle)})
     if settings.redis_url is None:
         return Admission(admission_policies, MemoryStore())
     timeout_s = settings.limits_timeout_ms / 1e3

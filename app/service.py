@@ -155,7 +155,7 @@ async def open_service(
         stack.push_async_callback(keys.close)
         stack.push_async_callback(supervisor.close)  # for what fails below; otherwise it is closed before
         access = await open_access(settings, listen, keys, supervisor, stack)
-        admission = await open_admission(settings, declared, supervisor, stack)
+        admission = await open_admission(settings, declared, registry, supervisor, stack)
         log = open_log(settings, registry, database.engine, supervisor, stack) if keep_log else None
         if log is not None:
             log.observe_s = metrics.stages["log"].observe

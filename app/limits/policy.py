@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
@@ -94,6 +94,16 @@ class Policy:
     shadow: bool = False
     adaptive: bool = False
     """The rate tightens with the load of the process."""
+
+
+def matching_no_tool(policies: Iterable[Policy], tool_ids: Collection[str]) -> list[str]:
+    """Names of policies that bind no call of these tools."""
+    found = []
+    for policy in policies:
+        test = _test(policy.match.tool)
+        if not any(test(tool_id) for tool_id in tool_ids):
+            found.append(policy.name)
+    return found
 
 
 class SlotRule(NamedTuple):

@@ -82,6 +82,23 @@ async def test_limits_quota_monthly_is_of_the_tenant_until_the_first_and_leaves_
         assert [status["quota"][name]["used"] for name in ("daily", "monthly")] == [3, 3]
 
 
+async def test_a_policy_that_matches_no_tool_is_taken_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "limits.yaml"
+    path.write_text(
+        "policies:\n"
+        "  - {name: mistyped, match: {tool: web_serach}, rate: 1/hour}\n"
+        "  - {name: glob, match: {tool: 'mail_*'}, rate: 1/hour}\n"
+        "  - {name: all, rate: 1000/hour}\n"
+        "  - {name: some, match: {tool: 'e?ho'}, rate: 1000/hour}\n"
+    )
+    async with serving(tmp_path, LIMITS_FILE=str(path), LIMITS_RATE="1000/hour") as service:
+        assert await outcomes(service, 2) == ["success"] * 2
+    told = [vars(one)["rules"] for one in caplog.records if one.message == "limit policies match no tool"]
+    assert told == [["mistyped", "glob"]]
+
+
 async def test_limits_file_holds_policies_and_a_bad_one_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "limits.yaml"
     path.write_text(
