@@ -107,6 +107,7 @@ def rows(outcome: str) -> str:
     return f'execution_log_rows_total{{{LABELS},outcome="{outcome}"}}'
 
 
+EXECUTION_LIMIT = {f"tool_execution_limit{{{LABELS}}}": always(500)}
 JOURNAL_LIMIT = {f"execution_log_journal_limit_bytes{{{LABELS}}}": always(1000)}
 POOL = 'database_connection_pool_size{%s,state="%s"}'
 
@@ -141,7 +142,7 @@ ALERTS = [
              runs(990, 0) | refusals("dependency_unavailable", 10)),
     counters("LimitRefusalSurge", "warning", 10, runs(799, 0) | refusals("rate_limit", 201),
              runs(800, 0) | refusals("quota", 200)),
-    gauge("ConcurrencyHigh", "warning", 10, "tool_execution_concurrency", 1201, 1200, 0),
+    gauge("ConcurrencyHigh", "warning", 10, "tool_execution_concurrency", 401, 400, 0, EXECUTION_LIMIT),
     gauge("AbandonedRuns", "warning", 10, "tool_abandoned_runs_active", 1, 0, 0),
     gauge("ToolBreakerOpen", "warning", 5, "tool_breaker_state", 1, 0, 0),
     gauge("CpuHigh", "critical", 5, "system_cpu_percent", 90.1, 90, 1),
