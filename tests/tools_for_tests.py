@@ -48,6 +48,13 @@ def block_thread(seconds: float) -> str:
     return "done"
 
 
+@tool(category="custom", timeout=0.1)
+async def hang_in_the_default_pool() -> None:
+    """Take every thread of the loop's default pool for ever."""
+    threads_max = 32  # of any ThreadPoolExecutor that is not told otherwise
+    await asyncio.gather(*(asyncio.to_thread(threading.Event().wait) for _ in range(threads_max)))
+
+
 @tool(category="custom")
 async def block_loop(seconds: float) -> str:
     """Hold the event loop for some seconds."""

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt.algorithms import AllowedPublicKeys
 
 from app.errors import DependencyUnavailable
+from app.off_loop import off_loop
 from app.telemetry.supervision import ignore_result
 
 logger = logging.getLogger("app.access")
@@ -76,7 +77,7 @@ class FileSource:
     async def read(self) -> bytes:
         # In a thread, for a network file system may hang; one at a time, so that a hung one does not take them all.
         if self._reading is None or self._reading.done():
-            self._reading = asyncio.ensure_future(asyncio.to_thread(self._read))
+            self._reading = asyncio.ensure_future(off_loop(self._read))
             self._reading.add_done_callback(ignore_result)
         await asyncio.wait({self._reading})
         return self._reading.result()

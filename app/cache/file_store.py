@@ -7,7 +7,6 @@ Survives SIGKILL; a power cut may lose the last ones.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import sqlite3
@@ -19,6 +18,7 @@ from time import monotonic
 from typing import TypeVar
 
 from app.cache.store import KEPT_MS, Claim, StoreAway, StoreFull
+from app.off_loop import off_loop
 
 logger = logging.getLogger("app.cache")
 
@@ -138,7 +138,7 @@ class FileStore:
         try:
             file = self._opened
             if file is None:  # the one step that touches the disk for long: 20 ms and more
-                file = await asyncio.to_thread(self._open)
+                file = await off_loop(self._open)
             try:
                 file.execute("BEGIN IMMEDIATE")
                 done = work(file)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import orjson
 
 from app.cache.store import CacheStore, StoreAway, digest, key_of
+from app.off_loop import off_loop
 
 logger = logging.getLogger("app.cache")
 
@@ -266,7 +267,7 @@ def _stale_s(life_s: float) -> float:
 
 async def _off_loop(size_bytes: int, work: Callable[..., T], *arguments: Any) -> T:
     """Here, or in a thread where it would take long."""
-    return await asyncio.to_thread(work, *arguments) if size_bytes >= OFF_LOOP_BYTES else work(*arguments)
+    return await off_loop(work, *arguments) if size_bytes >= OFF_LOOP_BYTES else work(*arguments)
 
 
 def _written(write: Write, compress: bool) -> bytes:

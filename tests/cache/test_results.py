@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import pickle
+import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.cache import results as room
-from app.cache.results import ENTRIES_MAX, ENTRY_OVERHEAD_BYTES, JITTER, STALE_S_MAX, CachedTool, ResultCache, Write
+from app.cache.results import (
+    ENTRIES_MAX,
+    ENTRY_OVERHEAD_BYTES,
+    JITTER,
+    OFF_LOOP_BYTES,
+    STALE_S_MAX,
+    CachedTool,
+    ResultCache,
+    Write,
+)
 from tests.cache.stores import redis_store, until
 from tests.servers import RedisAt
 
@@ -218,6 +229,27 @@ async def test_enable_result_compression_makes_long_results_short_in_redis(
         assert await eventually(two, key) == result
         stored = int(redis.cli("STRLEN", key))
         assert (stored < len(result)) is (compress and size > 10)
+
+
+async def test_threads_that_tools_hold_do_not_keep_a_long_result_away(redis_url: str) -> None:
+    release, taken = threading.Event(), threading.Semaphore(0)
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+
+    def hold() -> None:
+        taken.release()
+        release.wait()
+
+    held = loop.run_in_executor(None, hold)
+    taken.acquire()
+    try:
+        async with together(redis_url, compress=False) as one, together(redis_url) as two:
+            key, result = key_of(one), json.dumps("a" * OFF_LOOP_BYTES).encode()
+            one.keep(key, TOOL, result)
+            assert await eventually(two, key) == result
+    finally:
+        release.set()
+        await held
 
 
 async def test_a_result_lives_in_redis_as_long_as_it_may_be_given(redis: RedisAt, redis_url: str) -> None:

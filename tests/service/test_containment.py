@@ -52,6 +52,16 @@ def test_an_exit_in_a_callback_ends_no_other_call_and_not_the_process(serve: Ser
     assert running.process.stdout.read().count(b"exit in a callback") == 3
 
 
+def test_a_tool_that_takes_the_default_threads_keeps_no_call_from_its_own(serve: Serve) -> None:
+    running = serve(TOOL_MODULES=TOOLS)
+    assert running.execute("hang_in_the_default_pool")["status"] == "timeout"
+    keyed = {"tool_id": "echo", "parameters": {"message": "hi"}, "idempotency_key": "k"}  # its file is opened now
+    first = running.rpc("tools.execute", keyed)["result"]
+    assert first["status"] == "success"
+    assert running.rpc("tools.execute", keyed)["result"] == {**first, "replayed": True}
+    assert running.stop() == 0
+
+
 def test_the_results_of_one_request_share_the_room_of_one_answer(serve: Serve) -> None:
     running = serve(TOOL_MODULES=TOOLS, MAX_RESULT_BYTES="10000")
     one = {"tool_id": "return_long", "parameters": {"characters": 9000}}
