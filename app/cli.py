@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -46,6 +47,9 @@ DOTENV = Path(".env")
 MIGRATION_TIMEOUT_S = 3600.0
 """For one statement: to write a large table anew takes its time, and half of it is worth nothing."""
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Where the answer was to go, most likely."""
+
 ENDED_BY_INTERRUPT = 130
 ENDED_BY_PIPE = 141
 ENDED_BY_TERM = 143
@@ -57,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Process 1 of a container is not ended by a signal that it does not handle: before `serve` can drain, and in every
     # other command, SIGTERM would be lost and the engine would wait for its grace.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(ENDED_BY_TERM))
+    _open_standard_files()
     options = _parser().parse_args(arguments)
     try:
         settings = read_settings(os.environ, DOTENV, profile=options.profile)
@@ -68,6 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_doctor_refused(error, options) if options.run is _doctor else _said(error))
     except KeyboardInterrupt:
         sys.exit(ENDED_BY_INTERRUPT)
+
+
+def _open_standard_files() -> None:
+    """Those that were closed: their numbers would go to a journal or a database, and what is logged goes to 1."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))
 
 
 def _said(error: Exception) -> int:
@@ -203,8 +219,11 @@ def _run(command: Coroutine[Any, Any, int]) -> NoReturn:
             code = ENDED_BY_PIPE
         except asyncio.CancelledError:
             code = ENDED_BY_INTERRUPT
-        except Exception:
-            traceback.print_exc()
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                _said(error)
+            else:
+                traceback.print_exc()
             code = 1
         with contextlib.suppress(OSError):
             sys.stderr.flush()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from app import __version__
 from app.settings import http_url
 from tests.conftest import ROOT, service_environ
-from tests.servers import RedisServer, free_port
+from tests.servers import RedisServer, free_port, wait_until
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -156,6 +160,58 @@ def test_a_reader_that_has_seen_enough_is_no_error(command: list[str]) -> None:
     process.stdout.close()
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("command", ["doctor --port 0", "tools list --json", 'tools call echo \'{"message": "a"}\''])
+def test_a_command_whose_stdout_is_closed_does_its_work_and_is_silent(command: str) -> None:
+    done = run_in_shell(f"{command} >&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert run_in_shell(f"{command} <&- >&- 2>&-").returncode == 0
+
+
+def test_no_file_of_a_service_has_the_number_of_a_stdout_that_was_closed(tmp_path: Path) -> None:
+    """Lines of the log go to number 1: into the database, were that its number."""
+    port = free_port()
+    process = subprocess.Popen(
+        ["sh", "-c", f'exec "$0" -m app serve --port {port} <&- >&- 2>&-', sys.executable],
+        cwd=ROOT,
+        env=service_environ(tmp_path),
+    )
+    try:
+        wait_until(lambda: is_alive(port), "it serves")
+        names = [Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in range(3)]
+        assert names == [Path(os.devnull)] * 3
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_alive(port: int) -> bool:
+    try:
+        return httpx.get(http_url("127.0.0.1", port) + "/livez").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("command", ["tools list", "keys list --json", "migrate"])
+def test_an_answer_that_finds_no_room_exits_1_with_a_line_that_says_so(command: str) -> None:
+    done = run_in_shell(f"{command} >/dev/full")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("agentcore-tools: ") and os.strerror(errno.ENOSPC) in line
+
+
+def run_in_shell(command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", f'exec "$0" -m app {command}', sys.executable],
+        cwd=ROOT,
+        env=service_environ(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize("port", ["abc", "-1", "65536", "1_0", "²"])
