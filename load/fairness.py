@@ -1,8 +1,9 @@
 """Whether one tenant's flood is another's: `python -m load.fairness`.
 
 Two tenants with a key each, on a service that this script starts. One calls at a steady pace, alone at first, then
-beside the other at 50 times that pace: on quick calls, where the core is what they share, on calls past the other's
-rate limit, and on slow calls, where slots are. Prints the p95 of the first, alone and beside, and their ratio.
+beside the other at 50 times that pace: on quick calls, where the core is what they share, beside calls of 100 KB, on
+calls past the other's rate limit, and on slow calls, where slots are. Prints the p95 of the first, alone and beside,
+and their ratio.
 """
 
 from __future__ import annotations
@@ -34,16 +35,23 @@ policies:
 
 
 class Scene(NamedTuple):
-    """A tool, and how often a second the steady tenant calls it."""
+    """A tool, how often a second the steady tenant calls it, and what the other calls if that is something else."""
 
     name: str
     tool_id: str
     parameters: dict[str, Any]
     calls_per_s: int
+    flood: tuple[str, dict[str, Any]] | None = None
+
+    def body(self, is_flood: bool) -> str:
+        tool_id, parameters = self.flood if is_flood and self.flood else (self.tool_id, self.parameters)
+        params = {"tool_id": tool_id, "parameters": parameters}
+        return json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": params})
 
 
 SCENES = (
     Scene("quick calls", "echo", {"message": "hello"}, 50),
+    Scene("beside calls of 100 KB", "echo", {"message": "hello"}, 8, ("reflect", {"message": "x" * 100_000})),
     Scene("past its rate limit", "current_time", {}, 50),
     Scene("slow calls, 20 slots", "pause", {"seconds": 0.05}, 8),
 )
@@ -109,14 +117,7 @@ def p95(done: list[Call]) -> float:
 
 async def calls(url: str, key: str, scene: Scene, times: int, seconds: float) -> list[Call]:
     """Calls at a steady pace on `times` connections, each waiting for its answer before it sends again."""
-    body = json.dumps(
-        {
-            "jsonrpc": "2.0",
-            "id": 1,
-            "method": "tools.execute",
-            "params": {"tool_id": scene.tool_id, "parameters": scene.parameters},
-        }
-    )
+    body = scene.body(is_flood=times > 1)
     done: list[Call] = []
     host, port = httpx.URL(url).host, httpx.URL(url).port
     request = (
