@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, Never
 
 from app.errors import (
     RESULT_INVALID,
@@ -170,7 +170,7 @@ class Runner:
         except asyncio.CancelledError as error:
             raise RunFailed(CANCELLED_ITSELF) from error
         except BaseException as error:  # SystemExit too must end the call and not the event loop
-            raise RunFailed(_cause(error, tool, execution_id)) from error
+            _fail(error, tool, execution_id)
         finally:
             if request is not None:
                 asyncio._enter_task(self._loop, request)
@@ -280,8 +280,29 @@ def _returned(ended: asyncio.Future[Any], tool: Tool, execution_id: str) -> Any:
         raise RunFailed(CANCELLED_ITSELF)
     error = ended.exception()
     if error is not None:
-        raise RunFailed(_cause(error, tool, execution_id)) from error
+        _fail(error, tool, execution_id)
     return ended.result()
+
+
+def _fail(error: BaseException, tool: Tool, execution_id: str) -> Never:
+    """Raises RunFailed for what a tool raised: its own words also where a task group of the tool's wrapped them."""
+    told = _told_in_group(error) if isinstance(error, BaseExceptionGroup) else error
+    raise RunFailed(_cause(told, tool, execution_id)) from told
+
+
+def _told_in_group(group: BaseExceptionGroup[Any]) -> BaseException:
+    """The ToolError of a group that holds nothing else, of several the first in doubt or the first; else the group."""
+    told: list[ToolError] = []
+    left: list[BaseException] = [group]
+    while left:
+        error = left.pop()
+        if isinstance(error, BaseExceptionGroup):
+            left += reversed(error.exceptions)
+        elif isinstance(error, ToolError):
+            told.append(error)
+        else:
+            return group
+    return next((error for error in told if error.in_doubt), told[0])
 
 
 def _cause(error: BaseException, tool: Tool, execution_id: str) -> Failure:

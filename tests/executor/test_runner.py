@@ -402,6 +402,33 @@ async def test_a_tool_error_tells_the_agent_its_text_code_and_when_to_try_again(
         assert error == ("TICKET_CLOSED", "tool_error", "The ticket is closed", True, 250)
 
 
+@pytest.mark.parametrize("sibling", [None, ToolError("second"), ValueError(CANARY)], ids=repr)
+async def test_a_tool_error_in_a_task_group_is_still_what_the_tool_says(sibling: Exception | None) -> None:
+    async def ask(error: Exception, gate: asyncio.Event) -> None:
+        try:
+            await gate.wait()
+        finally:
+            raise error
+
+    @tool
+    async def ask_both() -> None:
+        """Ask two at once, in a group within a group: one fails, and the other as it is cancelled."""
+        async with asyncio.TaskGroup(), asyncio.TaskGroup() as group:
+            gate = asyncio.Event()
+            group.create_task(ask(ToolError("No such city", code="NO_CITY", retryable=True), gate))
+            if sibling is not None:
+                group.create_task(ask(sibling, asyncio.Event()))
+            gate.set()
+
+    async with opened(ask_both) as rig:
+        error = (await rig.call(ask_both)).error
+        assert error is not None
+        if isinstance(sibling, ValueError):
+            assert error.code == "TOOL_CRASHED" and CANARY not in error.message
+        else:
+            assert (error.code, error.message, error.retryable) == ("NO_CITY", "No such city", True)
+
+
 async def test_the_text_of_a_tool_error_is_bounded_and_printable() -> None:
     async with opened(fail_with) as rig:
         long = (await rig.call(fail_with, {"kind": "long"})).error
