@@ -59,7 +59,7 @@ def _or_refused(schema: dict[str, Any]) -> dict[str, Any]:
     """The same schema, which a refusal passes too. The TypeScript SDK up to 1.x, which speaks the legacy era, checks
     the structured content of errors against it and throws: its agent would never read when to come back. What the tool
     itself may return under that name goes on passing."""
-    others = schema.get("additionalProperties", False)
+    others = schema.get("additionalProperties", True)
     if type(others) is not bool or not schema.keys() <= _SIMPLE:
         return _wrapped(schema)
     properties, needed = schema.get("properties", {}), schema.get("required", [])
