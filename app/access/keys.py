@@ -149,8 +149,11 @@ class NewKey(BaseModel):
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, frozen=True)
 
-    tenant: Name = Field(description="Whom the caller belongs to: what others share or must not see is kept by this")
-    subject: Name = Field(description="Who calls")
+    tenant: Name = Field(
+        description="Whom the caller belongs to: what others share or must not see is kept by this. Printable, without "
+        "blanks at its ends"
+    )
+    subject: Name = Field(description="Who calls. Printable, without blanks at its ends")
     scopes: Annotated[list[Scope], Field(max_length=SCOPES_MAX)] = Field(
         default=sorted(DEFAULT_SCOPES), description="What it may do; `admin` only when it is named"
     )
@@ -160,7 +163,7 @@ class NewKey(BaseModel):
     limit_class: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = Field(
         default=DEFAULT_LIMIT_CLASS, description="What limit policies match as `class`"
     )
-    expires_in: Life | None = Field(default=None, description="As 90d, 12h, 30m; left out: never")
+    expires_in: Life | None = Field(default=None, description="As 90d, 12h, 30m, at most 36500d; left out: never")
 
     def caller(self) -> Caller:
         return Caller(self.tenant, self.subject, frozenset(self.scopes), tuple(self.tools), self.limit_class)

@@ -435,6 +435,15 @@ def test_what_a_new_key_may_not_say_is_422_by_name(guarded: Guarded, body: Any, 
     assert [each["path"] for each in response.json()["error"]["data"]["errors"]] == [path]
 
 
+def test_what_the_message_must_not_repeat_is_in_the_schema(guarded: Guarded) -> None:
+    bad = {"tenant": " t", "subject": "s ", "expires_in": "99999999d"}
+    errors = admin(guarded, "POST", json=bad).json()["error"]["data"]["errors"]
+    fields = guarded.service.http.get("/openapi.json").json()["components"]["schemas"]["NewKey"]["properties"]
+    told = {"tenant": "without blanks", "subject": "without blanks", "expires_in": "at most 36500d"}
+    assert {each["path"] for each in errors} == set(told)
+    assert all(words in fields[name]["description"] for name, words in told.items())
+
+
 def test_a_bad_page_is_422_and_a_body_that_is_no_json_400(guarded: Guarded) -> None:
     for query in ("limit=0", "limit=1001", "cursor=x", "cursor=%00", "page=2"):
         assert admin(guarded, "GET", f"{ADMIN}?{query}").status_code == 422
