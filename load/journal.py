@@ -1,13 +1,13 @@
 """What a row costs before the database: its record, its share of the journal's write, and reading it back.
 
-`python -m load.journal [FOLDER]`: the folder decides which disk it is.
+`python -m load.journal [FOLDER]`
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,11 +27,16 @@ LEVELS: tuple[Payloads, ...] = ("off", "metadata", "full")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", metavar="FOLDER", nargs="?", help="decides which disk it is; without it, that of temporary files"
+    )
+    options = parser.parse_args()
     for level in LEVELS:
         print(f"{'record, payloads ' + level:44}{_per_call_us(_recording(level), 20_000):10.2f} us")
     prose = orjson.dumps({"text": "The author's keyboard, https://example.org/a, a passage of some tokens. " * 450})
     print(f"{'redact 32 KB of prose':44}{_per_call_us(lambda: redact_json(prose), 20) / 1e3:10.2f} ms")
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         asyncio.run(_journal(Path(folder)))
 
 

@@ -6,6 +6,7 @@ script. Prints Redis's CPU for each call by INFO, and its inverse: Redis runs sc
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import itertools
 import time
@@ -26,21 +27,24 @@ BUDGET_S = 10.0
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of one row")
+    seconds: float = parser.parse_args().seconds
     print(f"{'limits':>7}{'at once':>9}{'calls/s here':>14}{'Redis us a call':>17}{'calls/s of one shard':>22}")
     with RedisServer() as server:
         for limits, callers in itertools.product(LIMITS, CALLERS):
-            calls, cpu_s = asyncio.run(measured(server.url, limits, callers))
+            calls, cpu_s = asyncio.run(measured(server.url, limits, callers, seconds))
             us = cpu_s / calls * 1e6
-            print(f"{limits:>7}{callers:>9}{calls / SECONDS:>14,.0f}{us:>17.1f}{1e6 / us:>22,.0f}")
+            print(f"{limits:>7}{callers:>9}{calls / seconds:>14,.0f}{us:>17.1f}{1e6 / us:>22,.0f}")
 
 
-async def measured(url: str, limits: int, callers: int) -> tuple[int, float]:
-    """Calls that were decided in SECONDS, and Redis's CPU for them."""
+async def measured(url: str, limits: int, callers: int, seconds: float) -> tuple[int, float]:
+    """Calls that were decided in so many seconds, and Redis's CPU for them."""
     store = RedisStore(redis_locator(url, KEY_PREFIX, BUDGET_S), BUDGET_S)
     task = asyncio.create_task(store.run(), name="limit-store")
     await store.settled()
     asks = [Ask(tuple(_limits(tenant, limits)), 1) for tenant in range(TENANTS)]
-    ends = time.monotonic() + SECONDS
+    ends = time.monotonic() + seconds
     before_s = cpu_seconds(url)
     counts = await asyncio.gather(*(_caller(store, asks, number, ends) for number in range(callers)))
     used_s = cpu_seconds(url) - before_s

@@ -6,6 +6,7 @@ medians, and medians of the differences to tracing off. The receiver is another 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import gc
@@ -134,7 +135,7 @@ async def measured(one: Driven, spans_by_now: int) -> Sample:
     return Sample((time.process_time() - process) / CALLS * 1e6, loop / CALLS * 1e6)
 
 
-async def main() -> None:
+async def main(rounds: int) -> None:
     samples: dict[str, list[Sample]] = {way: [] for way in WAYS}
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -144,7 +145,7 @@ async def main() -> None:
             await drive(one.app, CALLS)
         gc.collect()
         gc.freeze()
-        for number in range(ROUNDS):
+        for number in range(rounds):
             for way, one in ways.items():
                 spans_by_now = 2 * CALLS * (number + 2) if way == "100 %" else 0
                 samples[way].append(await measured(one, spans_by_now))
@@ -162,5 +163,11 @@ def show(samples: dict[str, list[Sample]]) -> None:
         print(f"{way:10}{process:12.2f}{more:8.2f}{loop:12.2f}{loop_more:8.2f}")
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    uvloop.run(main())
+    uvloop.run(main(parse().rounds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -31,11 +32,13 @@ OPTIONS = (
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _, given = parser.parse_known_args()
     pin_self()
     print(heading("parts of a call, in process"), flush=True)
     os.chdir(ROOT)
     here = str(Path(__file__).parent)
-    os.execv(sys.executable, [sys.executable, "-m", "pytest", *OPTIONS, *sys.argv[1:], here])
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", *OPTIONS, *given, here])
 
 
 if __name__ == "__main__":

@@ -264,6 +264,16 @@ def test_the_other_commands_of_the_page_are_taken() -> None:
         assert find_spec(module) is not None, module
 
 
+def test_each_measurement_that_a_page_names_says_what_it_does_and_does_nothing_when_asked() -> None:
+    pages = [README, *(README.parent.parent / "docs").rglob("*.md")]
+    modules = {name for page in pages for name in re.findall(r"python -m (load\.\w+)", page.read_text())}
+    assert {"load.journal", "load.micro", "load.shard", "load.tracing"} <= modules
+    for module in sorted(modules):
+        done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and done.stdout.startswith("usage: "), module
+        assert len(done.stdout.split()) > 15, module
+
+
 def test_the_page_lists_the_scenarios_that_there_are() -> None:
     text = README.read_text().split("## Scenarios\n", 1)[1].split("\n\n```", 1)[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
