@@ -25,6 +25,10 @@ from app.execution_log.partitions import ensure_partitions
 INSERT_TIMEOUT_S = 10.0
 """1,000 rows take 30 ms; a server that takes longer than this is in trouble."""
 
+SERVER_SHARE = 0.9
+"""Of that time, after which the server gives up by itself. A connection that is cut leaves its statement to the server,
+where it waits for a lock on and on: an hour of tries would take every connection that there is."""
+
 RECORD_BYTES_SHOWN_MAX = 1_048_576
 """Of a dead letter: more of it would help nobody."""
 
@@ -136,6 +140,7 @@ class PostgresTable:
     def __init__(self, engine: AsyncEngine, timeout_s: float) -> None:
         self._engine = engine
         self._timeout_s = timeout_s
+        self._begin = f"BEGIN; SET LOCAL statement_timeout = {max(1, int(timeout_s * SERVER_SHARE * 1000))}"
 
     async def put(self, records: Sequence[bytes]) -> int:
         document = b"[" + b",".join(records) + b"]"
@@ -149,8 +154,7 @@ class PostgresTable:
 
     async def _insert(self, document: bytes) -> int:
         try:
-            async with borrowed(self._engine, self._timeout_s) as pg:
-                status: str = await pg.execute(POSTGRESQL_INSERT, document)
+            status = await self._execute(POSTGRESQL_INSERT, document)
         except asyncpg.PostgresError as error:
             if error.sqlstate == asyncpg.CheckViolationError.sqlstate and not error.constraint_name:
                 raise
@@ -169,10 +173,22 @@ class PostgresTable:
         shown = record[:RECORD_BYTES_SHOWN_MAX]
         digest = hashlib.sha256(record).digest()
         try:
-            async with borrowed(self._engine, self._timeout_s) as pg:
-                await pg.execute(POSTGRESQL_PARK, digest, execution_id_of(record), shown, why.sqlstate, why.reason)
+            await self._execute(POSTGRESQL_PARK, digest, execution_id_of(record), shown, why.sqlstate, why.reason)
         except asyncpg.PostgresError as error:
             raise away(error) from error
+
+    async def _execute(self, statement: str, *parameters: Any) -> str:
+        """In a transaction, since behind a pooler nothing else may be set."""
+        async with borrowed(self._engine, self._timeout_s) as pg:
+            await pg.execute(self._begin)
+            try:
+                status: str = await pg.execute(statement, *parameters)
+            except asyncpg.PostgresError:
+                if not pg.is_closed():
+                    await pg.execute("ROLLBACK")
+                raise
+            await pg.execute("COMMIT")
+            return status
 
 
 def _blames_a_record(error: asyncpg.PostgresError) -> bool:
