@@ -227,14 +227,14 @@ class Executor:
                 outcome = self.admission.admit(bound, state.cost)
                 run.grant = await self._granted(outcome, run) if isinstance(outcome, Asked) else outcome
 
-        def perform() -> Awaitable[bytes]:
+        def perform(timeout_s: float) -> Awaitable[bytes]:
             run.asked = perf_counter()  # what came before was no limit's time
             return self._performed(call, run, state, arguments, timeout_s, bound)
 
         wanted = Wanted(call, run, state, bound, timeout_s, spend, perform)
         if call.idempotency_key is not None:
             await self._reuse.claim(wanted)
-        return await (self._reuse.result(wanted) if state.reused else perform())
+        return await (self._reuse.result(wanted) if state.reused else perform(timeout_s))
 
     async def _performed(
         self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], timeout_s: float, bound: Bound

@@ -48,8 +48,8 @@ class Wanted(NamedTuple):
     timeout_s: float
     spend: Callable[[Bound], Awaitable[None]]
     """Ask these limits, and keep the grant in the run. Raises the refusal."""
-    perform: Callable[[], Awaitable[bytes]]
-    """Slots, limits, the tool's own run. Raises RunFailed or a refusal."""
+    perform: Callable[[float], Awaitable[bytes]]
+    """Slots, limits, the tool's own run of at most so many seconds. Raises RunFailed or a refusal."""
 
 
 class Reuse:
@@ -117,7 +117,7 @@ class Reuse:
         call, run, state = wanted.call, wanted.run, wanted.state
         parameters = canonical_json(call.parameters)
         if parameters is None:
-            return await wanted.perform()
+            return await wanted.perform(wanted.timeout_s)
         key = None
         if state.cached is not None:
             key = self._results.key(state.cached, call.caller.tenant, parameters)
@@ -131,10 +131,13 @@ class Reuse:
         if not leads:
             turn = flight.join()
             if turn is None:
-                return await wanted.perform()
+                return await wanted.perform(wanted.timeout_s)
+            joined = perf_counter()
             outcome = await self._follow(wanted, flight, turn)
             if not isinstance(outcome, Lead):
                 return outcome
+            # Its run has what it did not wait: nobody who gave it half a second is answered after one.
+            wanted = wanted._replace(timeout_s=max(0.0, wanted.timeout_s - (perf_counter() - joined)))
         return await self._lead(wanted, key, flight)
 
     async def _alone(self, wanted: Wanted, key: str | None) -> bytes:
@@ -147,7 +150,7 @@ class Reuse:
         return await self._performed(wanted, key)
 
     async def _performed(self, wanted: Wanted, key: str | None) -> bytes:
-        result = await wanted.perform()
+        result = await wanted.perform(wanted.timeout_s)
         if key is not None and wanted.state.cached is not None:
             self._results.keep(key, wanted.state.cached, result)
         return result

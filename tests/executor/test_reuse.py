@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -582,6 +584,27 @@ async def test_a_short_deadline_of_the_leader_is_its_own(work: Work) -> None:
         assert (await hasty).status == "timeout"
         work.gate.set()
         assert (await patient).status == "success" and work.runs == 2
+
+
+async def test_a_follower_that_leads_has_what_it_did_not_wait() -> None:
+    deadlines: list[float] = []
+    waited_s = 0.1
+
+    @tool(read_only=True, timeout=10.0)
+    async def work(context: ToolContext) -> None:
+        """Wait until cancelled."""
+        deadlines.append(context.deadline)
+        await asyncio.Event().wait()
+
+    async with opened(work) as rig:
+        first, second = await started(rig, work, 1)
+        joined_at = time.perf_counter()
+        threading.Event().wait(waited_s)
+        for call in (first, second):
+            assert rig.executor.calls.cancel(LOCAL_CALLER, call.get_name(), None)
+            assert (await call).status == "cancelled"
+            await until(lambda: len(deadlines) == 2)
+        assert deadlines[1] < joined_at + waited_s / 2 + 10.0
 
 
 async def test_a_follower_waits_no_longer_than_its_own_deadline(work: Work) -> None:
