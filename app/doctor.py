@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import shutil
@@ -153,6 +154,8 @@ def _listen(host: str, port: int) -> Finding:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         says = f"{host} port {port} cannot be bound ({reason}); choose another --host or --port"
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            says += ", or --port 0 to look beside the service that has it"
         return Finding("address", False, says)
     return Finding("address", True, f"{host}:{port} is free")
 

@@ -17,7 +17,7 @@ import pytest
 
 from app import __version__
 from app.settings import http_url
-from tests.conftest import ROOT, service_environ
+from tests.conftest import ROOT, Running, places_in, service_environ
 from tests.servers import RedisServer, free_port, wait_until
 
 
@@ -69,7 +69,7 @@ def test_doctor_says_what_is_wrong_and_what_to_do() -> None:
         done = run("doctor", "--port", port, "--json", TOOL_MODULES="tests.no_such_module")
     findings = {finding["what"]: finding for finding in json.loads(done.stdout)}
     assert done.returncode == 1
-    assert not findings["address"]["ok"] and "--port" in findings["address"]["says"]
+    assert not findings["address"]["ok"] and "--port 0" in findings["address"]["says"]
     assert not findings["tools from tests.no_such_module"]["ok"]
     nobody = free_port()
     away = run("doctor", "--port", "0", "--json", REDIS_URL=f"redis://127.0.0.1:{nobody}", JOURNAL_DIR="/proc/journal")
@@ -91,6 +91,13 @@ def test_doctor_warns_of_a_redis_that_evicts_counters(own_redis: RedisServer) ->
     assert not limits()["ok"] and "volatile-lru" in limits()["says"] and "set noeviction" in limits()["says"]
     own_redis.cli("CONFIG", "SET", "maxmemory-policy", "noeviction")
     assert limits()["ok"]
+
+
+def test_doctor_finds_nothing_wrong_beside_a_service_that_runs(service: Running) -> None:
+    places = places_in(service.folder)
+    done = run("doctor", "--port", "0", **places)
+    assert done.returncode == 0, done.stdout
+    assert run("doctor", "--port", str(service.port), **places).returncode == 1
 
 
 @pytest.mark.parametrize(
