@@ -42,7 +42,8 @@ BATCH_AT_ONCE = 20
 BEGUN_AT_ONCE_S = 0.002
 """Of the requests of one batch, between two turns of the loop."""
 
-_DIGITS = bytes.maketrans(b"0123456789", b"0000000000")
+_MARKS = bytes.maketrans(b"0123456789{", b"0000000000[")
+"""Every digit the same, and every begin of an array or object: one pass for both questions."""
 _LONG_NUMBER = b"0" * 19
 _LONG_INTEGER = re.compile(rb"[\[,:\s](-[0-9]{19,}+|[0-9]{20,}+)(?=[\],}\s])")
 _INT64_MIN, _UINT64_MAX = -(2**63), 2**64 - 1
@@ -57,13 +58,14 @@ _LEAVES_TAKEN = 4
 def decode(body: bytes) -> Any:
     """The JSON value of a body. Raises ParseError, also for what orjson would let pass changed:
     integers past 64 bits become floats there, and nesting goes to 1,024."""
-    if len(body) > 2 * NESTING_MAX and body.count(b"[") + body.count(b"{") > NESTING_MAX and is_too_much(body):
+    marked = body.translate(_MARKS)
+    if len(body) > 2 * NESTING_MAX and marked.count(b"[") > NESTING_MAX and is_too_much(body):
         raise ParseError(f"Parse error: over {NESTING_MAX} levels or {CONTAINERS_MAX} arrays and objects")
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:
         raise ParseError("Parse error: the body is not valid JSON") from None
-    if body.translate(_DIGITS).find(_LONG_NUMBER) >= 0 and holds_long_integer(body):  # `in` takes 80 ns more of bytes
+    if marked.find(_LONG_NUMBER) >= 0 and holds_long_integer(body):  # `in` takes 80 ns more of bytes
         raise ParseError("Parse error: an integer does not fit 64 bits; send it as a string")
     return value
 
