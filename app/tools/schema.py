@@ -200,6 +200,7 @@ class ResultSchema:
 
     __slots__ = (
         "_adapter",
+        "_may_hold_floats",
         "_may_hold_fragments",
         "_may_hold_iterators",
         "_native",
@@ -217,6 +218,7 @@ class ResultSchema:
         self._adapter: TypeAdapter[Any] | None = None
         self._validate: Callable[[Any], Any] | None = None
         self._native = True
+        self._may_hold_floats = True
         self._may_hold_fragments = True
         self._may_hold_iterators = False
         self.json_schema: dict[str, Any] | None = None
@@ -224,7 +226,9 @@ class ResultSchema:
             self._adapter = _adapter(annotation)
             self._validate = _validator_of_results(self._adapter).validate_python  # the adapter's own adds 0.5 µs to it
             self._native = _is_native(self._adapter.core_schema)
-            self._may_hold_iterators = any(map(_is_roomy, _nodes(self._adapter.core_schema)))
+            nodes = list(_nodes(self._adapter.core_schema))
+            self._may_hold_iterators = any(map(_is_roomy, nodes))
+            self._may_hold_floats = not self._native or any(map(_takes_floats, nodes))
             self._may_hold_fragments = self._native and self._may_hold_iterators
             schema = self._adapter.json_schema(mode="serialization", schema_generator=_PlainJsonSchema)
             self.json_schema = _with_root(schema)
@@ -246,7 +250,7 @@ class ResultSchema:
             if self._may_hold_fragments and getrefcount(orjson.Fragment) > _FRAGMENTS_NONE:
                 _refuse_unwritable(form)
             # Both libraries write NaN and infinities as null, so only a null can hide one.
-            if encoded.find(b"null") >= 0:
+            if self._may_hold_floats and encoded.find(b"null") >= 0:
                 given = valid if self._native else self._dumped(valid, "python")
                 if _hides_non_finite(given, form):
                     raise ValueError("NaN or infinity")
@@ -333,8 +337,17 @@ def _without_iterators(schema: Any) -> Any:
 
 def _is_roomy(node: Mapping[str, Any]) -> bool:
     """Whether something of this core schema can hold what no validator has seen to its end."""
+    return node["type"] == "any" or node["type"] in _COLLECTED or _takes_more(node)
+
+
+def _takes_floats(node: Mapping[str, Any]) -> bool:
+    return node["type"] in ("any", "float") or _takes_more(node)
+
+
+def _takes_more(node: Mapping[str, Any]) -> bool:
+    """Than the fields that it names."""
     extra = node.get("extra_behavior") or (node.get("config") or {}).get("extra_fields_behavior")
-    return node["type"] == "any" or node["type"] in _COLLECTED or extra == "allow"
+    return bool(extra == "allow")
 
 
 _COLLECTED = frozenset(("list", "tuple", "set", "frozenset", "deque"))
