@@ -29,7 +29,9 @@ from load.harness import (
 
 BATCH = 20
 CONNECTIONS = (1, 256, 1000)
-PAYLOADS = {"1 KB": 1_000, "100 KB": 100_000}
+PAYLOADS = {"1 KB": 1_000, "10 KB": 10_000, "100 KB": 100_000}
+PROSE = "The author of https://example.org/a?b=c passed the key to whoever keeps the accounts. "
+"""As texts are: with words that secrets have, and no secret."""
 
 ASGI = {"PROTOCOL_LANE": "false"}
 
@@ -135,7 +137,7 @@ def main() -> None:
                 tables[title] = beside(own, (bare, lane, asgi), number)
         if options.only in (None, "payloads"):
             for name, size in PAYLOADS.items():
-                targets = beside(own, (bare, lane, asgi), message="x" * size, tool_id="reflect")
+                targets = beside(own, (bare, lane, asgi), message=(PROSE * size)[:size], tool_id="reflect")
                 tables[f"messages of {name}, 64 connections"] = targets
         shown: dict[str, Any] = {}
         for title, targets in tables.items():
