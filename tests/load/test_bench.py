@@ -13,7 +13,7 @@ import orjson
 import psutil
 import pytest
 
-from load import compare, growth, headline
+from load import compare, growth, headline, wire
 from load.bench import PARTS
 from load.client import FAILED, REFUSED, RIGHT, Outcome, arrivals
 from load.compare import GATES_MS, Line, Measured, judged, share
@@ -59,7 +59,7 @@ def test_wire_shows_lane_and_asgi_beside_a_bare_echo_without_an_error(tmp_path: 
     assert list(shown) == ["bare uvicorn echo", "everything, lane", "everything, ASGI"]
     assert all(row[-1] == 0 for row in shown.values()), "errors"
     written = orjson.loads(file.read_bytes())["wire"]
-    assert [len(targets) for targets in written.values()] == [3, 3]
+    assert [len(targets) for targets in written.values()] == [3] * len(wire.PAYLOADS)
 
 
 def test_headline_stands_beside_the_origin_and_its_design() -> None:
