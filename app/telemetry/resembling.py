@@ -23,7 +23,7 @@ _GUESSABLE = (
     rf"(?:{_NAMES})(?:{_MORE}{_EQUALS}|{_REST_OF_NAME}{_MEMBER})",
     # `tokens` are counted: as a member's name they are a secret's where the value is no scalar.
     rf"token(?:[0-9a-rt-z_.-]{_MORE})?{_EQUALS}",
-    rf'token(?:[^s"\\]{_REST_OF_NAME})?{_MEMBER}',
+    rf'token(?:(?:[^s"\\]|(?s:\\.)){_REST_OF_NAME})?{_MEMBER}',
     rf"token{_REST_OF_NAME}{_MEMBER}{_BLANK}*[^ \t\n\r\f\v0-9tf-]",
     rf'"(?:x[-_])?auth{_MEMBER}',
     r"""://[^/ \t\n\r\f\v"'<>\\]+@""",

@@ -310,6 +310,14 @@ def test_no_secret_of_a_text_gets_through_the_net(pieces: list[str]) -> None:
         assert redact_text(text + '\n""\npwd=forced') == redact_text(text) + f'\n""\npwd={REDACTED}'
 
 
+@pytest.mark.parametrize("name", ["token\x85id", "token\n", 'a_token"', "token\\s", "tokens"])
+def test_an_escape_in_a_name_opens_no_hole_in_the_net(name: str) -> None:
+    for data in (orjson.dumps({name: 5}), json.dumps({name: 5}).encode()):
+        is_secret = name != "tokens"
+        assert may_hold_guessable(data) is is_secret
+        assert (b"5" not in redact_json(data).rpartition(b":")[2]) is is_secret
+
+
 RANDOM_FORMS = (f"bearer {CANARY}", f"https://example.org/?X-Amz-Signature={CANARY}&a=b")
 THOUGHT_UP = [form for form in FORMS[FORMS.index(f"Authorization: Bearer {CANARY}") :] if form not in RANDOM_FORMS]
 THOUGHT_UP.remove(f"https://example.org/?sv=1&sig={CANARY}%3D")
