@@ -107,13 +107,14 @@ class LoopWatch:
 
     def _report(self, late_s: float) -> None:
         frame = sys._current_frames().get(self._loop_thread)
-        stack = "".join(traceback.format_stack(frame, limit=20)) if frame else ""
+        tool_id = _tool_running_in(frame)  # first: a stack's lines are read from disk, and the loop may go on meanwhile
         task = asyncio.current_task(self._loop)
+        stack = "".join(traceback.format_stack(frame, limit=20)) if frame else ""
         logger.error(
             "event loop blocked",
             extra={
                 "blocked_s": round(late_s, 3),
-                "tool_id": _tool_running_in(frame),
+                "tool_id": tool_id,
                 "task": task.get_name() if task else None,
                 "stack": stack,
             },

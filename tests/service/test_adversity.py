@@ -144,7 +144,7 @@ def test_a_result_of_a_hundred_megabytes_fails_and_the_process_lives(own: Runnin
 
 
 def test_a_blocked_event_loop_is_named_in_the_log_and_answers_afterwards(own: Running) -> None:
-    assert own.execute("block_loop", {"seconds": 1.0})["status"] == "success"
+    assert own.execute("block_loop", {"seconds": 3.0})["status"] == "success"
     event = own.read_log(lambda event: event["message"] == "event loop blocked" and event["tool_id"] == "block_loop")
     assert event["blocked_s"] > 0.25 and "in block_loop" in event["stack"]
     assert own.http.get("/livez").status_code == 200

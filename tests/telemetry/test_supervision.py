@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +163,41 @@ async def test_variables_of_the_code_that_blocks_are_not_looked_at(watch: LoopWa
     block_the_loop(seen.reported)
     (event,) = seen.events
     assert event["tool_id"] is None and tool
+
+
+HELD_IN_A_COROUTINE = """
+def steps(held):
+    yield held()
+
+def run(tool, held):
+    for _ in steps(held):
+        return True  # the stack is cut here: what yielded has no caller any more
+"""
+
+
+class SlowDisk:
+    """A module's source that takes as long to read as its code holds the loop."""
+
+    def __init__(self, went_on: threading.Event) -> None:
+        self.hold = threading.Event()
+        self._went_on = went_on
+
+    def get_source(self, _: str) -> str:
+        self.hold.set()
+        assert self._went_on.wait(SOON_S)
+        return HELD_IN_A_COROUTINE
+
+
+async def test_a_tool_that_ends_while_its_stack_is_read_is_named(watch: LoopWatch, seen: Seen) -> None:
+    went_on = threading.Event()
+    disk = SlowDisk(went_on)
+    code = {"__name__": "app.executor.slow", "__loader__": disk}
+    exec(compile(HELD_IN_A_COROUTINE, "nowhere.py", "exec"), code)
+    assert code["run"](SimpleNamespace(spec=SimpleNamespace(id="slow")), lambda: disk.hold.wait(SOON_S))  # type: ignore[operator]
+    went_on.set()
+    assert await asyncio.to_thread(seen.reported.wait, SOON_S)
+    (event,) = seen.events
+    assert event["tool_id"] == "slow" and "yield held()" in event["stack"]
 
 
 async def test_one_blockage_is_one_line_and_the_next_one_another(watch: LoopWatch, seen: Seen) -> None:
