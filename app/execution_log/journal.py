@@ -13,6 +13,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextvars import Context
 from functools import partial
 from pathlib import Path
 
@@ -91,6 +92,8 @@ class Journal:
         self._retire_bytes = segment_bytes // 4
         self._tail_bytes_max = tail_bytes_max
         self._loop = asyncio.get_running_loop()
+        self._context = Context()
+        """Not that of the call whose record comes first: what is said of the disk is not said of it."""
         self._disk = DiskThread()
         self._syncing = Syncing(self._disk, [own.path, root], sync_interval_s, sync_patience_s)
         self._writer = SegmentWriter(own, self._syncing, segment_bytes)
@@ -215,7 +218,7 @@ class Journal:
         self._records.append(record)
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._flush, context=self._context)
         if not strict:
             return self._commit
         if self._strict is None:
@@ -234,7 +237,7 @@ class Journal:
         self._reserved_by_those += reserved_bytes + FRAME_BYTES
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._flush, context=self._context)
         if not strict:
             return self._commit
         if self._strict is None:

@@ -14,6 +14,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from importlib import resources
 from typing import Any
 
@@ -78,6 +79,8 @@ class RedisStore:
         heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
         self._loop = asyncio.get_running_loop()  # kept: asking costs Python 3.11 a system call
+        self._context = Context()
+        """Not that of the call that asks first: what is said of Redis is not said of it."""
         self._locate = locate
         self._timeout_s = timeout_s
         self._clock_us = clock_us
@@ -143,7 +146,7 @@ class RedisStore:
         self._quiet.clear()
         if not self._in_flight and not self._flush_due:
             self._flush_due = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._flush, context=self._context)
             if self._timer is None:
                 self._wake(self._timeout_s - self._grace_s)
 
@@ -206,13 +209,13 @@ class RedisStore:
             self._quiet.set()
         elif not self._flush_due:
             self._flush_due = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._flush, context=self._context)
 
     # Away and back
 
     def _wake(self, delay_s: float, judged: Waiting | None = None) -> None:
         due = time.perf_counter() + delay_s
-        self._timer = self._loop.call_later(delay_s, self._judge, due, judged)
+        self._timer = self._loop.call_later(delay_s, self._judge, due, judged, context=self._context)
 
     def _judge(self, due: float, judged: Waiting | None) -> None:
         """Run towards the end of the budget of whoever has waited longest. Twice for the same one: a loop that was

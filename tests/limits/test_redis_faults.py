@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from app.calls import CurrentCall, current_call
 from app.clients import redis_locator
 from app.limits.limit import KEY_PREFIX
 from app.limits.redis_link import RedisLink
@@ -166,6 +167,34 @@ async def test_what_is_away_is_said_once_and_what_is_back_is_said_once(
         await asyncio.sleep(0.2)
     said = [record.getMessage() for record in caplog.records]
     assert said == ["limit store away", "limit store up", "limit store away"]
+
+
+@pytest.mark.parametrize("fault", ["killed", "stopped"])
+async def test_what_is_said_of_redis_names_no_call_that_asked_it(site: Site, fault: str) -> None:
+    begin, heal, _ = FAULTS[fault]
+    said = Calls()
+    async with running(site.url, BUDGET_S) as store:
+        logging.getLogger("app.limits").addHandler(said)
+        try:
+            current_call.set(CurrentCall("01a203b6-c8e7-78c0-b0cb-723c1e156398", None, None))
+            begin(site)
+            await outcomes(store, 1, [])
+            await until_away(store)
+        finally:
+            logging.getLogger("app.limits").removeHandler(said)
+            heal(site)
+    assert said.calls == [None]
+
+
+class Calls(logging.Handler):
+    """The call that each line would name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[CurrentCall | None] = []
+
+    def emit(self, _: logging.LogRecord) -> None:
+        self.calls.append(current_call.get())
 
 
 async def test_an_idle_connection_that_redis_closes_costs_no_answer(site: Site) -> None:

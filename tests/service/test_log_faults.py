@@ -441,6 +441,8 @@ def test_a_disk_that_takes_no_more_is_no_end_of_serving_once_it_does_again(place
         limit_files(running, 0)
         first = running.execute("count_calls")
         assert first["status"] == "success", "the tool had run when the write failed"
+        event = running.read_log(lambda event: event["message"] == "journal cannot be written")
+        assert "execution_id" not in event, "it is said of the disk and not of a call"
         for _ in range(20):
             assert running.execute("count_calls")["code"] == -32008
         assert "journal cannot be written or synced, 1 rows are in memory alone" in ready(running)
