@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -35,16 +36,17 @@ make 70 GB of parameters."""
 
 
 async def run_bounded(work: Iterable[Callable[[], Awaitable[None]]], at_once: int) -> None:
-    """Run all of `work`, at most `at_once` at a time, started in order; cancels the rest when cancelled."""
-    remaining = iter(work)
+    """Run all of `work`, at most `at_once` at a time, started in order; cancels the rest when cancelled. Each has a
+    task, and so a context, of its own: what a call's validators set is seen by no other."""
+    slots = asyncio.Semaphore(at_once)
 
-    async def worker() -> None:
-        for item in remaining:
+    async def run(item: Callable[[], Awaitable[None]]) -> None:
+        async with slots:
             await item()
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(at_once):
-            group.create_task(worker(), name="batch-worker")
+        for item in work:
+            group.create_task(run(item), name="of-batch")
 
 
 async def run_batch(execute: Execute, calls: Sequence[ToolCall], max_concurrent: int) -> list[Execution]:
@@ -73,7 +75,11 @@ async def run_fallback(execute: Execute, calls: Sequence[ToolCall]) -> list[Exec
     tool can help: the caller's own mistake, a cancellation, a replica that is shutting down."""
     attempts: list[Execution] = []
     for call in calls:
-        attempts.append(await execute(_received_now(call)))
+
+        async def attempt(call: ToolCall = call) -> None:
+            attempts.append(await execute(_received_now(call)))
+
+        await run_bounded([attempt], 1)
         if not _another_tool_can_help(attempts[-1]):
             break
     return attempts
@@ -122,6 +128,8 @@ class Plan:
         self._missing = {task_id: len(dependencies) for task_id, dependencies in self._dependencies.items()}
         self._executions: dict[str, Execution] = {}
         self._started: list[str] = []
+        self._context = copy_context()
+        """What each task begins with. That of the task which ended before it has what its validators set."""
         self._check(tasks)
 
     def _check(self, tasks: Sequence[PlanTask]) -> None:
@@ -155,7 +163,8 @@ class Plan:
         return PlanResult({task_id: self._executions[task_id] for task_id in self._tasks}, self._started)
 
     def _spawn(self, group: asyncio.TaskGroup, execute: Execute, task_id: str) -> None:
-        group.create_task(self._run_task(group, execute, self._tasks[task_id]), name=f"plan:{task_id}")
+        work = self._run_task(group, execute, self._tasks[task_id])
+        group.create_task(work, name=f"plan:{task_id}", context=self._context.copy())
 
     async def _run_task(self, group: asyncio.TaskGroup, execute: Execute, task: PlanTask) -> None:
         async with self._slots:

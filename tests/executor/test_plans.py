@@ -6,13 +6,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import AfterValidator
 
 from app.calls import LOCAL_CALLER, Execution, ToolCall, new_execution_id
 from app.errors import INVALID_PARAMS, InvalidParams, ToolError
@@ -86,6 +88,38 @@ def plan(*tasks: PlanTask, max_concurrent: int = 10, within_s: float = 30.0) -> 
 
 def statuses(result: PlanResult) -> dict[str, str]:
     return {task_id: execution.status for task_id, execution in result.executions.items()}
+
+
+SEEN: ContextVar[str] = ContextVar("SEEN", default="nothing")
+
+
+def leave_a_mark(text: str) -> str:
+    before = SEEN.get()
+    SEEN.set(text)
+    return before
+
+
+@tool
+async def marked(name: Annotated[str, AfterValidator(leave_a_mark)]) -> str:
+    """Fail with what its validator saw of the calls before."""
+    raise ToolError(name)
+
+
+@tool
+async def marked_well(name: Annotated[str, AfterValidator(leave_a_mark)]) -> str:
+    """Return what its validator saw of the calls before."""
+    return name
+
+
+async def test_what_a_validator_sets_is_seen_by_no_other_call() -> None:
+    async with opened(marked, marked_well) as rig:
+        execute = rig.executor.execute
+        calls = [call(name, "marked") for name in "abc"]
+        for executions in (await run_batch(execute, calls, 1), await run_fallback(execute, calls)):
+            assert [execution.error and execution.error.message for execution in executions] == ["nothing"] * 3
+        first = PlanTask("a", call("a", "marked_well"), ())
+        result = await plan(first, PlanTask("b", call("b", "marked_well"), ("a",))).run(execute)
+        assert {execution.result for execution in result.executions.values()} == {b'"nothing"'}
 
 
 async def test_a_diamond_runs_its_middle_at_once_and_its_end_last() -> None:
