@@ -248,3 +248,11 @@ def test_a_host_that_is_none_exits_1_with_a_line_that_says_so(host: str) -> None
 @pytest.mark.parametrize(("host", "url"), [("127.0.0.1", "http://127.0.0.1:8001"), ("::1", "http://[::1]:8001")])
 def test_the_url_of_a_listener_has_brackets_around_ipv6(host: str, url: str) -> None:
     assert http_url(host, 8001) == url
+
+
+def test_python_without_docstrings_is_refused_with_what_to_do() -> None:
+    refused = run("tools", "list", PYTHONOPTIMIZE="2")
+    assert (
+        refused.returncode == 2 and "PYTHONOPTIMIZE at most 1" in refused.stderr and "Traceback" not in refused.stderr
+    )
+    assert run("tools", "list", PYTHONOPTIMIZE="1").returncode == 0
