@@ -155,7 +155,8 @@ class Wire:
         self._unlogged += 1
         now = time.monotonic()
         if now >= self._log_after:
-            log.warning("Refused or cut %d requests, the latest as %s %s", self._unlogged, reason.value, detail)
+            facts = {"requests": self._unlogged, "reason": reason.value, "detail": detail}
+            log.warning("requests refused or cut", extra=facts)
             self._unlogged = 0
             self._log_after = now + LOG_INTERVAL_S
 

@@ -521,6 +521,8 @@ def test_a_flood_of_bad_peers_writes_a_few_log_lines(server: Served, caplog: pyt
     assert server.wire.refused[Reason.MALFORMED] == refused + 200
     loud = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(loud) <= 2 + (time.monotonic() - began)
+    assert {record.getMessage() for record in loud} == {"requests refused or cut"}, "one message for who counts lines"
+    assert "malformed" in {vars(record)["reason"] for record in loud}
     assert not any(record.exc_info for record in loud)
 
 
