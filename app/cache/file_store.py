@@ -7,10 +7,10 @@ Survives SIGKILL; a power cut may lose the last ones.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +70,7 @@ class FileStore:
         self._clock_ms = clock_ms
         self._pages_max = bytes_max // PAGE_BYTES
         self._opened: sqlite3.Connection | None = None
-        self._opening = threading.Lock()
+        self._opening: asyncio.Future[sqlite3.Connection] | None = None
         self._closed = False
         self._claims = 0
         self._said_until = 0.0
@@ -138,7 +138,7 @@ class FileStore:
         try:
             file = self._opened
             if file is None:  # the one step that touches the disk for long: 20 ms and more
-                file = await off_loop(self._open)
+                file = await self._open()
             try:
                 file.execute("BEGIN IMMEDIATE")
                 done = work(file)
@@ -163,14 +163,26 @@ class FileStore:
             logger.warning("the file of idempotency keys cannot be used", extra={"reason": reason})
             self._said_until = now_s + SAID_EVERY_S
 
-    def _open(self) -> sqlite3.Connection:
-        """In a thread. Who is cancelled meanwhile leaves the file open for the next."""
-        with self._opening:
-            if self._closed:
-                raise OSError(errno.ESHUTDOWN, "the store is closed")
-            if self._opened is None:
-                self._opened = self._new_connection()
-            return self._opened
+    async def _open(self) -> sqlite3.Connection:
+        """In a thread, and one at a time: a disk that hangs keeps one of them. Who is cancelled meanwhile leaves the
+        file open for the next."""
+        if self._closed:
+            raise OSError(errno.ESHUTDOWN, "the store is closed")
+        opening = self._opening
+        if opening is None:
+            opening = self._opening = asyncio.ensure_future(off_loop(self._new_connection))
+            opening.add_done_callback(self._has_opened)
+        await asyncio.wait({opening})
+        return opening.result()
+
+    def _has_opened(self, opening: asyncio.Future[sqlite3.Connection]) -> None:
+        self._opening = None
+        if opening.cancelled() or opening.exception() is not None:
+            return
+        if self._closed:
+            opening.result().close()
+        else:
+            self._opened = opening.result()
 
     def _new_connection(self) -> sqlite3.Connection:
         if self._path != MEMORY:

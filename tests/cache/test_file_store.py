@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sqlite3
 import stat
@@ -14,6 +15,7 @@ import pytest
 
 from app.cache.file_store import SWEEP_EVERY, SWEPT_MAX, FileStore
 from app.cache.store import KEPT_MS, StoreAway, StoreFull
+from app.off_loop import THREADS_MAX, off_loop
 from tests.cache.stores import LEASE_MS, Clock
 from tests.conftest import ROOT
 
@@ -136,6 +138,38 @@ async def test_who_holds_the_file_for_long_is_not_waited_for(tmp_path: Path) -> 
     assert (await store.begin("second", "fp", "token", LEASE_MS, take_over=False)).state == "begun"
     other.close()
     await store.close()
+
+
+async def test_a_file_that_takes_long_to_open_keeps_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.cache.file_store.OPEN_S_MAX", 60.0)
+    path = tmp_path / "keys.db"
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    store = FileStore(path)
+    claims = [
+        asyncio.ensure_future(store.begin(str(number), "fp", "token", LEASE_MS, take_over=False))
+        for number in range(2 * THREADS_MAX)
+    ]
+    await asyncio.sleep(0)
+    await off_loop(lambda: None)
+    assert not any(claim.done() for claim in claims), "other work did not wait for them"
+    other.execute("ROLLBACK")
+    assert {claim.state for claim in await asyncio.gather(*claims)} == {"begun"}
+    other.close()
+    await store.close()
+
+
+async def test_a_store_that_closes_while_its_file_opens_leaves_none_open(tmp_path: Path) -> None:
+    path = tmp_path / "keys.db"
+    store = FileStore(path)
+    claim = asyncio.ensure_future(store.begin("key", "fp", "token", LEASE_MS, take_over=False))
+    await asyncio.sleep(0)
+    await store.close()
+    with pytest.raises(StoreAway, match="closed"):
+        await claim
+    with pytest.raises(StoreAway, match="closed"):
+        await store.begin("key", "fp", "token", LEASE_MS, take_over=False)
+    assert str(path) not in {os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()}
 
 
 async def test_a_file_that_is_none_and_a_folder_that_cannot_be_are_a_store_that_is_away(tmp_path: Path) -> None:
