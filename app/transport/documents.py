@@ -1,4 +1,4 @@
-"""The OpenAPI document of the whole service and the page that shows it, both built once.
+"""The OpenAPI document of the whole service, built once.
 
 FastAPI contributes its routes; the shapes and the doors, which stand ahead of FastAPI, are added here: JSON-RPC from
 the method table, MCP as `mcp_openapi.py` has it, the execute path of REST.
@@ -10,12 +10,11 @@ from collections.abc import Iterable, Sequence
 
 import orjson
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from app.access.keys import NewKey
-from app.transport import shapes
+from app.transport import docs_page, shapes
 from app.transport.admin import CREATE_KEY, FORGET_RESULTS, LIST_KEYS, REVOKE_KEY, Forgotten, KeyMade, KeyPage
 from app.transport.examples import EXAMPLES, EXECUTION, OPENRPC, Json
 from app.transport.executions import EXPORT_EXECUTIONS, GET_EXECUTION, LIST_EXECUTIONS
@@ -74,19 +73,10 @@ REQUEST_ID = {"type": ["string", "number", "null"]}
 def mount(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None, *, always_asks: bool) -> None:
     """Add /openapi.json and /docs. Call it when every other route is there. `always_asks`: for a credential."""
     document_json = b""
-    page_html = get_swagger_ui_html(
-        openapi_url="openapi.json",  # relative, so that it is found behind a proxy that adds a prefix
-        title=app.title,
-        swagger_favicon_url="data:,",
-    ).body
 
     @open_to_all
     async def document(request: Request) -> Response:
         return Response(document_json, media_type="application/json")
-
-    @open_to_all
-    async def page(request: Request) -> Response:
-        return Response(page_html, media_type="text/html")
 
     app.add_api_route(
         "/openapi.json",
@@ -98,20 +88,7 @@ def mount(app: FastAPI, table: Sequence[MethodSpec], public_url: str | None, *, 
         response_class=Response,
         responses={200: response("OpenAPI 3.1", {"type": "object"}), **refusals([403])},
     )
-    app.add_api_route(
-        "/docs",
-        page,
-        methods=["GET"],
-        tags=["documents"],
-        operation_id="getDocs",
-        summary="This document as a page",
-        description="Swagger UI. Its scripts come from cdn.jsdelivr.net: without the internet the page stays blank.",
-        response_class=Response,
-        responses={
-            200: {"description": "A page", "content": {"text/html": {"schema": {"type": "string"}}}},
-            **refusals([403]),
-        },
-    )
+    docs_page.mount(app)
     document_json = orjson.dumps(openapi_document(app, table, public_url, always_asks=always_asks))
 
 
