@@ -191,6 +191,12 @@ class Settings(BaseModel):
         le=68_719_476_736,
         description="Bytes of all request bodies over 32 KiB that have no answer yet; past it 503",
     )
+    max_response_bytes_in_flight: int = Field(
+        268_435_456,
+        ge=1_048_576,
+        le=68_719_476_736,
+        description="Bytes of all answers that their clients leave unread; past it who has waited longest is cut",
+    )
     max_result_bytes: int = Field(
         1_048_576, ge=1024, le=67_108_864, description="Bytes of a tool's result as JSON; over it the run failed"
     )
@@ -269,6 +275,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "http_connection_pool_size": 20,
         "max_concurrent_executions": 500,
         "max_request_bytes_in_flight": 67_108_864,
+        "max_response_bytes_in_flight": 67_108_864,
         "result_cache_bytes": 8_388_608,
     },
 }

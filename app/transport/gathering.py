@@ -57,6 +57,9 @@ class GatheringTransport(asyncio.Transport):
             self._unsent = bytes(data)
             self._outbox.add(self, self._loop)
 
+    def get_write_buffer_size(self) -> int:
+        return len(self._unsent) + self._transport.get_write_buffer_size()
+
     def flush(self) -> None:
         """Hand over what is there; nothing to a connection that is gone."""
         unsent, self._unsent = self._unsent, b""

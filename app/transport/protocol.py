@@ -190,6 +190,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.wire.forget(self.expire)
+        self.wire.note_read(self.transport)
         self._give_room_back()
         running = self._running if self.pipeline else self.cycle
         self.pipeline.clear()
@@ -200,10 +201,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         self._blocked_since = self.loop.time()
         super().pause_writing()
+        self.wire.note_unread(self.transport)
 
     def resume_writing(self) -> None:
         self._blocked_since = 0.0
         super().resume_writing()
+        self.wire.note_read(self.transport)
 
     def data_received(self, data: bytes) -> None:
         phase = self._phase

@@ -63,6 +63,7 @@ class Server(uvicorn.Server):
             HttpBounds(
                 request_bytes_max=settings.max_request_bytes,
                 requests_bytes_max=max(settings.max_request_bytes_in_flight, settings.max_request_bytes),
+                responses_bytes_max=settings.max_response_bytes_in_flight,
                 header_read_timeout_s=settings.request_read_timeout_s,
                 body_read_timeout_s=settings.request_read_timeout_s,
             ),

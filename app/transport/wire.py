@@ -47,6 +47,9 @@ class HttpBounds:
     requests_bytes_max: int = 268_435_456
     """Of the bodies over LARGE_BODY_BYTES of all connections together, from their first byte to their answer."""
 
+    responses_bytes_max: int = 268_435_456
+    """Of the answers of all connections together that their peers have not read. One alone may be larger."""
+
     header_read_timeout_s: float = 10.0
     """From the first byte of a head, or from the answer before it, to its last byte."""
 
@@ -94,6 +97,7 @@ class Reason(StrEnum):
     HEAD_TOO_SLOW = "head_too_slow"
     BODY_TOO_SLOW = "body_too_slow"
     READER_TOO_SLOW = "reader_too_slow"
+    ANSWERS_FULL = "answers_full"
     IDLE = "idle"
     PIPELINE_FULL = "pipeline_full"
     BODIES_FULL = "bodies_full"
@@ -117,6 +121,9 @@ class Wire:
         self.connections: set[Expire] = set()
         self.bodies_bytes = 0
         """Of large bodies whose requests have no answer yet."""
+        self._unread: dict[asyncio.WriteTransport, int] = {}
+        """Of each connection whose peer reads slowly, bytes that it has not read; who waits longest comes first."""
+        self.unread_bytes = 0
         self.gone_log = _GoneLog(self)
         self.default_head = DefaultHead()
         self.outbox = Outbox()
@@ -147,6 +154,21 @@ class Wire:
     def has_room_for(self, body_bytes: int) -> bool:
         """Whether so much more of large bodies may come."""
         return self.bodies_bytes + body_bytes <= self.bounds.requests_bytes_max
+
+    def note_unread(self, transport: asyncio.WriteTransport) -> None:
+        """Its peer has left so much unread that it takes no more. Past the bound who waits longest is cut."""
+        self.note_read(transport)
+        self._unread[transport] = unread_bytes = transport.get_write_buffer_size()
+        self.unread_bytes += unread_bytes
+        while self.unread_bytes > self.bounds.responses_bytes_max and len(self._unread) > 1:
+            slowest = next(iter(self._unread))
+            self.note_read(slowest)
+            self.count(Reason.ANSWERS_FULL)
+            slowest.abort()
+
+    def note_read(self, transport: asyncio.WriteTransport) -> None:
+        """Or it is gone."""
+        self.unread_bytes -= self._unread.pop(transport, 0)
 
     def count(self, reason: Reason, detail: str = "") -> None:
         self.refused[reason] += 1

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import signal
@@ -555,6 +556,25 @@ def test_max_request_bytes_in_flight_bounds_large_requests_together(serve: Serve
         assert peer.response().json["result"]["result"] == "asgi"
     for peer in peers:
         assert peer.send(large).response().json["result"]["result"] == "asgi"
+    door.hang_up()
+
+
+@pytest.mark.parametrize("door_name", DOORS)
+def test_max_response_bytes_in_flight_cuts_the_slowest_of_those_that_do_not_read(serve: Serve, door_name: str) -> None:
+    lane = "true" if door_name == "lane" else "false"
+    bounds = {"MAX_RESPONSE_BYTES_IN_FLIGHT": str(2**20), "MAX_RESULT_BYTES": str(2**24)}
+    running = serve(PROTOCOL_LANE=lane, TOOL_MODULES=TOOLS, **bounds)
+    door = Door(running, door_name)
+    request = door.taught(http(execute("return_long", characters=12_000_000)))
+    slow, next_one = (door.connect(receive_buffer_bytes=4096) for _ in range(2))
+    assert slow.send(request).file.read(4) == b"HTTP"
+    assert next_one.send(request).file.read(4) == b"HTTP"
+    wait_until(lambda: running.metric("http_wire_refusals_total", reason="answers_full") == 1, "one is cut")
+    running.read_log(lambda event: event["message"] == "requests refused or cut" and event["reason"] == "answers_full")
+    with contextlib.suppress(ConnectionResetError):
+        assert len(slow.response().body) < 12_000_000
+    assert len(next_one.response().json["result"]["result"]) == 12_000_000
+    assert door.answers(door.connect().send(door.taught(http(which()))).response())
     door.hang_up()
 
 
