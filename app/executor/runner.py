@@ -7,6 +7,7 @@ cancelled, given a moment, then abandoned and counted. Knows no registry, no lim
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import time
@@ -286,7 +287,10 @@ def _returned(ended: asyncio.Future[Any], tool: Tool, execution_id: str) -> Any:
 
 def _fail(error: BaseException, tool: Tool, execution_id: str) -> Never:
     """Raises RunFailed for what a tool raised: its own words also where a task group of the tool's wrapped them."""
-    told = _told_in_group(error) if isinstance(error, BaseExceptionGroup) else error
+    told = error
+    if isinstance(error, BaseExceptionGroup):
+        with contextlib.suppress(BaseException):  # a subclass whose members or attributes fail
+            told = _told_in_group(error)
     raise RunFailed(_cause(told, tool, execution_id)) from told
 
 
@@ -297,12 +301,18 @@ def _told_in_group(group: BaseExceptionGroup[Any]) -> BaseException:
     while left:
         error = left.pop()
         if isinstance(error, BaseExceptionGroup):
-            left += reversed(error.exceptions)
+            left += reversed(_members(error))
         elif isinstance(error, ToolError):
             told.append(error)
         else:
             return group
     return next((error for error in told if error.in_doubt), told[0])
+
+
+_members: Callable[[BaseExceptionGroup[Any]], tuple[BaseException, ...]] = vars(BaseExceptionGroup)[
+    "exceptions"
+].__get__
+"""As the group was made: a subclass may say that it holds itself."""
 
 
 def _cause(error: BaseException, tool: Tool, execution_id: str) -> Failure:

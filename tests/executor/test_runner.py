@@ -178,6 +178,7 @@ RAISED: dict[str, Callable[[], object]] = {
     "TimeoutError": lambda: TimeoutError(CANARY),
     "ExceptionGroup": lambda: ExceptionGroup(CANARY, [ValueError(CANARY)]),
     "BaseExceptionGroup": lambda: BaseExceptionGroup(CANARY, [SystemExit(CANARY), KeyboardInterrupt()]),
+    "ExceptionGroup of a ToolError that fails": lambda: ExceptionGroup(CANARY, [DoubtFails(CANARY)]),
     "BaseException": lambda: OwnBaseException(CANARY),
 }
 
@@ -362,6 +363,18 @@ class ExitsWhenAsked(ToolError):
         pass
 
 
+class DoubtFails(ToolError):
+    @property
+    def in_doubt(self) -> bool:  # type: ignore[override]
+        sys.exit(3)
+
+
+class HoldsItself(ExceptionGroup[Exception]):
+    @property
+    def exceptions(self) -> tuple[Exception, ...]:  # type: ignore[override]
+        return (self,)
+
+
 def with_wait(retry_after_ms: Any) -> ToolError:
     return ToolError("Busy", retryable=True, retry_after_ms=retry_after_ms)
 
@@ -400,6 +413,17 @@ async def test_a_tool_error_tells_the_agent_its_text_code_and_when_to_try_again(
     async with opened(fail_with) as rig:
         error = (await rig.call(fail_with, {"kind": "plain"})).error
         assert error == ("TICKET_CLOSED", "tool_error", "The ticket is closed", True, 250)
+
+
+async def test_a_group_that_says_it_holds_itself_is_what_it_was_made_of() -> None:
+    @tool
+    async def ask() -> None:
+        """Raise a group without an end."""
+        raise HoldsItself("all", [ToolError("No such city", code="NO_CITY")])
+
+    async with opened(ask) as rig:
+        error = (await rig.call(ask)).error
+        assert error is not None and error.code == "NO_CITY"
 
 
 @pytest.mark.parametrize("sibling", [None, ToolError("second"), ValueError(CANARY)], ids=repr)
