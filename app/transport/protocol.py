@@ -140,6 +140,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         "_segment_bytes",
         "_shared_bytes",
         "_since",
+        "_task",
         "_verdict",
     )
 
@@ -161,6 +162,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._answer = b""
         self._running: RequestResponseCycle | None = None
         """The request that those in `pipeline` wait for; without any, `cycle` is the only one."""
+        self._task: asyncio.Task[None] | None = None
+        """Of the request that the application began last."""
         self._linger_bytes = self._bounds.linger_bytes_max
         self._host_checked: bytes | None = None
         self.url = b""
@@ -191,11 +194,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.wire.forget(self.expire)
         self.wire.note_read(self.transport)
-        self._give_room_back()
         running = self._running if self.pipeline else self.cycle
         self.pipeline.clear()
         if is_open(running):
             self._disconnect(running)
+        if self._task is None:
+            self._give_room_back()
+        elif self._counted_bytes:  # it has the body whether or not somebody waits for it
+            self._task.add_done_callback(lambda _: self._give_room_back())
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -348,23 +354,32 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._reject(self._head_too_large())
 
     def on_body(self, body: bytes) -> None:
-        if self._declared_bytes == _CHUNKED:
-            self._body_bytes += len(body)
-            if self._body_bytes > self._bounds.request_bytes_max:
-                self._reject(self._body_too_large())
+        declared_bytes = self._declared_bytes
+        room_bytes = len(body) if declared_bytes > LARGE_BODY_BYTES else 0
+        if declared_bytes == _CHUNKED:
+            room_bytes = self._pass_chunk(len(body))
         cycle = self.cycle
         if cycle.response_complete:
             return
-        if not 0 <= self._declared_bytes <= LARGE_BODY_BYTES:
-            self._take_room(len(body))
+        if room_bytes:
+            self._take_room(room_bytes)
         cycle.body += body
         cycle.message_event.set()
         if len(cycle.body) > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
 
+    def _pass_chunk(self, chunk_bytes: int) -> int:
+        """The room that it takes: none until the body is large, and then for what came before it too."""
+        before = self._body_bytes
+        self._body_bytes = body_bytes = before + chunk_bytes
+        if body_bytes > self._bounds.request_bytes_max:
+            self._reject(self._body_too_large())
+        if body_bytes <= LARGE_BODY_BYTES:
+            return 0
+        return chunk_bytes if before > LARGE_BODY_BYTES else body_bytes
+
     def _take_room(self, body_bytes: int) -> None:
-        """For what has come of a body that is large, or may be. A peer that declares much and sends little takes
-        little."""
+        """For what has come of a body that is large. A peer that declares much and sends little takes little."""
         if not self.wire.has_room_for(body_bytes):
             self._reject(BODIES_FULL)
         self.wire.bodies_bytes += body_bytes
@@ -398,6 +413,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         log = self.wire.access_log
         line = None if log is None else log.line_of(cycle, app)
         task = asyncio.Task(cycle.run_asgi(line or app), loop=self.loop)
+        self._task = task
         self.tasks.add(task)
         if cycle.scope["method"] == "HEAD" or cycle.waiting_for_100_continue:
             # Neither has its head for a first write: one has no second, the other says 100 before it.

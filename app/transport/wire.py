@@ -45,7 +45,7 @@ class HttpBounds:
     request_bytes_max: int = 1_048_576
 
     requests_bytes_max: int = 268_435_456
-    """Of the bodies over LARGE_BODY_BYTES of all connections together, from their first byte to their answer."""
+    """Of the bodies over LARGE_BODY_BYTES of all connections together, from the first byte to the end of the call."""
 
     responses_bytes_max: int = 268_435_456
     """Of the answers of all connections together that their peers have not read. One alone may be larger."""
@@ -120,7 +120,7 @@ class Wire:
         self.refused = dict.fromkeys(Reason, 0)
         self.connections: set[Expire] = set()
         self.bodies_bytes = 0
-        """Of large bodies whose requests have no answer yet."""
+        """Of large bodies whose requests have not ended: not answered, nor done where the client has gone."""
         self._unread: dict[asyncio.WriteTransport, int] = {}
         """Of each connection whose peer reads slowly, bytes that it has not read; who waits longest comes first."""
         self.unread_bytes = 0

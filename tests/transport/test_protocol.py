@@ -76,6 +76,8 @@ class Echo:
             return self.seen.put("sent")
         if way == "listening":
             await self.listen(receive)
+        if way == "kept":
+            await self.gate.wait()
         told = {"method": scope["method"], "path": scope["path"], "body": body.decode("latin-1")}
         told["headers"] = [name.decode() for name, _ in scope["headers"]]
         return await self.answer(send, json.dumps(told).encode())
@@ -655,6 +657,12 @@ def test_large_bodies_past_the_room_for_all_get_503_and_small_ones_pass(tight: S
     assert refused.headers["retry-after"] == "1" and refused.json["error"]["data"]["retry_after_ms"] == 1000
     assert tight.wire.refused[Reason.BODIES_FULL] == 1
     assert tight.ask(post(b"x", bytes(32_768))).status == 200
+    assert (
+        tight.ask(
+            CHUNKED % b"x" + b"4000\r\n" + bytes(16_384) + b"\r\n" + b"4000\r\n" + bytes(16_384) + b"\r\n0\r\n\r\n"
+        ).status
+        == 200
+    )
     tight.ask(GET % b"open")
     assert [peer.response().status for peer in running] == [200] * 3
     eventually(lambda: tight.wire.bodies_bytes == 0)
@@ -675,6 +683,32 @@ def test_room_is_taken_by_what_has_come_of_a_body_and_not_by_what_was_declared(t
     last.send(rest)
     tight.ask(GET % b"open")
     assert [peer.response().status for peer in (whole, last)] == [200, 200]
+    eventually(lambda: tight.wire.bodies_bytes == 0)
+
+
+@pytest.mark.parametrize("large", LARGE.values(), ids=LARGE.keys())
+def test_room_is_taken_for_as_long_as_a_request_runs_though_its_client_has_gone(tight: Served, large: bytes) -> None:
+    """Clients that give up and send anew would take as much memory as they like."""
+    large = large.replace(b"/gated", b"/kept")
+    peers = [tight.connect().send(large) for _ in range(3)]
+    eventually(lambda: tight.wire.bodies_bytes == 300_000)
+    for peer in peers:
+        peer.close()
+    eventually(lambda: not tight.wire.connections)
+    assert_refused(tight.connect().send(large), 503)
+    tight.ask(GET % b"open")
+    eventually(lambda: tight.wire.bodies_bytes == 0)
+    assert tight.ask(large).status == 200
+
+
+def test_a_chunked_body_takes_room_for_all_of_it_once_it_is_large(tight: Served) -> None:
+    peer = tight.connect().send(CHUNKED % b"gated")
+    for number in range(1, 5):
+        peer.send(b"3000\r\n" + bytes(12_288) + b"\r\n")
+        if number > 2:
+            eventually(lambda number=number: tight.wire.bodies_bytes == number * 12_288)
+    tight.ask(GET % b"open")
+    assert peer.send(b"0\r\n\r\n").response().status == 200
     eventually(lambda: tight.wire.bodies_bytes == 0)
 
 
