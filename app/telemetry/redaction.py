@@ -122,8 +122,6 @@ _JSON_FORMS = (*_PLAIN_FORMS, *_assigned_forms(rb"\\(?:\\\\){0,3}\""))
 """Inside of a JSON string a quote has an odd number of backslashes before it."""
 
 
-_SCHEME_FORMS = tuple(form for form in _PLAIN_FORMS if form.hint in ("basic", "bearer"))
-
 Span = tuple[int, int, bytes]
 """Begin and end of what is taken out, and what comes in its place."""
 
@@ -196,7 +194,7 @@ def _may_hold_secret(data: bytes, low: str) -> bool:
 
 
 def _holds_scheme(data: bytes, low: str) -> bool:
-    return resembling.may_hold_scheme(low) and bool(_form_spans(data, low, _SCHEME_FORMS))
+    return resembling.may_hold_scheme(low) and resembling.holds_scheme(data.decode("latin-1"))
 
 
 def _lowered(data: bytes) -> str:

@@ -60,3 +60,19 @@ may_hold_guessable = _net(*_GUESSABLE).isinstance_python
 
 may_hold_scheme = _net(rf"(?:basic|bearer){_BLANK}{{1,8}}[0-9a-z._~+/=-]{{8}}").isinstance_python
 """And of credentials after a scheme. Prose has these words too: in lower case it cannot be told."""
+
+_MARK = "[0-9._~+/=-]"
+_CREDENTIAL = "|".join(
+    (
+        *(rf"[A-Za-z]{{{letters}}}{_MARK}[A-Za-z0-9._~+/=-]{{{7 - letters}}}" for letters in range(8)),
+        rf"[A-Za-z]{{8,80}}{_MARK}",
+        *(rf"[A-Za-z][a-z]{{{letters}}}[A-Z][A-Za-z0-9._~+/=-]{{{6 - letters}}}" for letters in range(6)),
+        r"[A-Za-z][a-z]{6,80}[A-Z]",
+    )
+)
+"""Eight characters or more with one among them that words of prose have not: this engine cannot look ahead, so each
+place of the first is spelt out."""
+
+holds_scheme = _net(rf"(?i:basic|bearer){_BLANK}{{1,8}}(?:{_CREDENTIAL})").isinstance_python
+"""Takes the text as it is, every byte a character: whether there are credentials after a scheme. Place by place, a
+megabyte that tells of basic needs would hold the loop: before a digest all of a payload is looked at."""

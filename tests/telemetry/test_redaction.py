@@ -345,3 +345,36 @@ def test_what_people_think_up_is_seen_before_a_digest(value: Any) -> None:
 )
 def test_words_of_secrets_alone_are_no_secret(text: str) -> None:
     assert not may_hold_guessable(orjson.dumps(text))
+
+
+SCHEMED = st.sampled_from(
+    [
+        "basic",
+        "Basic",
+        "BEARER",
+        " ",
+        "  ",
+        "\t",
+        "a",
+        "A",
+        "7",
+        ".",
+        "=",
+        "aaaa",
+        "aaaaaaa",
+        "aaaaaA",
+        "x" * 79,
+        "x" * 80,
+        "é",
+        ",",
+    ]
+)
+
+
+@given(pieces=st.lists(SCHEMED, max_size=8))
+@settings(max_examples=1000, deadline=None)
+def test_credentials_after_a_scheme_are_told_from_prose_as_they_are_found(pieces: list[str]) -> None:
+    data = json.dumps("Basic " + "".join(pieces), ensure_ascii=False).encode()
+    beside = redact_json(b"[" + data + b"," + orjson.dumps(FORCED) + b"]")
+    found = beside != b"[" + data + b"," + orjson.dumps({"password": REDACTED}) + b"]"
+    assert may_hold_guessable(data) == found
