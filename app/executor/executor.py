@@ -344,7 +344,7 @@ class Executor:
             except ToolServiceError:
                 if last is None:
                     raise
-                raise last from None
+                raise RunFailed(last.cause) from None
             except RunFailed as failed:
                 wait_s = retries.wait_s(
                     failed.cause,
@@ -354,11 +354,11 @@ class Executor:
                 )
                 if wait_s is None:
                     raise
-                last = failed
+                last = failed.with_traceback(None)
             state.series.retries += 1
             await self._pause(run, wait_s)
             if not state.breaker.quiet and state.breaker.state_now == OPEN:
-                raise last
+                raise RunFailed(last.cause) from last.__cause__
 
     async def _pause(self, run: Run, wait_s: float) -> None:
         """Between two attempts; a cancellation ends it."""

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from app.errors import TOOL_CANCELLED, TOOL_TIMEOUT, Failure, failure
-from app.telemetry.supervision import ignore_result
+from app.executor.forgetting import forget_run
 
 UNWIND_S = 0.02
 """What a cancelled tool gets to close its connections before it is abandoned."""
@@ -77,7 +77,7 @@ class LoopRun:
         if self.task.done():
             if self.cause is None and perf_counter() > self._deadline:
                 self.cause = TIMED_OUT  # it held the loop for all its time; a late value is none
-                self.task.add_done_callback(ignore_result)
+                self.task.add_done_callback(forget_run)
         elif self.cause is None:
             self._timer = self._loop.call_later(max(0.0, self._deadline - perf_counter()), self._cut, TIMED_OUT)
 
@@ -85,7 +85,7 @@ class LoopRun:
         self.cause = cause
         if self._timer is not None:
             self._timer.cancel()
-        self.task.add_done_callback(ignore_result)
+        self.task.add_done_callback(forget_run)
         self.task.cancel()
         self._timer = self._loop.call_later(UNWIND_S, self._give_up)
 

@@ -28,10 +28,10 @@ from app.errors import (
     failure,
 )
 from app.executor.containment import contain_exits, in_tool
+from app.executor.forgetting import forget_run, forget_run_soon, forget_soon
 from app.executor.in_place import InPlace
 from app.executor.on_loop import CANCELLED, STARTS_LATER, TIMED_OUT, UNWIND_S, LoopRun, start
 from app.executor.threads import Job, ThreadPool
-from app.telemetry.supervision import ignore_result
 from app.tools.tool import Tool, ToolContext
 
 logger = logging.getLogger("app.tools")
@@ -146,12 +146,13 @@ class Runner:
         except BaseException as error:  # the tool's own types may raise anything; nothing awaits in there
             if inspect.iscoroutine(value):
                 value.close()  # somebody forgot an `await`; Python would warn of it later, far from here
-            reason = error.__cause__ if isinstance(error, RunFailed) else error
+            reason = type(error.__cause__ if isinstance(error, RunFailed) else error)
             logger.error(
                 "tool result invalid",
                 # Names of types only: texts could quote the result, which is for the log's payload settings to allow.
-                extra={"tool_id": tool.spec.id, "returned": type(value).__name__, "reason": type(reason).__name__},
+                extra={"tool_id": tool.spec.id, "returned": type(value).__name__, "reason": reason.__name__},
             )
+            forget_soon(self._loop, error)
             raise RunFailed(failure(RESULT_INVALID, "The tool returned an invalid result")) from error
         if len(encoded) > self._result_bytes_max:
             raise RunFailed(failure(RESULT_TOO_LARGE, f"The result is over {self._result_bytes_max} bytes"))
@@ -169,8 +170,10 @@ class Runner:
         try:
             value = self._in_place.run(tool.invoke(arguments, context))
         except asyncio.CancelledError as error:
+            forget_soon(self._loop, error)
             raise RunFailed(CANCELLED_ITSELF) from error
         except BaseException as error:  # SystemExit too must end the call and not the event loop
+            forget_soon(self._loop, error)
             _fail(error, tool, execution_id)
         finally:
             if request is not None:
@@ -194,7 +197,7 @@ class Runner:
         if not task.done() or interrupt.requested:
             await self._within_deadline(task, context.deadline, interrupt, lambda: self._stop_task(task, abandoned))
         elif time.perf_counter() > context.deadline:
-            task.add_done_callback(ignore_result)
+            task.add_done_callback(forget_run)
             raise RunFailed(TIMED_OUT)  # it held the loop for all its time; a late value is none
         return task
 
@@ -237,7 +240,7 @@ class Runner:
             raise RunFailed(TIMED_OUT)
 
     async def _stop_task(self, task: asyncio.Task[Any], abandoned: Abandoned) -> None:
-        task.add_done_callback(ignore_result)
+        task.add_done_callback(forget_run)
         task.cancel()
         try:
             await asyncio.wait({task}, timeout=UNWIND_S)
@@ -246,6 +249,7 @@ class Runner:
                 self._abandon(task, abandoned)
 
     async def _stop_job(self, job: Job, abandoned: Abandoned) -> None:
+        job.future.add_done_callback(forget_run)
         self._threads.give_up(job)
         if job.written_off:
             self._abandon(job.future, abandoned)
@@ -278,9 +282,11 @@ async def _contained(tool: Tool, arguments: dict[str, Any], context: ToolContext
 def _returned(ended: asyncio.Future[Any], tool: Tool, execution_id: str) -> Any:
     """What the tool returned. Raises RunFailed."""
     if ended.cancelled():
+        forget_run_soon(ended.get_loop(), ended)
         raise RunFailed(CANCELLED_ITSELF)
     error = ended.exception()
     if error is not None:
+        forget_run_soon(ended.get_loop(), ended)
         _fail(error, tool, execution_id)
     return ended.result()
 
