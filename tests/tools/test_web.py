@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from app.calls import LOCAL_CALLER
 from app.egress import EgressClient, parse_egress_allow
 from app.errors import InvalidParams, ToolError
+from app.tools.builtin.charset import declared_codec
 from app.tools.builtin.page import LINKS_MAX, METADATA_MAX, TITLE_CHARACTERS_MAX, read_page
 from app.tools.builtin.web import graphql_query, http_request, web_scrape
 from app.tools.tool import FunctionTool, ToolContext
@@ -258,6 +259,14 @@ async def test_text_is_cut_at_the_number_of_characters_asked_for() -> None:
     async with origin({"/": html("<p>word</p>" * 10_000)}) as server, tool_context() as context:
         assert (await run(web_scrape, context, url=server.url(), max_characters=9))["text"] == "word\nword"
         assert len((await run(web_scrape, context, url=server.url()))["text"]) == 4_999
+
+
+def test_a_declaration_that_is_all_blanks_is_read_once() -> None:
+    """Would take days if it were tried anew from each of them."""
+    blanks = " " * 10_000_000
+    for text in (f"text/plain; charset={blanks}!", f"charset{blanks}={blanks}'{blanks}!"):
+        assert declared_codec(text) is None
+    assert declared_codec(f"charset{blanks}={blanks}'{blanks}koi8-r") == "koi8-r"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from __future__ import annotations
 import codecs
 import re
 
-_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([A-Za-z0-9_:.-]{2,40})", re.IGNORECASE)
-_PROLOG = re.compile(r"<\?xml\s[^>]*?\bencoding\s*=\s*[\"']\s*([A-Za-z0-9_:.-]{2,40})")
+_CHARSET = re.compile(r"charset\s*+=\s*+[\"']?+\s*+([A-Za-z0-9_:.-]{2,40})", re.IGNORECASE)
+"""Gives no blank back: a server may send 60,000 of them after the sign, and each split in two would be tried."""
+_PROLOG = re.compile(r"<\?xml\s[^>]*?\bencoding\s*+=\s*+[\"']\s*+([A-Za-z0-9_:.-]{2,40})")
 _KNOWN = re.compile(
     r"utf-?8|utf-16(le|be)?|us-ascii|ascii|latin-?1|iso-?8859-?(1[0-6]?|[2-9])|(windows-|cp)125[0-8]|koi8-[ru]"
     r"|gb2312|gbk|gb18030|big5|euc-jp|euc-kr|shift[_-]jis|sjis|iso-2022-jp|macintosh|tis-620"
