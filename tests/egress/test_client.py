@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from app.egress import EgressClient, EgressResponse, parse_egress_allow
+from app.egress.body import CHUNKS_IN_A_TURN, read_body
 from app.egress.network import EXPIRED_DROPPED_MAX
 from app.errors import ToolError
 from app.names import LOOKUPS_MAX
@@ -404,6 +405,28 @@ async def test_endless_body_is_cut_at_the_bound() -> None:
         error = await failure_of(get(client, server.url(), response_bytes_max=100_000))
         assert error.code == "EGRESS_RESPONSE_TOO_LARGE"
         await server.until(lambda: server.open == 0)
+
+
+async def test_body_in_chunks_of_a_byte_leaves_turns_to_others() -> None:
+    """What has arrived is handed over without a wait: 64 KiB from the socket hold 10,900 such chunks."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async def arrived() -> AsyncIterator[bytes]:
+        for _ in range(10_000):
+            yield b"x"
+
+    beside = asyncio.create_task(others())
+    try:
+        assert await read_body(arrived(), {}, 10_000) == b"x" * 10_000
+    finally:
+        beside.cancel()
+    assert turns >= 10_000 // CHUNKS_IN_A_TURN - 1
 
 
 async def test_body_of_exactly_the_bound_passes() -> None:
