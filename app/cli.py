@@ -9,11 +9,12 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import orjson
 import uvloop
@@ -49,6 +50,9 @@ MIGRATION_TIMEOUT_S = 3600.0
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 """Where the answer was to go, most likely."""
+
+FLUSH_S = 1.0
+"""At the end of `serve`, for each of stdout and stderr."""
 
 ENDED_BY_INTERRUPT = 130
 ENDED_BY_PIPE = 141
@@ -193,7 +197,19 @@ def _serve_once(settings: Settings, options: argparse.Namespace) -> NoReturn:
         finally:
             writer.close()
 
-    _run(serve())
+    _run(serve(), flush=_flush_briefly)
+
+
+def _flush_briefly(stream: TextIO) -> None:
+    """What tools printed. Not for as long as nobody reads it: a print that hangs holds the stream's lock."""
+
+    def flush() -> None:
+        with contextlib.suppress(OSError):
+            stream.flush()
+
+    flushing = threading.Thread(target=flush, name="flush", daemon=True)
+    flushing.start()
+    flushing.join(FLUSH_S)
 
 
 def check_start(service: Service, host: str) -> None:
@@ -203,7 +219,11 @@ def check_start(service: Service, host: str) -> None:
         raise SettingsError(f"DATABASE_URL: {service.database.problem}")
 
 
-def _run(command: Coroutine[Any, Any, int]) -> NoReturn:
+def _flush(stream: TextIO) -> None:
+    stream.flush()
+
+
+def _run(command: Coroutine[Any, Any, int], flush: Callable[[TextIO], None] = _flush) -> NoReturn:
     """Run a command and end the process with its code: the one way out.
 
     From inside the loop, because leaving it waits for all its tasks and threads: one hung tool would keep the process.
@@ -212,7 +232,7 @@ def _run(command: Coroutine[Any, Any, int]) -> NoReturn:
     async def whole() -> NoReturn:
         try:
             code = await command
-            sys.stdout.flush()
+            flush(sys.stdout)
         except (SettingsError, CannotListen, MigrationError, ToolServiceError) as error:
             code = _said(error)
         except BrokenPipeError:  # whoever read the answer has seen enough
@@ -226,7 +246,7 @@ def _run(command: Coroutine[Any, Any, int]) -> NoReturn:
                 traceback.print_exc()
             code = 1
         with contextlib.suppress(OSError):
-            sys.stderr.flush()
+            flush(sys.stderr)
         os._exit(code)
 
     uvloop.run(whole(), loop_factory=LastingLoop)

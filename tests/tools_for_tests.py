@@ -49,6 +49,12 @@ def block_thread(seconds: float) -> str:
 
 
 @tool(category="custom", timeout=0.1)
+def print_in_thread(characters: int) -> None:
+    """Print so much."""
+    print("x" * characters, flush=True)
+
+
+@tool(category="custom", timeout=0.1)
 async def hang_in_the_default_pool() -> None:
     """Take every thread of the loop's default pool for ever."""
     threads_max = 32  # of any ThreadPoolExecutor that is not told otherwise

@@ -372,6 +372,12 @@ def test_a_log_that_nobody_reads_holds_nobody_up_and_its_losses_are_counted(serv
     assert running.stop() == 0
 
 
+def test_a_tool_that_prints_what_nobody_reads_does_not_keep_the_process_from_ending(serve: Serve) -> None:
+    running = serve(TOOL_MODULES="tests.tools_for_tests")
+    assert running.execute("print_in_thread", {"characters": 1_000_000})["status"] == "timeout"
+    assert running.stop() == 0
+
+
 def test_a_module_that_does_not_load_is_named_and_the_rest_is_served(serve: Serve) -> None:
     running = serve(TOOL_MODULES="no_such_module,tests.tools_for_tests")
     event = running.read_log(lambda event: event["message"] == "tools not loaded")
