@@ -10,10 +10,11 @@ import logging
 import os
 import queue
 import select
+import sys
 import threading
 import time
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -99,8 +100,15 @@ class RepeatBound:
         return self._seen[key] <= REPEATS_PER_SECOND_MAX
 
 
+class Lines(Protocol):
+    """Takes whole lines, one at a time."""
+
+    def write(self, text: str, /) -> int: ...
+    def flush(self) -> None: ...
+
+
 class LineWriter(logging.Handler):
-    """Hands records to a thread that owns the file descriptor. `emit` never waits."""
+    """Hands records to a thread that owns the file descriptor. Neither `emit` nor `write` ever waits."""
 
     def __init__(self, fd: int = 1) -> None:
         super().__init__()
@@ -109,7 +117,7 @@ class LineWriter(logging.Handler):
         self._repeats = RepeatBound()
         # Not queue.Queue, whose lock is no re-entrant one: a finaliser that logs while that lock is held, as asyncio's
         # do, would hold up the event loop for ever.
-        self._records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
+        self._records: queue.SimpleQueue[logging.LogRecord | bytes | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name="log-writer", daemon=True)
         self._thread.start()
 
@@ -122,10 +130,17 @@ class LineWriter(logging.Handler):
         else:
             self._records.put(record)
 
+    def write(self, text: str) -> int:
+        """A line of other making, which no event may cut in two. Raises BlockingIOError when there is no room."""
+        if self._records.qsize() >= QUEUE_LINES_MAX:
+            raise BlockingIOError("nobody reads stdout")
+        self._records.put(text.encode("utf-8", "replace"))
+        return len(text)
+
     def _write_all(self) -> None:
         while (record := self._records.get()) is not None:
             try:
-                self._write(_line_anyhow(record))
+                self._write(record if isinstance(record, bytes) else _line_anyhow(record))
             except BaseException:  # a reader that has gone; whatever else, there is no other writer
                 self.dropped += 1
 
@@ -175,3 +190,8 @@ def log_to_stdout(level: str) -> LineWriter:
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(max(root.level, logging.WARNING))
     return writer
+
+
+def stdout_lines() -> Lines:
+    """Where a line goes to stdout between the events."""
+    return next((one for one in logging.getLogger().handlers if isinstance(one, LineWriter)), sys.stdout)

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 from opentelemetry.context import Context
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -25,6 +25,7 @@ from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult
 from opentelemetry.trace import Link, SpanKind, TraceState
 from opentelemetry.trace import get_current_span as current_span
 
+from app.telemetry.logging import stdout_lines
 from app.telemetry.metrics import SPAN_OUTCOMES
 from app.telemetry.otel_variables import count_in
 from app.telemetry.redaction import redact_text
@@ -288,7 +289,9 @@ def _names_in(text: str) -> Iterable[str]:
 
 def _exporter(name: str, environ: Mapping[str, str]) -> SpanExporter:
     if name == "console":
-        return _Whole(ConsoleSpanExporter(formatter=lambda span: span.to_json(indent=None) + "\n"))
+        # Not by sys.stdout: events would cut spans in two, and one that nobody reads would keep the process.
+        lines = cast(IO[str], stdout_lines())
+        return _Whole(ConsoleSpanExporter(out=lines, formatter=lambda span: span.to_json(indent=None) + "\n"))
     if name != "otlp":
         raise NotSupported("OTEL_TRACES_EXPORTER takes otlp, console and none")
     protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")

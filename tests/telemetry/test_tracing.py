@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.server
 import json
 import logging
@@ -14,6 +15,7 @@ from concurrent import futures
 from typing import Any, ClassVar, cast
 
 import grpc
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -676,6 +678,41 @@ def test_spans_go_to_stdout_where_that_is_asked_for_and_an_unknown_exporter_is_n
     assert span["context"]["trace_id"] == f"0x{execution['trace_id']}"
     complaint = running.read_log(lambda event: event.get("message") == "no spans go there")
     assert complaint["exporter"] == "zipkin" and "otlp" in complaint["reason"]
+
+
+def test_spans_and_events_share_stdout_line_by_line(serve: Serve) -> None:
+    running = serve(
+        TRACE_SAMPLE_RATIO="1", OTEL_TRACES_EXPORTER="console", OTEL_BSP_SCHEDULE_DELAY="200", ACCESS_LOG_RATIO="1"
+    )
+    stdout, clients, calls = running.process.stdout, 8, 150
+    assert stdout is not None
+    fcntl.fcntl(stdout, fcntl.F_SETPIPE_SZ, 4096)  # longer writes wait half-way, and others come between
+
+    def call_on(_: int) -> None:
+        with httpx.Client(base_url=running.url, trust_env=False, timeout=60) as client:
+            body = {
+                "jsonrpc": "2.0",
+                "id": 1,
+                "method": "tools.execute",
+                "params": {"tool_id": "echo", "parameters": {"message": "x"}},
+            }
+            for _ in range(calls):
+                assert "result" in client.post("/api/v1/jsonrpc", json=body).json()
+
+    with futures.ThreadPoolExecutor(clients + 1) as pool:
+        read = pool.submit(stdout.read)
+        list(pool.map(call_on, range(clients)))
+        assert running.stop() == 0
+        events = [json.loads(line) for line in read.result().splitlines()]
+    assert sum(event.get("message") == "request" for event in events) == clients * calls
+    assert any(event.get("name") == "execute_tool echo" for event in events)
+
+
+def test_spans_on_a_stdout_that_nobody_reads_do_not_keep_the_process(serve: Serve) -> None:
+    running = serve(TRACE_SAMPLE_RATIO="1", OTEL_TRACES_EXPORTER="console", OTEL_BSP_SCHEDULE_DELAY="20")
+    for _ in range(500):
+        running.execute("echo", {"message": "x"})
+    assert running.stop() == 0
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
