@@ -121,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     call.add_argument("parameters", metavar="JSON", nargs="?", default="{}")
     call.set_defaults(run=_tools_call)
     exporting = actions.add_parser("export", parents=[common], help="definitions of all tools for a model provider")
-    exporting.add_argument("--format", choices=FORMATS, required=True, help="whose shape")
+    exporting.add_argument(
+        "--format", choices=FORMATS, default=FORMATS[0], help=f"whose shape; {FORMATS[0]} if not given"
+    )
     exporting.set_defaults(run=_tools_export)
     invalidating = actions.add_parser(
         "invalidate", parents=[common], help="forget the kept results of a tool on every replica (needs REDIS_URL)"

@@ -157,3 +157,12 @@ def test_the_command_line_prints_what_a_provider_takes() -> None:
     (declarations,) = json.loads(done.stdout)
     assert {one["name"] for one in declarations["functionDeclarations"]} == {one.spec.id for one in BUILT_IN}
     assert done.stderr == b""
+
+
+def test_the_command_line_exports_for_openai_when_no_format_is_named() -> None:
+    command = [sys.executable, "-m", "app", "tools", "export"]
+    named, plain = (
+        subprocess.run(asked, cwd=ROOT, env=service_environ(), capture_output=True, check=True).stdout
+        for asked in ([*command, "--format", "openai"], command)
+    )
+    assert plain == named and {one["name"] for one in json.loads(plain)} == {one.spec.id for one in BUILT_IN}
