@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import gc
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-APP = Path(__file__).parent.parent / "app"
+ROOT = Path(__file__).parent.parent
+APP = ROOT / "app"
 
 FLOORS = (
     {"cli"},
@@ -121,6 +124,19 @@ def test_no_module_of_ours_imports_in_a_circle() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_top_level_is_what_was_promised() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    found = {path.split("/")[0] for path in listed.stdout.splitlines()}
+    assert {name for name in found if not name.startswith(".")} == {
+        *("pyproject.toml", "Dockerfile", "docker-compose.yml", "app", "migrations", "tests", "load", "k8s"),
+        *("alembic.ini", "README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "docs"),
+        "requirements",  # lock files
+    }
 
 
 def test_only_standard_words_name_modules() -> None:

@@ -1,4 +1,4 @@
-"""examples/agent_loop.py against a real service: with its script, and with endpoints in the shapes of providers."""
+"""The agent of docs/examples against a real service: with its script, and with endpoints in the shapes of providers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.clients import environments
 from tests.clients.conftest import Guarded
 from tests.conftest import ROOT
 
-EXAMPLE = [sys.executable, str(ROOT / "examples" / "agent_loop.py")]
+EXAMPLE = [sys.executable, str(ROOT / "docs" / "examples" / "agent_loop.py")]
 
 HELLO = {"message": "hi"}
 ANSWERS: dict[str, list[Any]] = {

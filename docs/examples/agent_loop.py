@@ -1,6 +1,6 @@
 """An agent over plain HTTP: tools of this service, a model of any provider, no framework.
 
-    python examples/agent_loop.py --provider anthropic "What is 6 * 7?"
+    python docs/examples/agent_loop.py --provider anthropic "What is 6 * 7?"
 
 The definitions come from `GET /api/v1/tools/export`, the calls of the model go to `POST /api/v1/jsonrpc`, and what
 came of them goes back to the model, until it answers in words. Without `--endpoint` the model is a script, so that it
