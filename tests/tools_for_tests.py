@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
@@ -45,6 +46,43 @@ async def stubborn(seconds: float) -> str:
 def block_thread(seconds: float) -> str:
     """Hold a thread for some seconds."""
     threading.Event().wait(seconds)
+    return "done"
+
+
+POLL_S = 0.01
+"""How soon a tool that waits for a file sees it. A file opens a gate in a service that takes no more calls."""
+
+
+@tool(category="custom")
+async def wait_for_file(path: str, value: Any = None) -> Any:
+    """Return the value once there is such a file."""
+    while not Path(path).exists():
+        await asyncio.sleep(POLL_S)
+    return value
+
+
+@tool(category="custom", max_concurrent=1)
+async def wait_alone_for_file(path: str) -> str:
+    """Run alone, until there is such a file."""
+    return str(await wait_for_file(path, "done"))
+
+
+@tool(category="custom")
+async def stubborn_until_file(path: str) -> str:
+    """Swallow every cancellation until there is such a file."""
+    while not Path(path).exists():
+        try:
+            await asyncio.sleep(POLL_S)
+        except asyncio.CancelledError:
+            pass
+    return "late"
+
+
+@tool(category="custom")
+def block_thread_until_file(path: str) -> str:
+    """Hold a thread until there is such a file."""
+    while not Path(path).exists():
+        threading.Event().wait(POLL_S)
     return "done"
 
 

@@ -84,28 +84,37 @@ def is_idle(running: Running) -> bool:
     return not any(running.metric(name) for name in gauges)
 
 
-def test_a_tool_that_ignores_its_cancellation_times_out_and_its_end_is_noticed(own: Running) -> None:
+def test_a_tool_that_ignores_its_cancellation_times_out_and_its_end_is_noticed(own: Running, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
     abandoned = own.metric("tool_abandoned_runs_total")
-    execution = own.execute("stubborn", {"seconds": 1.0}, timeout_override=0.1)
+    execution = own.execute("stubborn_until_file", {"path": str(gate)}, timeout_override=0.5)
     assert (execution["status"], execution["result"]) == ("timeout", None)
     assert execution["error"]["code"] == "TOOL_TIMEOUT" and execution["error"]["category"] == "timeout"
     assert own.metric("tool_abandoned_runs_active") == 1
     assert own.metric("tool_execution_concurrency") == 0
     assert own.metric("tool_abandoned_runs_total") == abandoned + 1
+    gate.touch()
     until(lambda: is_idle(own))
-    assert own.metric("tool_executions_total", tool_id="stubborn", status="success") == 0
+    assert own.metric("tool_executions_total", tool_id="stubborn_until_file", status="success") == 0
 
 
-def test_a_tool_with_too_many_hung_runs_is_refused_and_the_others_are_not(own: Running) -> None:
-    hung = {"seconds": 2.0}
-    for _ in range(8):
-        assert own.execute("block_thread", hung, timeout_override=0.05)["status"] == "timeout"
-    refused = own.execute("block_thread", hung)
+def test_a_tool_with_too_many_hung_runs_is_refused_and_the_others_are_not(own: Running, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    hung = {"path": str(gate)}
+
+    def eight_hang() -> bool:
+        """One more: a thread that comes too late to its call does not hang."""
+        assert own.execute("block_thread_until_file", hung, timeout_override=0.05)["status"] == "timeout"
+        return own.metric("tool_abandoned_runs_active") == 8
+
+    until(eight_hang)
+    refused = own.execute("block_thread_until_file", hung)
     assert refused["code"] == -32006
     assert refused["data"]["error_type"] == "overloaded" and refused["data"]["retry_after_ms"] > 0
     assert own.execute("echo", {"message": "a"})["status"] == "success"
+    gate.touch()
     until(lambda: is_idle(own))
-    assert own.execute("block_thread", {"seconds": 0.0})["status"] == "success"
+    assert own.execute("block_thread_until_file", hung)["status"] == "success"
 
 
 @pytest.mark.parametrize(
@@ -188,8 +197,11 @@ def test_a_call_goes_on_when_its_client_goes_unless_its_tool_says_otherwise(own:
     assert ended("held_for_client", "cancelled") == cancelled + 1
 
 
-def test_a_tools_own_limit_queues_then_refuses(own: Running, pool: ThreadPoolExecutor) -> None:
-    calls = [pool.submit(post, own, "one_at_a_time", {"seconds": 0.5}) for _ in range(6)]
+def test_a_tools_own_limit_queues_then_refuses(own: Running, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    calls = [pool.submit(post, own, "wait_alone_for_file", {"path": str(gate)}) for _ in range(6)]
+    until(lambda: sum(call.done() for call in calls) >= 4)
+    gate.touch()
     answers = [result(call.result()) for call in calls]
     refused = [answer for answer in answers if "code" in answer]
     assert 1 <= sum(answer.get("status") == "success" for answer in answers) <= 2
@@ -273,11 +285,12 @@ def test_hung_tools_do_not_keep_the_process_from_ending(serve: Serve) -> None:
 
 
 def test_a_running_call_is_answered_while_new_ones_are_refused_and_the_process_ends_with_success(
-    serve: Serve, pool: ThreadPoolExecutor
+    serve: Serve, pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     running = serve(TOOL_MODULES="tests.tools_for_tests")
+    gate = tmp_path / "gate"
     request = execute_request("echo", {"message": "a"})
-    call = pool.submit(post, running, "wait", {"seconds": 2.0, "value": "done"})
+    call = pool.submit(post, running, "wait_for_file", {"path": str(gate), "value": "done"})
     late = send_half(running, request, keep_back=10)
     until(lambda: running.metric("tool_execution_concurrency") == 1)
     running.process.send_signal(signal.SIGTERM)
@@ -288,6 +301,7 @@ def test_a_running_call_is_answered_while_new_ones_are_refused_and_the_process_e
         refused = json.loads(response.read())["error"]
     assert (response.status, refused["code"], refused["data"]["error_type"]) == (503, -32009, "draining")
     assert response.headers["connection"] == "close" and response.headers["retry-after"]
+    gate.touch()
     assert result(call.result())["result"] == "done"
     assert running.process.wait(SOON_S) == 0
 
@@ -340,25 +354,35 @@ def test_what_a_second_signal_cuts_off_is_followed_by_nothing(
 
 
 @pytest.mark.parametrize("lane", ["true", "false"])
-def test_a_drain_waits_for_calls_whose_clients_have_gone(serve: Serve, lane: str) -> None:
+def test_a_drain_waits_for_calls_whose_clients_have_gone(serve: Serve, tmp_path: Path, lane: str) -> None:
     running = serve(TOOL_MODULES="tests.tools_for_tests", PROTOCOL_LANE=lane)
+    there, gate = tmp_path / "1", tmp_path / "2"
+    there.touch()
     for _ in range(2):  # then the head is known to the lane, and the tool to the executor
-        running.execute("wait", {"seconds": 0.001})
+        running.execute("wait_for_file", {"path": str(there)})
+    body, leaves = call_of("wait_for_file", path=str(gate)), httpx.Timeout(SOON_S, read=0.3)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{running.url}/api/v1/jsonrpc", json=call_of("wait", seconds=1.0), timeout=0.3, trust_env=False)
-    assert running.metric("tool_execution_concurrency") == 1
-    assert running.stop() == 0
+        httpx.post(f"{running.url}/api/v1/jsonrpc", json=body, timeout=leaves, trust_env=False)
+    until(lambda: running.metric("tool_execution_concurrency") == 1)
+    running.process.send_signal(signal.SIGTERM)
+    running.read_log(lambda event: event["message"] == "draining")
+    gate.touch()
+    assert running.process.wait(SOON_S) == 0
     with contextlib.closing(sqlite3.connect(running.folder / "agentcore.db")) as database:
         rows = database.execute("SELECT status FROM tool_executions")
         assert rows.fetchall() == [("success",)] * 3
 
 
-def test_a_background_task_that_ends_drains_the_process_and_fails_it(serve: Serve, pool: ThreadPoolExecutor) -> None:
+def test_a_background_task_that_ends_drains_the_process_and_fails_it(
+    serve: Serve, pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
     running = serve(TOOL_MODULES="tests.tools_for_tests")
-    call = pool.submit(post, running, "wait", {"seconds": 1.0, "value": "done"})
+    gate = tmp_path / "gate"
+    call = pool.submit(post, running, "wait_for_file", {"path": str(gate), "value": "done"})
     until(lambda: running.metric("tool_execution_concurrency") == 1)
     assert running.execute("end_background_task", {"name": "loop-watch"})["result"] == 1
     assert running.read_log(lambda event: event["message"] == "background task ended")["task"] == "loop-watch"
+    gate.touch()
     assert result(call.result())["result"] == "done", "what runs is answered"
     assert running.process.wait(SOON_S) == 1
 
