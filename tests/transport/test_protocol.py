@@ -28,7 +28,7 @@ from app.transport.exchange import DefaultHead, Exchange
 from app.transport.protocol import BoundedHttpProtocol, protocol_class
 from app.transport.wire import HttpBounds, Reason, Wire
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 """Longer than anything here takes; a test that reaches it has failed."""
 
 GRAIN_S = 0.01
