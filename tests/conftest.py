@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ class Running:
     folder: Path
     log: list[dict[str, Any]] = field(default_factory=list)
     _unread: bytes = b""
+    _client: httpx.Client | None = None
+    _opening: threading.Lock = field(default_factory=threading.Lock)
 
     def rpc(self, method: str, params: Any = None, **request: Any) -> dict[str, Any]:
         """One JSON-RPC call; the whole response object."""
@@ -70,10 +73,10 @@ class Running:
 
     @property
     def http(self) -> httpx.Client:
-        client = self.__dict__.get("_client")
-        if client is None:
-            client = self.__dict__["_client"] = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
-        return client
+        with self._opening:  # of two threads that ask first, one would leave a client open
+            if self._client is None:
+                self._client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+            return self._client
 
     def read_log(self, until: Callable[[dict[str, Any]], bool], within_s: float = START_S_MAX) -> dict[str, Any]:
         """The first event, old or new, for which `until` holds."""
@@ -154,9 +157,8 @@ def end(running: Running) -> None:
     reaper.settle("process", running.process.pid)
     if running.process.stdout is not None:
         running.process.stdout.close()
-    client = running.__dict__.get("_client")
-    if client is not None:
-        client.close()
+    if running._client is not None:
+        running._client.close()
     remove_folder(running.folder)
 
 
