@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from tests.conftest import Running, Serve
+from tests.servers import wait_until
 
 TOOLS = "tests.tools_for_tests"
 
@@ -75,28 +76,29 @@ def test_the_results_of_one_request_share_the_room_of_one_answer(serve: Serve) -
     assert sum(answer["result"]["successful_count"] for answer in answers) == 17
 
 
-def test_a_drain_cuts_no_plan_that_was_let_in_and_no_batch_that_partly_ran(serve: Serve) -> None:
-    running = serve(TOOL_MODULES=TOOLS, DRAIN_SECONDS="0.2")
+def test_a_drain_cuts_no_plan_that_was_let_in_and_no_batch_that_partly_ran(serve: Serve, tmp_path: Path) -> None:
+    running = serve(TOOL_MODULES=TOOLS)
+    gate = tmp_path / "gate"
     chain = [
         {
             "task_id": str(number),
-            "tool_id": "wait",
-            "parameters": {"seconds": 0.3},
+            "tool_id": "wait_for_file",
+            "parameters": {"path": str(gate)},
             "dependencies": [str(number - 1)] if number else [],
         }
         for number in range(4)
     ]
     waits = [
-        {"jsonrpc": "2.0", "id": number, "method": "tools.execute", "params": ["wait", {"seconds": 0.3}]}
+        {"jsonrpc": "2.0", "id": number, "method": "tools.execute", "params": ["wait_for_file", {"path": str(gate)}]}
         for number in range(30)
     ]
     with ThreadPoolExecutor(2) as pool:
         plan = pool.submit(running.rpc, "tools.execute_parallel", {"tasks": chain})
         array = pool.submit(running.http.post, "/api/v1/jsonrpc", json=waits)
-        ends = time.monotonic() + 60
-        while running.metric("tool_execution_concurrency") < 11:
-            assert time.monotonic() < ends
+        wait_until(lambda: running.metric("tool_execution_concurrency") >= 11, "both run")
         running.process.send_signal(signal.SIGTERM)
+        running.read_log(lambda event: event["message"] == "draining")
+        gate.touch()
         assert plan.result(60)["result"]["successful_count"] == 4
         answered = array.result(60)
     assert answered.status_code == 200

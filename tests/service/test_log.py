@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -280,7 +281,8 @@ def told(answer: Any) -> tuple[list[str], list[str]]:
     return sorted(ran), sorted(everything - ran)
 
 
-def test_no_call_that_was_refused_has_a_row(asked: Asked) -> None:
+def test_no_call_that_was_refused_has_a_row(asked: Asked, tmp_path: Path) -> None:
+    gate = {"path": str(tmp_path / "gate")}
     execute(asked.acme, "current_time")
     refusals = {
         -32602: execute(asked.acme, "echo", {"message": 1}),
@@ -288,9 +290,10 @@ def test_no_call_that_was_refused_has_a_row(asked: Asked) -> None:
         -32001: execute(asked.acme, "current_time"),
     }
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(execute, asked.acme, "one_at_a_time", {"seconds": 1.5})
+        running = pool.submit(execute, asked.acme, "wait_alone_for_file", gate)
         wait_until(lambda: asked.service.metric("tool_execution_concurrency") == 1, "it runs")
-        refusals[-32006] = execute(asked.acme, "one_at_a_time", {"seconds": 0}, timeout_override=0.05)
+        refusals[-32006] = execute(asked.acme, "wait_alone_for_file", gate, timeout_override=0.05)
+        Path(gate["path"]).touch()
         running.result()
     assert [error["code"] for error in refusals.values()] == list(refusals)
     refused = {error["data"]["execution_id"] for error in refusals.values()}
