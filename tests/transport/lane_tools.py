@@ -20,14 +20,15 @@ def _gate(name: str) -> asyncio.Event:
 
 
 def _door_below() -> str:
-    """For a tool that runs in place: the executor's frame below its own knows the call, and so its client."""
+    """For a tool that runs in place: the executor's frame below its own knows the call, and so its client. On a machine
+    that is short of its cores it may have got a task of its own."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
         call = frame.f_locals.get("call")
         if isinstance(call, ToolCall):
             return "lane" if isinstance(call.client, LaneRequest) else "asgi"
-    return "no call below"
+    return "no call below" if current_call.get() is None else _door_beside()
 
 
 def _door_beside() -> str:
