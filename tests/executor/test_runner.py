@@ -643,7 +643,7 @@ async def test_a_sync_tool_that_ends_in_the_tick_of_its_deadline_has_timed_out_a
     deadlines: list[float] = []
     release = threading.Event()
 
-    @tool(timeout=0.05)
+    @tool(timeout=0.5)
     def send(context: ToolContext) -> None:
         """Have an effect, late."""
         deadlines.append(context.deadline)

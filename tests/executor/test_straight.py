@@ -28,6 +28,9 @@ pytestmark = pytest.mark.anyio
 TEN_A_MINUTE = Policy(name="ten", per=("tenant",), rate=parse_rate("10/minute"))
 TWO_A_MINUTE = Policy(name="two", per=("tenant",), rate=parse_rate("2/minute"))
 
+TIMEOUT_S = 0.25
+"""A call that is held up for as long has timed out before it ran, which is another outcome."""
+
 
 @tool
 async def echo(message: str) -> str:
@@ -82,18 +85,18 @@ async def cancel_itself() -> None:
     await asyncio.sleep(0)
 
 
-@tool(timeout=0.005)
+@tool(timeout=TIMEOUT_S)
 async def outlast() -> None:
     """Wait past every deadline."""
     await asyncio.Event().wait()
 
 
-@tool(timeout=0.005)
+@tool(timeout=TIMEOUT_S)
 async def hold_the_loop() -> str:
     """Return late, without a wait in which a deadline could be met."""
     if NEVER:
         await asyncio.sleep(0)
-    ends = time.perf_counter() + 0.006
+    ends = time.perf_counter() + 1.2 * TIMEOUT_S
     while time.perf_counter() < ends:
         pass
     return "late"
@@ -102,7 +105,7 @@ async def hold_the_loop() -> str:
 NEVER = False
 
 
-@tool(timeout=0.005)
+@tool(timeout=TIMEOUT_S)
 async def ignore_everything(gate: str) -> None:
     """Go on when cancelled."""
     while gate not in OPEN_GATES:
