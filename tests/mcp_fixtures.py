@@ -165,11 +165,11 @@ async def tell_and_return(context: ToolContext, text: str) -> str:
     return text
 
 
-@tool(timeout=0.1)
+@tool(timeout=0.5)
 async def tell_after_the_deadline(context: ToolContext) -> None:
     """Tell of progress, outlive the deadline, and tell of more."""
     await context.progress(1)
-    for _ in range(20):
+    for _ in range(50):
         try:
             await asyncio.sleep(0.02)
         except asyncio.CancelledError:

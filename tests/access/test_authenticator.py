@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.access.authenticator import EFFECTIVE_WITHIN_S, LOOKUPS_MAX, REFUSED_MAX
+from app.access.authenticator import CONFIRM_EVERY_S, EFFECTIVE_WITHIN_S, LOOKUPS_MAX, REFUSED_MAX
 from app.access.credential import CredentialMissing, CredentialRefused
 from app.access.memory import KNOWN_MAX, Known, Memory
 from app.access.store import QUERY_TIMEOUT_S
@@ -313,7 +313,8 @@ async def test_a_server_that_is_stopped_costs_two_seconds_at_most_and_is_found_a
             herd = [asyncio.create_task(ring.identify(unseen)) for _ in range(50)]
             strangers = [asyncio.create_task(ring.identify(b"act_%020x_%064x" % (n, n))) for n in range(50)]
             outcomes = await asyncio.wait_for(asyncio.gather(*herd, *strangers, return_exceptions=True), 30)
-            assert asyncio.get_running_loop().time() - started < 2 * QUERY_TIMEOUT_S + 2, "nothing waits for ever"
+            took_s = asyncio.get_running_loop().time() - started
+            assert took_s < 6 * QUERY_TIMEOUT_S, "of 51 questions, 8 at once, nobody waits for the turn of another"
             assert all(isinstance(outcome, DependencyUnavailable) for outcome in outcomes)
             assert ring.access.known(credential) == key.caller
             await asyncio.wait_for(ring.access.confirm(), 30)
@@ -406,6 +407,10 @@ async def test_off_stays_off_for_as_long_as_known_keys_would_stay_good(
         assert ring.access.is_off
         ring.clock.now_s += 0.001
         assert not ring.access.is_off
+
+
+def test_a_revocation_that_is_seen_by_the_next_confirmation_is_seen_in_time() -> None:
+    assert CONFIRM_EVERY_S + QUERY_TIMEOUT_S < EFFECTIVE_WITHIN_S
 
 
 async def test_required_is_on_though_there_is_no_key_and_off_is_off_though_there_is(database_url: str) -> None:

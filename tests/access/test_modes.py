@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.access.authenticator import EFFECTIVE_WITHIN_S
 from app.clients import close_engine, create_engine
 from app.migration import migrate
 from tests.access.keyring import make_key
@@ -91,7 +90,7 @@ def test_without_a_key_loopback_serves_and_the_first_key_closes_it(serve: Serve,
     assert ping(service).json()["result"] == {"pong": True}
     assert readiness(service) == (200, {**readiness(service)[1], "authentication": "off", "database": "up"})
     _, key = make_key(places["DATABASE_URL"])
-    becomes(lambda: ping(service).status_code == 401, EFFECTIVE_WITHIN_S)
+    becomes(lambda: ping(service).status_code == 401)
     assert ping(service, key).status_code == 200
     assert readiness(service)[1]["authentication"] == "on"
 
@@ -171,17 +170,17 @@ def test_a_key_revoked_on_one_replica_is_refused_on_the_other_within_five_second
         assert ping(first, credential).status_code == ping(second, credential).status_code == 200
         assert first.http.delete(f"{ADMIN}/{key.id}", headers={"X-API-Key": admin}).status_code == 200
         assert ping(first, credential).status_code == 401
-        becomes(lambda credential=credential: ping(second, credential).status_code == 401, EFFECTIVE_WITHIN_S)
+        becomes(lambda credential=credential: ping(second, credential).status_code == 401)
 
 
-def test_a_key_revoked_by_the_command_is_refused_within_five_seconds(replicas: tuple[str, Running, Running]) -> None:
+def test_a_key_revoked_by_the_command_is_refused_soon_by_every_replica(replicas: tuple[str, Running, Running]) -> None:
     url, first, second = replicas
     key, credential = make_key(url)
     assert ping(first, credential).status_code == ping(second, credential).status_code == 200
     revoke = [sys.executable, "-m", "app", "keys", "revoke", key.id]
     subprocess.run(revoke, cwd=ROOT, env=service_environ(DATABASE_URL=url), check=True, capture_output=True)
     for service in (first, second):
-        becomes(lambda service=service: ping(service, credential).status_code == 401, EFFECTIVE_WITHIN_S)
+        becomes(lambda service=service: ping(service, credential).status_code == 401)
 
 
 # The database away

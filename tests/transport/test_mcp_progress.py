@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -216,11 +217,13 @@ def test_closing_the_connection_before_any_answer_cancels_the_call(mcp: Running,
 
 
 @pytest.mark.parametrize("time", ["first", "second"])
-def test_in_the_legacy_era_a_call_goes_on_without_its_client(mcp: Running, time: str) -> None:
-    before = ended(mcp, "wait", "success")
-    with hung(mcp, "wait", is_modern=False, seconds=0.5):
+def test_in_the_legacy_era_a_call_goes_on_without_its_client(mcp: Running, tmp_path: Path, time: str) -> None:
+    gate = tmp_path / "gate"
+    before = ended(mcp, "wait_for_file", "success")
+    with hung(mcp, "wait_for_file", is_modern=False, path=str(gate)):
         until(lambda: mcp.metric("tool_execution_concurrency") == 1)
-    until(lambda: ended(mcp, "wait", "success") == before + 1)
+    gate.touch()
+    until(lambda: ended(mcp, "wait_for_file", "success") == before + 1)
 
 
 def test_in_the_legacy_era_a_stream_that_is_closed_does_not_cancel(mcp: Running) -> None:

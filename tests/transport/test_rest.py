@@ -7,7 +7,8 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -251,11 +252,14 @@ def test_a_body_that_trickles_in_is_408(serve: Serve) -> None:
         refused(read_response(connection), 408, -32600)
 
 
-def test_overload_is_503_and_says_when_to_come_back(service: Running) -> None:
+def test_overload_is_503_and_says_when_to_come_back(service: Running, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    body = {"parameters": {"path": str(gate)}}
     with ThreadPoolExecutor() as pool:
-        body = {"parameters": {"seconds": 2}}
-        answers = list(pool.map(lambda _: execute(service, "one_at_a_time", body), range(2)))
-    taken, left = sorted(answers, key=lambda answer: answer.status_code)
+        calls = [pool.submit(execute, service, "wait_alone_for_file", body) for _ in range(2)]
+        (refused_one,), _ = wait(calls, return_when=FIRST_COMPLETED)
+        gate.touch()
+    (taken,), left = [call.result() for call in calls if call is not refused_one], refused_one.result()
     assert taken.json()["status"] == "success"
     error = refused(left, 503, -32006)
     retry_after_ms = error["data"]["retry_after_ms"]
