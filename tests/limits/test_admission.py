@@ -213,12 +213,12 @@ async def test_what_is_over_for_a_cost_is_asked_again_for_less_and_told_exactly_
 async def test_what_is_over_is_forgotten_when_the_next_call_passes(shared: tuple[Admission, RedisStore]) -> None:
     admission, _ = shared
     limit = rate(1_000, SECOND_US, burst=1)
-    began = time.perf_counter()
     count = 0
+    began = time.perf_counter()
     while count < 20:
         count += await admitted(admission, limit, tries=1)
         await asyncio.sleep(0)
-    assert time.perf_counter() - began < 10, "a second for each, were it remembered for that long"
+    assert time.perf_counter() - began < 19, "a second for each but the first, were it remembered for that long"
 
 
 async def test_a_shadow_that_is_over_is_asked_each_time(shared: tuple[Admission, RedisStore]) -> None:
@@ -270,7 +270,7 @@ async def test_each_limit_answers_for_itself_while_redis_is_away_and_again_when_
     opened = daily(1, on_failure="open", name="open")
     closed = daily(100, on_failure="closed", name="closed")
     shadow = daily(100, on_failure="closed", shadow=True, name="shadow")
-    async with running(own_redis.url, timeout_s=0.05) as store:
+    async with running(own_redis.url) as store:
         admission = Admission(Policies(()), store)
         assert await admitted(admission, local, closed, tries=5) == 5
         own_redis.kill()
@@ -302,7 +302,7 @@ async def test_a_call_that_costs_more_than_the_part_of_a_replica_passes_while_no
     own_redis: RedisServer, make: Callable[..., Limit]
 ) -> None:
     limit, other = (make(10, on_failure="local", replicas=4) for _ in range(2))
-    async with running(own_redis.url, timeout_s=0.05) as store:
+    async with running(own_redis.url) as store:
         admission = Admission(Policies(()), store)
         own_redis.kill()
         await until_away(store)
@@ -323,7 +323,7 @@ async def test_a_call_that_costs_more_than_the_part_of_a_replica_passes_while_no
 
 async def test_what_a_part_refuses_is_told_to_come_back_within_a_minute(own_redis: RedisServer) -> None:
     limits = daily(4, on_failure="local", replicas=4), rate(4, DAY_US, on_failure="local", replicas=4)
-    async with running(own_redis.url, timeout_s=0.05) as store:
+    async with running(own_redis.url) as store:
         admission = Admission(Policies(()), store)
         own_redis.kill()
         await until_away(store)
@@ -356,7 +356,7 @@ async def test_a_budget_that_ends_is_answered_by_each_limit_too(one_redis: Redis
 
 async def test_what_was_over_in_redis_is_not_what_holds_without_it(own_redis: RedisServer) -> None:
     limit = rate(4, HOUR_US, on_failure="local", replicas=2)
-    async with running(own_redis.url, timeout_s=0.05) as store:
+    async with running(own_redis.url) as store:
         admission = Admission(Policies(()), store)
         assert await admitted(admission, limit, tries=6) == 4
         own_redis.kill()
@@ -366,7 +366,7 @@ async def test_what_was_over_in_redis_is_not_what_holds_without_it(own_redis: Re
 
 async def test_what_is_given_back_without_redis_goes_to_where_it_was_spent(own_redis: RedisServer) -> None:
     limit = daily(8, on_failure="local", replicas=2)
-    async with running(own_redis.url, timeout_s=0.05) as store:
+    async with running(own_redis.url) as store:
         admission = Admission(Policies(()), store)
         own_redis.kill()
         await until_away(store)
@@ -379,7 +379,7 @@ async def test_a_question_without_redis_is_answered_by_what_holds_and_counts_as_
     own_redis: RedisServer,
 ) -> None:
     local = rate(20, on_failure="local", replicas=4, name="local")
-    async with running(own_redis.url, timeout_s=0.05) as store:
+    async with running(own_redis.url) as store:
         admission = Admission(Policies(()), store)
         own_redis.kill()
         await until_away(store)

@@ -28,8 +28,11 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quiet")]
 
 BUDGET_S = 0.05
 
-SANE_S = 1.0
+SANE_S = 10.0
 """Far over the budget: machines that test are slow."""
+
+LONG_S = 5.0
+"""An answer that takes so long comes too late, though the machine stood still meanwhile."""
 
 
 @dataclass
@@ -64,7 +67,7 @@ def kill(site: Site) -> None:
 
 
 def slow(site: Site) -> None:
-    site.proxy.latency_s = 0.2
+    site.proxy.latency_s = LONG_S
 
 
 def fill(site: Site) -> None:
@@ -119,12 +122,19 @@ async def outcomes(store: RedisStore, count: int, worst: list[float]) -> list[bo
     return await asyncio.gather(*(one() for _ in range(count)))
 
 
+async def until_all_are_answered(store: RedisStore) -> None:
+    """Soon: on a slow machine a Redis that is well may take longer than the budget."""
+    async with asyncio.timeout(SOON_S):
+        while not (store.up and all(await outcomes(store, 20, []))):
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_redis_away_is_told_within_the_budget_then_at_once_and_it_comes_back(site: Site, fault: str) -> None:
     begin, heal, told = FAULTS[fault]
     waited: list[float] = []
     async with running(site.url, BUDGET_S) as store:
-        assert all(await outcomes(store, 20, waited))
+        await until_all_are_answered(store)
         begin(site)
         assert not all(await outcomes(store, 20, waited))
         await until_away(store)
@@ -133,10 +143,9 @@ async def test_redis_away_is_told_within_the_budget_then_at_once_and_it_comes_ba
             with pytest.raises(StoreAway):
                 store.ask(Ask((daily(10),), 1))
             await asyncio.sleep(0.01)
-        assert told in store.reason
+        await until(lambda: told in store.reason)
         heal(site)
-        await until_up(store)
-        assert all(await outcomes(store, 20, waited))
+        await until_all_are_answered(store)
     assert max(waited) < SANE_S
 
 
@@ -149,8 +158,7 @@ async def test_redis_away_at_the_start_is_found_later(site: Site, fault: str) ->
         with pytest.raises(StoreAway):
             store.ask(Ask((daily(10),), 1))
         heal(site)
-        await until_up(store)
-        assert all(await outcomes(store, 20, []))
+        await until_all_are_answered(store)
 
 
 async def test_what_is_away_is_said_once_and_what_is_back_is_said_once(
@@ -206,7 +214,7 @@ async def test_an_idle_connection_that_redis_closes_costs_no_answer(site: Site) 
 
 
 async def test_an_ask_that_finds_no_connection_is_not_sent_twice(site: Site) -> None:
-    async with running(site.url, timeout_s=1.0) as store:
+    async with running(site.url) as store:
         limit = daily(100)
         for _ in range(10):
             await until_answered(store, limit)
@@ -237,30 +245,28 @@ async def test_a_redis_that_comes_and_goes_leaves_nothing_behind(site: Site) -> 
             site.proxy.heal()
             await until_up(store)
             await until_answered(store)
-        gc.collect()
-        assert (descriptors(), len(asyncio.all_tasks()), links()) == before
+        await until(lambda: (descriptors(), len(asyncio.all_tasks()), links()) == before)
 
 
 async def test_a_store_that_is_closed_while_it_connects_leaves_nothing_behind(site: Site) -> None:
     site.proxy.stall()
-    for connections in range(1, 4):
+    for _ in range(3):
         store = RedisStore(redis_locator(site.url, KEY_PREFIX, BUDGET_S), BUDGET_S)
+        before = site.proxy.connections
         task = asyncio.create_task(store.run())
-        await until_connections(site, connections)
+        await until(lambda before=before: site.proxy.connections > before)
         task.cancel()
         await asyncio.wait([task])
         await store.close()
     del store, task  # whose traceback has it
-    async with asyncio.timeout(SOON_S):
-        while links():
-            await asyncio.sleep(0.001)
+    await until(lambda: not links())
     site.proxy.heal()
-    await until_connections(site, 0)
+    await until(lambda: not site.proxy.connections)
 
 
-async def until_connections(site: Site, count: int) -> None:
+async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(SOON_S):
-        while site.proxy.connections != count:
+        while not holds():
             await asyncio.sleep(0.001)
 
 
@@ -357,46 +363,50 @@ async def test_a_redis_that_goes_mad_is_away_and_is_not_flooded_with_connections
             writer.write(text)
         await say(writer, reader, then)
 
+    began = time.perf_counter()
     async with speaking(go_mad) as port, running(f"redis://{HOST}:{port}", BUDGET_S, retry_s_max=1.0) as store:
-        ends = time.perf_counter() + 0.3
-        while time.perf_counter() < ends:
-            with contextlib.suppress(StoreAway):
-                verdict = await answer(store, Ask((daily(10),), 1))
-                pytest.fail(f"that is no verdict: {verdict}")
-            await asyncio.sleep(0.001)
-    assert 2 <= connections <= 8, "50 ms, then doubling, with jitter"
+        async with asyncio.timeout(SOON_S):
+            while connections < 5:
+                with contextlib.suppress(StoreAway):
+                    verdict = await answer(store, Ask((daily(10),), 1))
+                    pytest.fail(f"that is no verdict: {verdict}")
+                await asyncio.sleep(0.001)
+    assert time.perf_counter() - began >= (0.05 + 0.1 + 0.2 + 0.4) / 2, "50 ms, then doubling, with jitter"
 
 
 async def test_a_budget_that_ends_while_the_next_connection_is_made_leaves_no_connection_behind() -> None:
-    connections = 0
-    lost, second = asyncio.Event(), asyncio.Event()
+    come, open_now = 0, 0
+    lost, second, told = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal connections
-        connections += 1
-        if connections == 2:
-            second.set()
-        for text in (b"+OK\r\n", b"+OK\r\n", PROBED):
-            await reader.read(65_536)
-            if connections == 2:
-                await asyncio.sleep(0.03)
-            writer.write(text)
-        if connections == 1:
-            await lost.wait()
-        else:
-            await say(writer, reader, PROBED)
+        nonlocal come, open_now
+        come, open_now = come + 1, open_now + 1
+        is_first = come == 1
+        try:
+            for text in (b"+OK\r\n", b"+OK\r\n", PROBED):
+                await reader.read(65_536)
+                if not is_first:
+                    second.set()
+                    await told.wait()
+                writer.write(text)
+            if is_first:
+                await lost.wait()
+            else:
+                await say(writer, reader, PROBED)
+        finally:
+            open_now -= 1
 
     async with speaking(speak) as port, running(f"redis://{HOST}:{port}", BUDGET_S) as store:
+        await until_up(store)
         await asyncio.sleep(0.11)  # a connection that held for long is replaced at once
         lost.set()
         await asyncio.wait_for(second.wait(), SOON_S)
-        assert store.up
         with pytest.raises(StoreAway):
             await answer(store, Ask((daily(10),), 1))
+        told.set()
         await until_up(store)
-        await asyncio.sleep(0.2)
-        await answer(store, Ask((daily(10),), 1))
-        assert connections == 2
+        await until_answered(store, daily(10))
+        await until(lambda: open_now == 1)
 
 
 async def test_a_store_that_is_closed_before_the_script_is_loaded_leaves_nothing_behind() -> None:
