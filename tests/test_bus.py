@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from app.bus import Bus
-from app.bus.redis_bus import ANSWER_S_MAX, CHANNEL, MESSAGE_BYTES_MAX, RedisBus
-from tests.cache.stores import until
+from app.bus.redis_bus import CHANNEL, MESSAGE_BYTES_MAX, RedisBus
+from tests.cache.stores import SOON_S, until
 from tests.proxy import FaultProxy
 from tests.redis_groups import start_cluster
 from tests.servers import HOST, RedisAt, RedisServer, free_port
@@ -20,11 +20,15 @@ from tests.servers import HOST, RedisAt, RedisServer, free_port
 pytestmark = pytest.mark.anyio
 
 
+PATIENT_S = 20.0
+"""For answers that come: on a slow machine they may take longer than anybody who cancels a call would wait."""
+
+
 class Replica:
     """A bus that listens for `do`, and does what it has."""
 
-    def __init__(self, url: str, *has: str) -> None:
-        self.bus = RedisBus(url)
+    def __init__(self, url: str, *has: str, answer_s: float = PATIENT_S) -> None:
+        self.bus = RedisBus(url, answer_s)
         self.heard: list[Any] = []
         self.gaps = 0
         self.bus.listeners["do"] = lambda message: self.heard.append(message.get("what")) or message.get("what") in has
@@ -38,7 +42,7 @@ class Replica:
 async def replicas(*each: Replica) -> AsyncIterator[tuple[Replica, ...]]:
     running = [asyncio.create_task(one.bus.run()) for one in each]
     for one in each:
-        await asyncio.wait_for(one.bus.subscribed.wait(), 20)
+        await asyncio.wait_for(one.bus.subscribed.wait(), SOON_S)
     try:
         yield each
     finally:
@@ -64,12 +68,10 @@ async def test_a_question_is_answered_by_whoever_can(redis: RedisAt) -> None:
         assert await one.bus.ask("do", what="theirs")
         assert not await one.bus.ask("do", what="mine"), "it is not asked itself"
         assert await two.bus.ask("do", what="mine")
-        began = time.monotonic()
         answers = await asyncio.gather(*(one.bus.ask("do", what="theirs") for _ in range(100)))
         assert all(answers), "more at once than there are connections"
         noes = await asyncio.gather(*(one.bus.ask("do", what="nobody's") for _ in range(5)))
         assert not any(noes)
-        assert time.monotonic() - began < 10
         assert not one.bus._asked and not one.bus._replies
 
 
@@ -80,7 +82,7 @@ async def test_nobody_waits_for_the_answer_of_nobody(redis: RedisAt) -> None:
             began = time.monotonic()
             assert not await alone.bus.ask("do", what="x")
             took.append(time.monotonic() - began)
-        assert min(took) < ANSWER_S_MAX
+        assert min(took) < PATIENT_S
 
 
 POISONS: list[bytes] = [
@@ -162,17 +164,18 @@ async def test_it_ends_when_it_is_cancelled_at_any_turn_of_the_loop(redis: Redis
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
-        done, _ = await asyncio.wait({task}, timeout=20)
+        done, _ = await asyncio.wait({task}, timeout=SOON_S)
         await bus.close()
         assert done and task.cancelled(), turns
 
 
 async def test_over_a_cluster_whatever_node_is_asked_all_hear_it() -> None:
     with start_cluster() as cluster:
-        async with replicas(Replica(cluster.url, "a"), Replica(cluster.url, "b")) as (one, two):
+        each = Replica(cluster.url, "a"), Replica(cluster.url, "b"), Replica(cluster.url, answer_s=0.5)
+        async with replicas(*each) as (one, two, hasty):
             assert await one.bus.ask("do", what="b")
             assert await two.bus.ask("do", what="a")
-            assert not await one.bus.ask("do", what="c")
+            assert not await hasty.bus.ask("do", what="c"), "nobody has it, and nobody can count who said so"
 
 
 async def test_without_redis_there_is_nobody_to_tell() -> None:

@@ -45,11 +45,12 @@ slots; uvloop has a RuntimeError for a connection that closed while it was opene
 
 
 class RedisBus(Bus):
-    """`run` must be running."""
+    """`run` must be running. Another time for `answer_s` is for tests."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, answer_s: float = ANSWER_S_MAX) -> None:
         """Raises ValueError that says what is wrong with the URL."""
         super().__init__()
+        self._answer_s = answer_s
         self._client: Any = create_redis(url, CONNECTIONS_MAX, "agentcore-tools:bus")
         self._counts_listeners = not isinstance(self._client, RedisCluster)
         """A node of a Cluster counts its own subscribers alone."""
@@ -75,7 +76,7 @@ class RedisBus(Bus):
                 return False
             if self._counts_listeners:
                 question.expect(heard - 1)  # we hear it too
-            async with asyncio.timeout(ANSWER_S_MAX):
+            async with asyncio.timeout(self._answer_s):
                 return await question.answer
         except TimeoutError:
             return False
