@@ -140,7 +140,7 @@ async def never(received: Received, writer: asyncio.StreamWriter) -> None:
 async def time_out(client: EgressClient, server: Origin, world: World, waited_s: float) -> None:
     """Requests that have waited so long, by the breakers' clock, when their time ends."""
     before = len(server.received)
-    calls = [asyncio.create_task(failure_of(get(client, server.url(), timeout_s=0.5))) for _ in range(STREAK)]
+    calls = [asyncio.create_task(failure_of(get(client, server.url(), timeout_s=2.0))) for _ in range(STREAK)]
     await server.until(lambda: len(server.received) == before + STREAK)
     world.now += waited_s
     assert {error.code for error in await asyncio.gather(*calls)} == {"EGRESS_TIMEOUT"}
