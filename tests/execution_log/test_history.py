@@ -314,24 +314,24 @@ async def test_a_server_that_is_away_or_stands_still_is_said_to_be_in_bounded_ti
 ) -> None:
     async with database(own_postgres.create_database()) as engine:
         await fill(engine, RECORDS)
-        history = ExecutionHistory(engine, timeout_s=0.3)
+        history, hasty = ExecutionHistory(engine), ExecutionHistory(engine, timeout_s=0.3)
         for break_it, mend_it in ((own_postgres.pause, own_postgres.resume), (own_postgres.kill, own_postgres.start)):
             assert len((await history.page(None, Filters())).rows) == 50
             break_it()
             async with asyncio.timeout(SOON_S):
                 with pytest.raises(DependencyUnavailable):
-                    await history.page(None, Filters())
+                    await hasty.page(None, Filters())
             mend_it()
         assert engine.pool.checkedout() == 0
 
 
 async def test_a_query_that_takes_too_long_is_ended_by_the_server_and_the_next_one_works(postgres: PostgresAt) -> None:
     async with database(postgres.create_database()) as engine:
-        history = ExecutionHistory(engine, timeout_s=0.1)
+        history, hasty = ExecutionHistory(engine), ExecutionHistory(engine, timeout_s=0.1)
         async with engine.begin() as other:
             await other.exec_driver_sql("LOCK TABLE tool_executions IN ACCESS EXCLUSIVE MODE")
             with pytest.raises(DependencyUnavailable):
-                await history.page(None, Filters())
+                await hasty.page(None, Filters())
         assert await history.page(None, Filters()) == ([], None)
         assert await rows(engine, "SHOW statement_timeout") == [("0",)]
 
