@@ -163,7 +163,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         """The request that those in `pipeline` wait for; without any, `cycle` is the only one."""
         self._task: asyncio.Task[None] | None = None
-        """Of the request that the application began last."""
+        """Of the last request that the application began whose body may be large."""
         self._linger_bytes = self._bounds.linger_bytes_max
         self._host_checked: bytes | None = None
         self.url = b""
@@ -198,10 +198,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         if is_open(running):
             self._disconnect(running)
-        if self._task is None:
-            self._give_room_back()
-        elif self._counted_bytes:  # it has the body whether or not somebody waits for it
-            self._task.add_done_callback(lambda _: self._give_room_back())
+        if self._counted_bytes:
+            self._give_room_back_late()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -385,6 +383,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.wire.bodies_bytes += body_bytes
         self._counted_bytes += body_bytes
 
+    def _give_room_back_late(self) -> None:
+        """Once the request has ended: it has its body whether or not somebody waits for the answer."""
+        if self._task is None:
+            self._give_room_back()
+        else:
+            self._task.add_done_callback(lambda _: self._give_room_back())
+
     def _give_room_back(self) -> None:
         self.wire.bodies_bytes -= self._counted_bytes
         self._counted_bytes = 0
@@ -413,8 +418,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         log = self.wire.access_log
         line = None if log is None else log.line_of(cycle, app)
         task = asyncio.Task(cycle.run_asgi(line or app), loop=self.loop)
-        self._task = task
         self.tasks.add(task)
+        if self.pipeline or not 0 <= self._declared_bytes <= LARGE_BODY_BYTES:
+            self._task = task
         if cycle.scope["method"] == "HEAD" or cycle.waiting_for_100_continue:
             # Neither has its head for a first write: one has no second, the other says 100 before it.
             task.add_done_callback(self.tasks.discard)
