@@ -52,6 +52,10 @@ LOG_PAYLOADS: tuple[str | None, ...] = (*typing.get_args(LogPayloads), None)
 COST_MAX = 10_000
 """The time that a call of this cost takes at the slowest rate still counts in whole microseconds below 2**53."""
 
+NUMBER_MAX = 1_000_000_000
+"""Of retries, slots, and seconds that a result is kept: far more than anybody means. JSON writes no integer past 64
+bits, and Redis counts an expiry in milliseconds of as many."""
+
 _ID = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 """The intersection of what model providers accept as a function's name."""
 
@@ -169,10 +173,16 @@ class ToolSpec:
                 self.timeout is not None and not 0 < self.timeout < math.inf,
                 "timeout must be over 0 seconds",
             ),
-            (self.max_concurrent is not None and self.max_concurrent < 1, "max_concurrent must be at least 1"),
-            (self.retries < 0, "retries must be at least 0"),
+            (
+                self.max_concurrent is not None and not 1 <= self.max_concurrent <= NUMBER_MAX,
+                f"max_concurrent must be 1 to {NUMBER_MAX}",
+            ),
+            (not 0 <= self.retries <= NUMBER_MAX, f"retries must be 0 to {NUMBER_MAX}"),
             (not 0 <= self.cost <= COST_MAX, f"cost must be 0 to {COST_MAX}"),
-            (self.cache_ttl is not None and not 0 < self.cache_ttl < math.inf, "cache_ttl must be over 0 seconds"),
+            (
+                self.cache_ttl is not None and not 0 < self.cache_ttl <= NUMBER_MAX,
+                f"cache_ttl must be over 0 and at most {NUMBER_MAX} seconds",
+            ),
             (self.cache_ttl is not None and not self.read_only, "cache_ttl needs read_only=True"),
             (self.log_mode not in LOG_MODES, f"log_mode must be one of {_listed(LOG_MODES)}"),
             (self.log_payloads not in LOG_PAYLOADS, f"log_payloads must be one of {_listed(LOG_PAYLOADS)}"),
