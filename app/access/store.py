@@ -105,6 +105,11 @@ class KeyStore:
         asked = [*key_ids, *[key_ids[-1]] * (size - len(key_ids))]
         return await self._rows(select(KEYS).where(KEYS.c.id.in_(asked)))
 
+    async def one(self, key_id: str) -> Key | None:
+        """The key, revoked or not; None when there is none."""
+        rows = await self.find([key_id]) if is_id(key_id) else []
+        return decode(rows[0]) if rows else None
+
     async def page(self, limit: int, after: str) -> tuple[list[Key], str | None]:
         """Keys in the order of their making past the id `after`, and where the next page begins, if there is one.
         Rows that cannot be read are left out."""

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from app.access.authenticator import Authenticator
-from app.access.keys import SCOPE_ADMIN, NewKey, is_id
+from app.access.keys import SCOPE_ADMIN, Key, NewKey, is_id
 from app.access.store import KeyStore
 from app.errors import DependencyUnavailable, InvalidParams, MethodNotFound
 from app.tools.registry import Registry
@@ -80,6 +80,7 @@ class KeyRoutes:
         routes = APIRouter(prefix="/api/v1/admin/keys", tags=["admin"], default_response_class=Response)
         routes.add_api_route("", self.listing, methods=["GET"], **LIST_KEYS.described(REFUSALS))
         routes.add_api_route("", self.create, methods=["POST"], **CREATE_KEY.described((*REFUSALS, 400, 408, 413)))
+        routes.add_api_route("/{key_id}", self.one, methods=["GET"], **GET_KEY.described((*REFUSALS, 404)))
         routes.add_api_route("/{key_id}", self.revoke, methods=["DELETE"], **REVOKE_KEY.described((*REFUSALS, 404)))
         return routes
 
@@ -101,14 +102,23 @@ class KeyRoutes:
         key, credential = await self._keys.create(validated(NewKey, decode(body), strict=True))
         return _json({**key.shown(), "key": credential}, 201)
 
+    async def one(self, request: Request) -> Response:
+        caller_with(request, SCOPE_ADMIN)
+        read_query(request, NoParams)
+        return _json(_there(await self._keys.one(request.path_params["key_id"])).shown())
+
     async def revoke(self, request: Request) -> Response:
         caller_with(request, SCOPE_ADMIN)
         read_query(request, NoParams)
-        key = await self._keys.revoke(request.path_params["key_id"])
-        if key is None:
-            raise MethodNotFound("No such key; GET /api/v1/admin/keys lists them")
+        key = _there(await self._keys.revoke(request.path_params["key_id"]))
         self._access.forget(key.id)
         return _json(key.shown())
+
+
+def _there(key: Key | None) -> Key:
+    if key is None:
+        raise MethodNotFound("No such key; GET /api/v1/admin/keys lists them")
+    return key
 
 
 class CacheRoutes:
@@ -196,6 +206,20 @@ CREATE_KEY = Operation(
     },
     status=201,
 )
+_KEY_ID: Json = {
+    "name": "key_id",
+    "in": "path",
+    "required": True,
+    "description": "Id of the key: the part after act_, up to the next _",
+    "schema": {"type": "string", "pattern": "^[0-9a-f]{20}$"},
+}
+GET_KEY = Operation(
+    "getKey",
+    "One key",
+    "Revoked and expired ones too. Needs the scope `admin`.",
+    response("The key, without its secret", reference("KeyShown"), {"key": _SHOWN}),
+    {"parameters": [_KEY_ID]},
+)
 REVOKE_KEY = Operation(
     "revokeKey",
     "Revoke a key",
@@ -203,17 +227,7 @@ REVOKE_KEY = Operation(
     response(
         "The key as it is now", reference("KeyShown"), {"revoked": {**_SHOWN, "revoked_at": _SHOWN["created_at"]}}
     ),
-    {
-        "parameters": [
-            {
-                "name": "key_id",
-                "in": "path",
-                "required": True,
-                "description": "Id of the key: the part after act_, up to the next _",
-                "schema": {"type": "string", "pattern": "^[0-9a-f]{20}$"},
-            }
-        ]
-    },
+    {"parameters": [_KEY_ID]},
 )
 FORGET_RESULTS = Operation(
     "forgetResults",

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from app.access.keys import NewKey
 from app.transport import docs_page, shapes
-from app.transport.admin import CREATE_KEY, FORGET_RESULTS, LIST_KEYS, REVOKE_KEY, Forgotten, KeyMade, KeyPage
+from app.transport.admin import CREATE_KEY, FORGET_RESULTS, GET_KEY, LIST_KEYS, REVOKE_KEY, Forgotten, KeyMade, KeyPage
 from app.transport.examples import EXAMPLES, EXECUTION, OPENRPC, Json
 from app.transport.executions import EXPORT_EXECUTIONS, GET_EXECUTION, LIST_EXECUTIONS
 from app.transport.gate import open_paths, open_to_all
@@ -63,7 +63,7 @@ ANSWERS = {
     for each in (
         *(LIST_TOOLS, EXPORT_TOOLS, GET_TOOL, GET_LIMITS),
         *(LIST_EXECUTIONS, GET_EXECUTION, EXPORT_EXECUTIONS),
-        *(LIST_KEYS, CREATE_KEY, REVOKE_KEY, FORGET_RESULTS),
+        *(LIST_KEYS, CREATE_KEY, GET_KEY, REVOKE_KEY, FORGET_RESULTS),
     )
 }
 

@@ -391,12 +391,15 @@ def test_a_key_made_over_rest_works_until_it_is_revoked_there(guarded: Guarded) 
         "tools:execute",
         "tools:read",
     ]
-    call = {"json": CALL, "headers": {"X-API-Key": body["key"]}}
+    secret = body.pop("key")
+    assert admin(guarded, "GET", f"{ADMIN}/{body['id']}").json() == body
+    call = {"json": CALL, "headers": {"X-API-Key": secret}}
     assert guarded.service.http.post(RPC, **call).status_code == 200
     revoked = admin(guarded, "DELETE", f"{ADMIN}/{body['id']}")
     assert revoked.status_code == 200 and revoked.json()["revoked_at"] is not None and "key" not in revoked.json()
     assert guarded.service.http.post(RPC, **call).status_code == 401, "at once on the replica that was asked"
-    assert admin(guarded, "DELETE", f"{ADMIN}/{body['id']}").json() == revoked.json()
+    for method in ("DELETE", "GET"):
+        assert admin(guarded, method, f"{ADMIN}/{body['id']}").json() == revoked.json()
 
 
 def test_the_list_has_every_key_in_pages_and_no_secret(guarded: Guarded) -> None:
@@ -415,7 +418,8 @@ def test_the_list_has_every_key_in_pages_and_no_secret(guarded: Guarded) -> None
 
 @pytest.mark.parametrize("key_id", ["0" * 20, "x", "%00", "..%2f", "' OR '1'='1", "é"])
 def test_a_key_that_is_none_is_404(guarded: Guarded, key_id: str) -> None:
-    assert admin(guarded, "DELETE", f"{ADMIN}/{key_id}").status_code == 404
+    for method in ("GET", "DELETE"):
+        assert admin(guarded, method, f"{ADMIN}/{key_id}").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -452,14 +456,16 @@ def test_a_bad_page_is_422_and_a_body_that_is_no_json_400(guarded: Guarded) -> N
 
 
 def test_a_key_without_the_scope_may_do_nothing_there(guarded: Guarded) -> None:
-    for method, path in (("GET", ADMIN), ("POST", ADMIN), ("DELETE", f"{ADMIN}/{guarded.id}")):
+    one = f"{ADMIN}/{guarded.id}"
+    for method, path in (("GET", ADMIN), ("POST", ADMIN), ("GET", one), ("DELETE", one)):
         response = guarded.service.http.request(method, path, headers={"X-API-Key": guarded.key})
         assert response.status_code == 403, "before the body, the query and the id are looked at"
     assert guarded.service.http.post(RPC, json=CALL, headers={"X-API-Key": guarded.key}).status_code == 200
 
 
 def test_with_authentication_off_nobody_is_an_administrator(service: Running) -> None:
-    for method, path in (("GET", ADMIN), ("POST", ADMIN), ("DELETE", f"{ADMIN}/{'0' * 20}")):
+    one = f"{ADMIN}/{'0' * 20}"
+    for method, path in (("GET", ADMIN), ("POST", ADMIN), ("GET", one), ("DELETE", one)):
         assert service.http.request(method, path).status_code == 403
 
 
@@ -472,11 +478,9 @@ def test_every_example_of_the_admin_routes_works_when_it_is_pasted(guarded: Guar
         assert made.status_code == example["x-status"], name
         fits(document, document["paths"][ADMIN]["post"], made)
     fits(document, document["paths"][ADMIN]["get"], admin(guarded, "GET", params={"limit": "20"}))
-    fits(
-        document,
-        document["paths"][f"{ADMIN}/{{key_id}}"]["delete"],
-        admin(guarded, "DELETE", f"{ADMIN}/{made.json()['id']}"),
-    )
+    for method in ("get", "delete"):
+        answer = admin(guarded, method, f"{ADMIN}/{made.json()['id']}")
+        fits(document, document["paths"][f"{ADMIN}/{{key_id}}"][method], answer)
 
 
 def fits(document: dict[str, Any], operation: dict[str, Any], response: httpx.Response) -> None:

@@ -95,6 +95,7 @@ def test_every_operation_says_what_it_is(document: Json) -> None:
         "getExecution",
         "listKeys",
         "createKey",
+        "getKey",
         "revokeKey",
         "forgetResults",
         "getOpenApi",
@@ -159,7 +160,7 @@ def test_every_method_of_the_door_is_documented_with_an_example(document: Json, 
     assert set(methods) <= set(examples)
 
 
-PASTED_ELSEWHERE = {"getExecution", "listKeys", "createKey", "revokeKey", "forgetResults"}
+PASTED_ELSEWHERE = {"getExecution", "listKeys", "createKey", "getKey", "revokeKey", "forgetResults"}
 """They need a row of the log, or a credential: tests/service/test_log.py, tests/access/."""
 
 
