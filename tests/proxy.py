@@ -58,6 +58,10 @@ class FaultProxy:
         """FIN to every client, and to those that come, while what they send still reaches the server."""
         self._call(self._half_close)
 
+    def point_at(self, target_port: int) -> None:
+        """For connections that come; those that are open stay where they are."""
+        self._target = (self._target[0], target_port)
+
     def heal(self) -> None:
         """No fault any more. Connections that were reset or half-closed stay lost."""
         self._call(self._heal)

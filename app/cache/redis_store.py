@@ -17,7 +17,14 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis, RedisCluster
-from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
+from redis.exceptions import (
+    MasterDownError,
+    NoScriptError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 
 from app.cache.store import KEPT_MS, Claim, StoreAway
 
@@ -48,6 +55,9 @@ CLOSE_S = 1.0
 FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError, LookupError)
 """What the library raises for a server that is away. That of Clusters is no RedisError, or a KeyError of its table of
 slots; uvloop has a RuntimeError for a connection that closed while it was opened."""
+
+DEMOTED = (ReadOnlyError, MasterDownError)
+"""Of a server that became a replica: by now its name may stand for another, and its connections never will."""
 
 STATES = frozenset(("begun", "running", "done", "unknown", "other"))
 
@@ -180,6 +190,8 @@ class RedisStore:
             if isinstance(error, ResponseError):  # it is there, and says no
                 self._answered_at = monotonic()
                 self._say(reason)
+                if isinstance(error, DEMOTED):
+                    await self._drop_idle()
             else:
                 self._stay_away(reason)
             if undo is not None:
@@ -189,6 +201,12 @@ class RedisStore:
         if waited_for.ended and undo is not None:
             self._undo(undo)
         return said
+
+    async def _drop_idle(self) -> None:
+        """That of the command among them. A Cluster's client finds another node by itself."""
+        if not isinstance(self._client, RedisCluster):
+            with contextlib.suppress(*FAILURES):
+                await self._client.connection_pool.disconnect(inuse_connections=False)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._under_way.discard(task)

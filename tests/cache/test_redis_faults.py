@@ -110,6 +110,23 @@ async def answered(store: room.RedisStore, key: str, token: str) -> Any:
             await asyncio.sleep(0.02)
 
 
+async def test_a_server_that_became_a_replica_is_left_for_the_one_its_name_stands_for() -> None:
+    """Nobody closes the connections to it; outcomes of its time as a primary reach the new one."""
+    with RedisServer() as old, RedisServer() as new, FaultProxy(old.port) as name:
+        async with redis_store(f"redis://{HOST}:{name.port}") as store:
+            assert (await store.begin("k", "fp", "first", LEASE_MS, take_over=False)).state == "begun"
+            await asyncio.gather(*(store.get("key") for _ in range(10)))
+            new.cli("REPLICAOF", HOST, old.port)
+            await until(lambda: new.cli("EXISTS", "k") == "1")
+            new.cli("REPLICAOF", "NO", "ONE")
+            old.cli("REPLICAOF", HOST, new.port)
+            name.point_at(new.port)
+            with pytest.raises(StoreAway):
+                await store.finish("k", "first", b"body")
+            assert await store.finish("k", "first", b"body")
+            assert (await store.begin("k", "fp", "second", LEASE_MS, take_over=False)).body == b"body"
+
+
 async def test_a_claim_that_comes_too_late_is_given_back(site: Site) -> None:
     """It was carried out, and nobody waits for it any more."""
     async with redis_store(site.url, BUDGET_S) as store:
