@@ -57,6 +57,12 @@ CREATE INDEX IF NOT EXISTS records_ends ON records (ends_ms);
 
 _SWEEP = "DELETE FROM records WHERE key IN (SELECT key FROM records WHERE ends_ms <= ? ORDER BY ends_ms LIMIT ?)"
 
+_FINISH = """
+INSERT INTO records (key, fp, token, lease_ms, ends_ms, body) VALUES (?, ?, ?, 0, ?, ?)
+ON CONFLICT (key) DO UPDATE SET ends_ms = excluded.ends_ms, body = excluded.body
+WHERE token = excluded.token AND body IS NULL
+"""
+
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
@@ -103,10 +109,9 @@ class FileStore:
         )
         return Claim("begun", token)
 
-    async def finish(self, key: str, token: str, body: bytes) -> bool:
-        asked = (body, self._clock_ms() + KEPT_MS, key, token)
-        statement = "UPDATE records SET body = ?, ends_ms = ? WHERE key = ? AND token = ? AND body IS NULL"
-        return await self._transaction(lambda file: file.execute(statement, asked).rowcount > 0)
+    async def finish(self, key: str, fingerprint: str, token: str, body: bytes) -> bool:
+        asked = (key, fingerprint, token, self._clock_ms() + KEPT_MS, body)
+        return await self._transaction(lambda file: file.execute(_FINISH, asked).rowcount > 0)
 
     async def release(self, key: str, token: str) -> None:
         statement = "DELETE FROM records WHERE key = ? AND token = ? AND body IS NULL"

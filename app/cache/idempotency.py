@@ -38,6 +38,7 @@ class Claimed(NamedTuple):
     """The right to run, once. None of it where the store is away and a repeat is harmless."""
 
     key: str
+    fingerprint: str
     token: str
 
 
@@ -56,9 +57,9 @@ class Idempotency:
         """
         key = key_of("idempotency", call.caller.tenant, call.caller.subject, call.tool_id, call.idempotency_key or "")
         lease_ms = int((lease_s + LEASE_GRACE_S) * 1e3)
-        asked = key, _fingerprint(call), call.execution_id, lease_ms
+        claimed = Claimed(key, _fingerprint(call), call.execution_id)
         try:
-            claim = await self._store.begin(*asked, take_over=harmless)
+            claim = await self._store.begin(*claimed, lease_ms, take_over=harmless)
         except StoreFull:
             raise DependencyUnavailable("No room for one more idempotency key", retry_after_ms=60_000) from None
         except StoreAway:
@@ -68,7 +69,7 @@ class Idempotency:
                 "The store of idempotency keys is away; nothing ran", retry_after_ms=1_000
             ) from None
         if claim.state == "begun":
-            return Claimed(key, call.execution_id)
+            return claimed
         if claim.state == "done":
             return _first_execution(claim, key, call)
         raise _conflict(claim)
@@ -77,7 +78,7 @@ class Idempotency:
         """Before the answer leaves. What the store does not take now is offered again behind it."""
         body = written(execution, claimed.key)
         try:
-            if not await self._store.finish(claimed.key, claimed.token, body):
+            if not await self._store.finish(*claimed, body):
                 logger.warning("idempotency key was taken over", extra={"execution_id": execution.execution_id})
         except (StoreAway, StoreFull):
             self._later(claimed, body)
@@ -111,7 +112,7 @@ class Idempotency:
                 if body is None:
                     await self._store.release(claimed.key, claimed.token)
                 else:
-                    await self._store.finish(claimed.key, claimed.token, body)
+                    await self._store.finish(*claimed, body)
                 return
             except (StoreAway, StoreFull):
                 continue

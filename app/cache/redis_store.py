@@ -99,15 +99,15 @@ class RedisStore:
             return _claim(await BEGIN(self._client, key, *arguments))
 
         async def undo() -> None:  # of this token alone, and only while it has no outcome
-            await FINISH(self._client, key, token, b"", 0)
+            await FINISH(self._client, key, token, "", b"", 0)
 
         return await self._ask(claim, undo)
 
-    async def finish(self, key: str, token: str, body: bytes) -> bool:
-        return bool(await self._ask(lambda: FINISH(self._client, key, token, body, KEPT_MS)))
+    async def finish(self, key: str, fingerprint: str, token: str, body: bytes) -> bool:
+        return bool(await self._ask(lambda: FINISH(self._client, key, token, fingerprint, body, KEPT_MS)))
 
     async def release(self, key: str, token: str) -> None:
-        await self._ask(lambda: FINISH(self._client, key, token, b"", 0))
+        await self._ask(lambda: FINISH(self._client, key, token, "", b"", 0))
 
     async def get(self, key: str) -> bytes | None:
         value = await self._ask(lambda: self._client.get(key))

@@ -41,8 +41,9 @@ class CacheStore(Protocol):
     async def begin(self, key: str, fingerprint: str, token: str, lease_ms: int, *, take_over: bool) -> Claim:
         """Claim the key for `token`. `take_over`: an ended lease is no obstacle. Raises StoreFull."""
 
-    async def finish(self, key: str, token: str, body: bytes) -> bool:
-        """Say what came of it. False: the key is not this token's any more, and nothing was written."""
+    async def finish(self, key: str, fingerprint: str, token: str, body: bytes) -> bool:
+        """Say what came of it, also where the claim was lost meanwhile. False: the key is another token's now, or has
+        its outcome, and nothing was written."""
 
     async def release(self, key: str, token: str) -> None:
         """Nothing ran under this claim: the next call may."""

@@ -47,8 +47,8 @@ class Store:
     ) -> Claim:
         return await self.store.begin(key, fingerprint, token, lease_ms, take_over=take_over)
 
-    async def finish(self, token: str, body: bytes, key: str = "k") -> bool:
-        return await self.store.finish(key, token, body)
+    async def finish(self, token: str, body: bytes, fingerprint: str = "fp", *, key: str = "k") -> bool:
+        return await self.store.finish(key, fingerprint, token, body)
 
     async def release(self, token: str, key: str = "k") -> None:
         await self.store.release(key, token)

@@ -33,7 +33,7 @@ async def main():
         claim = await store.begin(str(number), "fp", sys.argv[2], 60_000, take_over=False)
         if claim.state == "begun":
             print(number, flush=True)
-            await store.finish(str(number), sys.argv[2], b"x")
+            await store.finish(str(number), "fp", sys.argv[2], b"x")
     print("done", flush=True)
     sys.stdin.readline()
 
@@ -86,7 +86,7 @@ async def test_a_full_file_says_so_keeps_what_it_has_and_goes_on_when_there_is_r
     with pytest.raises(StoreFull):
         for number in range(1_000):
             await store.begin(str(number), "fp", "token", LEASE_MS, take_over=False)
-            await store.finish(str(number), "token", b"x" * 5_000)
+            await store.finish(str(number), "fp", "token", b"x" * 5_000)
     assert (await store.begin("0", "fp", "later", LEASE_MS, take_over=False)).body == b"x" * 5_000
     size = sum(path.stat().st_size for path in tmp_path.iterdir() if path.name == "keys.db")
     assert size <= 200_000

@@ -122,8 +122,8 @@ async def test_a_server_that_became_a_replica_is_left_for_the_one_its_name_stand
             old.cli("REPLICAOF", HOST, new.port)
             name.point_at(new.port)
             with pytest.raises(StoreAway):
-                await store.finish("k", "first", b"body")
-            assert await store.finish("k", "first", b"body")
+                await store.finish("k", "fp", "first", b"body")
+            assert await store.finish("k", "fp", "first", b"body")
             assert (await store.begin("k", "fp", "second", LEASE_MS, take_over=False)).body == b"body"
 
 
@@ -210,7 +210,7 @@ async def test_scripts_that_the_server_forgot_are_told_once_more(redis: RedisAt)
             redis.cli("SCRIPT", "FLUSH")
             assert (await store.begin(f"noscript {number}", "fp", "t", LEASE_MS, take_over=False)).state == "begun"
             redis.cli("SCRIPT", "FLUSH")
-            assert await store.finish(f"noscript {number}", "t", b"body")
+            assert await store.finish(f"noscript {number}", "fp", "t", b"body")
             redis.cli("SCRIPT", "FLUSH")
             assert await store.next_epoch("noscript") > 0
 
@@ -300,7 +300,7 @@ async def test_a_cluster_keeps_records_where_their_tags_say_and_away_it_is_a_sto
             keys = [key_of("idempotency", f"tenant {number}", "s", "t", "k") for number in range(12)]
             for key in keys:
                 assert (await store.begin(key, "fp", "t", LEASE_MS, take_over=False)).state == "begun"
-                assert await store.finish(key, "t", b"body")
+                assert await store.finish(key, "fp", "t", b"body")
                 assert (await store.begin(key, "fp", "u", LEASE_MS, take_over=False)).body == b"body"
                 assert await store.take_turn(f"{key}:turn", 1_000)
             assert len({id(cluster.node_of(key)) for key in keys}) > 1, "tenants spread"

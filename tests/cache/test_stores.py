@@ -105,8 +105,18 @@ async def test_nobody_gives_back_what_is_not_theirs_or_has_ended(store: Store) -
     assert (await store.begin("third")).state == "done"
 
 
-async def test_nothing_is_finished_that_never_began(store: Store) -> None:
-    assert not await store.finish("first", b"body")
+async def test_an_outcome_whose_claim_was_lost_is_kept_and_one_that_came_before_it_stays(store: Store) -> None:
+    """The store forgot the claim while its call ran. Whoever began since then is not overwritten."""
+    assert await store.finish("first", b"body")
+    assert await store.begin("second") == ("done", "first", 0, b"body")
+    assert await store.begin("second", "another") == ("other", "first", 0, b"")
+    assert not await store.finish("second", b"later")
+    await store.begin("third", key="anew")
+    assert not await store.finish("first", b"body", key="anew")
+    assert (await store.begin("fourth", key="anew"))[:2] == ("running", "third")
+
+
+async def test_what_never_began_is_given_back_without_a_trace(store: Store) -> None:
     await store.release("first")
     assert (await store.begin("second")).state == "begun"
 

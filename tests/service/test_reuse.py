@@ -265,6 +265,18 @@ def test_conflicts_have_their_status_on_rest(site: Site, name: str) -> None:
     assert data["first_execution_id"] == first.result()[1]["execution_id"] and site.runs(name) == 1
 
 
+def test_a_key_that_redis_lost_while_its_call_ran_is_kept_from_its_end(site: Site, name: str) -> None:
+    gate = site.gate(name)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(site.call, site.one, "pay", name=name, gate=str(gate), idempotency_key=name)
+        wait_until(lambda: site.runs(name) == 1, "the first runs")
+        site.redis.cli("FLUSHALL")
+        gate.unlink()
+        answer = first.result()
+    again = site.call(site.two, "pay", name=name, gate=str(gate), idempotency_key=name)
+    assert again == {**answer, "replayed": True} and site.runs(name) == 1
+
+
 def test_callers_with_the_same_key_never_meet(site: Site, name: str) -> None:
     answers = {who: site.call(site.one, "pay", who, name=name, idempotency_key=name) for who in ("anna", "ben", "bob")}
     assert len({answer["execution_id"] for answer in answers.values()}) == 3 and site.runs(name) == 3
