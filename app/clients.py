@@ -204,6 +204,11 @@ def create_redis(url: str, pool_size: int, name: str) -> Redis | RedisCluster:
     return Redis(host=host, port=port, **options)
 
 
+def redis_database(url: str) -> int:
+    """The number of the database that REDIS_URL names. Raises ValueError as `redis_locator` does."""
+    return _redis_place(url).template.db
+
+
 def _redis_place(url: str) -> _RedisPlace:
     scheme, _, rest = url.partition("://")
     try:

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -73,6 +74,17 @@ async def test_a_question_is_answered_by_whoever_can(redis: RedisAt) -> None:
         noes = await asyncio.gather(*(one.bus.ask("do", what="nobody's") for _ in range(5)))
         assert not any(noes)
         assert not one.bus._asked and not one.bus._replies
+
+
+async def test_databases_of_one_redis_are_apart(redis: RedisAt) -> None:
+    """They keep services apart that share a server: whoever cancels or forgets in one means no call of another."""
+    three, four = (urlsplit(redis.url)._replace(path=path).geturl() for path in ("/3", "/4"))
+    mine, other, others = Replica(three, "a"), Replica(four, "a"), Replica(four, "b")
+    async with replicas(mine, other, others):
+        assert not await mine.bus.ask("do", what="a")
+        assert await mine.bus.tell("do", what="told")
+        assert await other.bus.ask("do", what="b") and others.heard == ["b"]
+        assert mine.heard == other.heard == []
 
 
 async def test_nobody_waits_for_the_answer_of_nobody(redis: RedisAt) -> None:

@@ -18,11 +18,12 @@ from redis.asyncio import RedisCluster
 from redis.exceptions import RedisClusterException, RedisError
 
 from app.bus.bus import Bus, Message
-from app.clients import create_redis
+from app.clients import create_redis, redis_database
 
 logger = logging.getLogger("app.bus")
 
 CHANNEL = "agentcore:bus"
+"""Of database 0. Redis has channels for all of its databases together: those of others have its number in theirs."""
 MESSAGE_BYTES_MAX = 4_096
 
 ANSWER_S_MAX = 0.5
@@ -52,6 +53,8 @@ class RedisBus(Bus):
         super().__init__()
         self._answer_s = answer_s
         self._client: Any = create_redis(url, CONNECTIONS_MAX, "agentcore-tools:bus")
+        database = redis_database(url)
+        self._channel = f"{CHANNEL}/{database}" if database else CHANNEL
         self._counts_listeners = not isinstance(self._client, RedisCluster)
         """A node of a Cluster counts its own subscribers alone."""
         self._places = asyncio.Semaphore(CONNECTIONS_MAX - 1)
@@ -63,7 +66,7 @@ class RedisBus(Bus):
         self.subscribed = asyncio.Event()
 
     async def tell(self, kind: str, **what: Any) -> bool:
-        return await self._publish(CHANNEL, {"kind": kind, "from": self._name, **what}) is not None
+        return await self._publish(self._channel, {"kind": kind, "from": self._name, **what}) is not None
 
     async def ask(self, kind: str, **what: Any) -> bool:
         if len(self._asked) >= ASKED_MAX or not self.subscribed.is_set():
@@ -71,7 +74,7 @@ class RedisBus(Bus):
         number = next(self._numbers)
         question = self._asked[number] = _Question()
         try:
-            heard = await self._publish(CHANNEL, {"kind": kind, "from": self._name, "number": number, **what})
+            heard = await self._publish(self._channel, {"kind": kind, "from": self._name, "number": number, **what})
             if heard is None:
                 return False
             if self._counts_listeners:
@@ -93,7 +96,7 @@ class RedisBus(Bus):
                         await self._client.initialize()  # a subscription does not ask for the slots itself
                 async with self._client.pubsub() as subscription:
                     async with asyncio.timeout(COMMAND_S_MAX * 2):
-                        await subscription.subscribe(CHANNEL, f"{CHANNEL}:{self._name}")
+                        await subscription.subscribe(self._channel, f"{CHANNEL}:{self._name}")
                     wait_s = RETRY_S_MIN
                     await self._listen(subscription)
             except FAILURES as error:
