@@ -20,6 +20,7 @@ from app.calls import Execution, ToolCall
 from app.errors import (
     DEPENDENCY_SKIPPED,
     DRAINING,
+    IDEMPOTENCY_CONFLICT,
     INVALID_PARAMS,
     TOOL_TIMEOUT,
     InvalidParams,
@@ -72,7 +73,8 @@ def _received_now(call: ToolCall) -> ToolCall:
 
 async def run_fallback(execute: Execute, calls: Sequence[ToolCall]) -> list[Execution]:
     """Every attempt, the last one being what the chain came to. Stops at the first success, and where no other
-    tool can help: the caller's own mistake, a cancellation, a replica that is shutting down."""
+    tool can help: the caller's own mistake, a cancellation, a replica that is shutting down, a first call with the same
+    idempotency key, which may have done already what another tool would do again."""
     attempts: list[Execution] = []
     for call in calls:
 
@@ -87,7 +89,7 @@ async def run_fallback(execute: Execute, calls: Sequence[ToolCall]) -> list[Exec
 
 def _another_tool_can_help(execution: Execution) -> bool:
     if execution.refusal is not None:
-        return execution.refusal.kind not in (INVALID_PARAMS, DRAINING)
+        return execution.refusal.kind not in (INVALID_PARAMS, IDEMPOTENCY_CONFLICT, DRAINING)
     return execution.status not in ("success", "cancelled")
 
 

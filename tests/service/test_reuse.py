@@ -248,6 +248,26 @@ def test_items_of_a_batch_have_keys_of_their_own(site: Site, name: str) -> None:
     assert results[2]["execution_id"] == results[0]["execution_id"] and site.runs(name) == 2
 
 
+def test_no_fallback_runs_beside_a_first_call_that_still_runs_or_has_no_outcome(site: Site, name: str) -> None:
+    """A client that repeats a chain: the fallback would do the same thing a second time."""
+    gate = site.gate(name)
+    primary = {"tool_id": "pay", "parameters": {"name": name, "gate": str(gate)}, "idempotency_key": name}
+    fallback = {"tool_id": "put", "parameters": {"name": name}, "idempotency_key": name}
+    chain = {"primary": primary, "fallback": fallback}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(site.rpc, site.one, "tools.execute_with_fallback", chain)
+        wait_until(lambda: site.runs(name) == 1, "the first runs")
+        again = site.rpc(site.two, "tools.execute_with_fallback", chain)
+        assert (again["error"]["code"], again["error"]["data"]["reason"]) == (-32007, "still_running")
+        other = {**chain, "primary": {**primary, "parameters": {"name": name}}}
+        refused = site.rpc(site.two, "tools.execute_with_fallback", other)
+        assert (refused["error"]["code"], refused["error"]["data"]["reason"]) == (-32007, "other_call")
+        gate.unlink()
+        assert not first.result()["result"]["used_fallback"]
+    last = site.rpc(site.two, "tools.execute_with_fallback", chain)["result"]
+    assert last["result"] == {**first.result()["result"]["result"], "replayed": True} and site.runs(name) == 1
+
+
 def test_conflicts_have_their_status_on_rest(site: Site, name: str) -> None:
     gate = site.gate(name)
     with ThreadPoolExecutor(1) as pool:
