@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -63,7 +64,15 @@ def _version(connection: Connection) -> str | None:
     if not inspect(connection).has_table("alembic_version"):
         return None
     found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    if found is not None and not _OURS.fullmatch(found):
+        raise MigrationError(
+            "another application keeps its version in this database (alembic_version); give the service one of its own"
+        )
     return found
+
+
+_OURS = re.compile(r"\d{4}", re.ASCII)
+"""Versions of ours, those to come too. Alembic names its own by hexadecimal digits."""
 
 
 async def is_current(engine: AsyncEngine) -> bool:

@@ -126,6 +126,27 @@ async def test_tables_of_a_newer_version_serve_an_older_one(database_url: str) -
         assert await version(engine) == "9999"
 
 
+@pytest.mark.parametrize("theirs", ["ae1027a6acf", "0001c2ffa1b3"])
+async def test_a_database_of_another_application_is_refused(database_url: str, theirs: str) -> None:
+    async with opened(database_url) as engine:
+        async with engine.begin() as connection:
+            await connection.execute(text("CREATE TABLE alembic_version (version_num varchar(32) NOT NULL)"))
+            await connection.execute(text(f"INSERT INTO alembic_version VALUES ('{theirs}')"))
+        for ask in (migrate, is_current, version):
+            with pytest.raises(MigrationError, match="another application"):
+                await ask(engine)
+        assert await tables(engine) == {"alembic_version"}
+    done = subprocess.run(
+        [sys.executable, "-m", "app", "migrate"],
+        cwd=ROOT,
+        env=service_environ(DATABASE_URL=database_url),
+        capture_output=True,
+        text=True,
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "another application" in line and theirs not in line
+
+
 async def test_a_lock_that_another_migration_holds_is_waited_for(database_url: str) -> None:
     async with opened(database_url) as first, opened(database_url) as second:
         async with locked(first):
