@@ -119,7 +119,8 @@ class Upkeep:
 
 
 async def ensure_partitions(engine: AsyncEngine, now_s: float) -> list[str]:
-    """Make the months that are missing, and the partition for all other ids; the names of what was made.
+    """Make the months that are missing, and the partition for all other ids; the names of what was made. A month whose
+    table was detached stays out: its late rows go to the partition for others.
 
     Nothing when another process is at it. Raises StoreAway; PostgresError when the role may not, or a lock was busy.
     """
@@ -134,7 +135,7 @@ async def ensure_partitions(engine: AsyncEngine, now_s: float) -> list[str]:
                 if OTHER not in known:
                     await pg.execute(f"CREATE TABLE {OTHER} PARTITION OF tool_executions DEFAULT")
                     made.append(OTHER)
-                if month.table not in known and await _make(pg, month):
+                if month.table not in known and not await _exists(pg, month.table) and await _make(pg, month):
                     made.append(month.table)
     if made:
         logger.info("partitions made", extra={"tables": made})
@@ -147,6 +148,10 @@ OTHER = "tool_executions_other"
 async def _locked(pg: Any) -> bool:
     await pg.execute(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
     return bool(await pg.fetchval("SELECT pg_try_advisory_xact_lock($1)", LOCK_KEY))
+
+
+async def _exists(pg: Any, table: str) -> bool:
+    return await pg.fetchval("SELECT to_regclass($1)::text", table) is not None
 
 
 async def _make(pg: Any, month: Month) -> bool:

@@ -213,6 +213,15 @@ async def test_where_no_partition_takes_a_row_one_is_made(pg: AsyncEngine) -> No
     assert await ExecutionStore(pg).insert([record(at=0)]) == Stored(1, 0, 0)
 
 
+async def test_a_month_that_was_detached_stays_out_and_others_are_made(pg: AsyncEngine) -> None:
+    last = Month.of(time.time()).plus(-1)
+    await run(pg, f"ALTER TABLE tool_executions DETACH PARTITION {last.table}")
+    await run(pg, f"DROP TABLE {last.plus(4).table}")
+    assert await ensure_partitions(pg, time.time()) == [last.plus(4).table]
+    assert await ExecutionStore(pg).insert([record(at=last.starts_s, tool_id="late")]) == Stored(1, 0, 0)
+    assert await by_table(pg) == {"late": "tool_executions_other"}
+
+
 async def test_months_past_retention_are_dropped_whole_and_no_other(pg: AsyncEngine) -> None:
     this = Month.of(time.time())
     for step in range(-5, 0):
