@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+import asyncpg
 import orjson
 import uvloop
 from pydantic import ValidationError
@@ -25,9 +26,10 @@ from app import __version__
 from app.access.keys import NewKey
 from app.access.store import KeyStore
 from app.calls import DEFAULT_SCOPES, LOCAL_CALLER, ToolCall, new_execution_id
-from app.clients import close_engine, create_engine
+from app.clients import close_engine, create_engine, reason
 from app.doctor import Finding, examine, examine_refused
 from app.errors import ToolServiceError
+from app.execution_log.connections import StoreAway
 from app.execution_log.partitions import ensure_partitions
 from app.executor.containment import LastingLoop
 from app.migration import NEWEST, MigrationError, is_current, migrate, version
@@ -329,11 +331,19 @@ def _migrate(settings: Settings, options: argparse.Namespace) -> int:
         async with opened_database(settings, command_timeout_s=MIGRATION_TIMEOUT_S) as engine:
             await migrate(engine, options.revision)
             if options.revision == NEWEST and engine.dialect.name == "postgresql":
-                await ensure_partitions(engine, time.time())
+                await _make_months(engine)
             print(f"tables at {await version(engine)}")
         return 0
 
     _run(migrated())
+
+
+async def _make_months(engine: AsyncEngine) -> None:
+    try:
+        await ensure_partitions(engine, time.time())
+    except (StoreAway, asyncpg.PostgresError) as error:
+        message = f"the tables are up to date, but months of the log could not be made ({reason(error)}); run it again"
+        raise MigrationError(message) from error
 
 
 def _keys_create(settings: Settings, options: argparse.Namespace) -> int:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
+from app.clients import close_engine, create_engine
+from app.execution_log.partitions import Month
 from app.migration import versions
 from tests.access.keyring import make_key
 from tests.certificates import make_certificate
@@ -119,6 +124,26 @@ def test_migrate_goes_to_the_revision_that_is_named_and_to_the_newest_without(po
     assert run(url, "migrate").stdout == f"tables at {versions()[-1]}\n"
     done = run(url, "migrate", "no_such")
     assert done.returncode == 1 and "0001" in done.stderr
+
+
+def test_months_that_cannot_be_made_are_one_plain_line(postgres: PostgresAt) -> None:
+    url = postgres.create_database()
+    assert run(url, "migrate").returncode == 0
+
+    async def migrate_beside_a_backup() -> subprocess.CompletedProcess[str]:
+        engine = create_engine(url, 1, 0)
+        async with engine.begin() as backup:
+            await backup.execute(text(f"DROP TABLE {Month.of(time.time()).plus(3).table}"))
+        async with engine.begin() as backup:
+            await backup.execute(text("LOCK TABLE tool_executions IN ACCESS SHARE MODE"))
+            done = await asyncio.to_thread(run, url, "migrate")
+        await close_engine(engine)
+        return done
+
+    done = asyncio.run(migrate_beside_a_backup())
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "months of the log" in line and "lock timeout" in line
+    assert run(url, "migrate").returncode == 0
 
 
 @pytest.mark.parametrize("command", [["keys", "list"], ["migrate"]], ids=" ".join)
