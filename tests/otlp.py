@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTracePartialSuccess,
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
@@ -77,12 +78,20 @@ def spans_in(request: ExportTraceServiceRequest) -> list[Span]:
     ]
 
 
+def partly_taken(rejects: int) -> ExportTraceServiceResponse:
+    """The answer of a receiver that rejects so many spans of an export."""
+    partial = ExportTracePartialSuccess(rejected_spans=rejects, error_message="too old" if rejects else "")
+    return ExportTraceServiceResponse(partial_success=partial) if rejects else ExportTraceServiceResponse()
+
+
 class OtlpReceiver:
-    """Listens on loopback. `status` is what it answers; `stall()` lets exports wait until `resume()`."""
+    """Listens on loopback. `status` is what it answers, `rejects` how many spans of each export it takes the others
+    without; `stall()` lets exports wait until `resume()`."""
 
     def __init__(self, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
         self._scheme = "http" if tls is None else "https"
         self.status = 200
+        self.rejects = 0
         self.headers: list[dict[str, str]] = []
         self.bodies: list[bytes] = []
         self._spans: list[Span] = []
@@ -99,7 +108,7 @@ class OtlpReceiver:
                 receiver._open.wait(WAIT_S_MAX)
                 if receiver.status == 200 and self.path == "/v1/traces":
                     receiver._take({name.lower(): value for name, value in self.headers.items()}, body)
-                answer = ExportTraceServiceResponse().SerializeToString()
+                answer = partly_taken(receiver.rejects).SerializeToString()
                 self.send_response(receiver.status if self.path == "/v1/traces" else 404)
                 self.send_header("content-type", "application/x-protobuf")
                 self.send_header("content-length", str(len(answer)))

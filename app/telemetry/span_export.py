@@ -16,8 +16,13 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, Any, cast
 
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from opentelemetry.context import Context
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTracePartialSuccess,
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter, SpanExportResult
@@ -144,15 +149,25 @@ class _Counted(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self._take(len(spans))
-        arrived = True
-        for exporter in self._exporters:
-            try:
-                arrived = exporter.export(spans) is SpanExportResult.SUCCESS and arrived
-            except Exception as error:
-                arrived = False
-                self._last_words.complain(type(error).__name__)
-        self._outcomes["exported" if arrived else "failed"] += len(spans)
-        return SpanExportResult.SUCCESS if arrived else SpanExportResult.FAILURE
+        failed = max(self._failed(exporter, spans) for exporter in self._exporters)
+        self._outcomes["failed"] += failed
+        self._outcomes["exported"] += len(spans) - failed
+        return SpanExportResult.FAILURE if failed else SpanExportResult.SUCCESS
+
+    def _failed(self, exporter: SpanExporter, spans: Sequence[ReadableSpan]) -> int:
+        """How many of them did not arrive."""
+        try:
+            if exporter.export(spans) is not SpanExportResult.SUCCESS:
+                return len(spans)
+        except Exception as error:
+            self._last_words.complain(type(error).__name__)
+            return len(spans)
+        partial: ExportTracePartialSuccess | None = getattr(exporter, "partial", None)
+        if partial is None or partial.rejected_spans <= 0:
+            return 0
+        rejected = min(partial.rejected_spans, len(spans))
+        self._last_words.complain(f"{rejected} of {len(spans)} spans rejected: {partial.error_message}")
+        return rejected
 
     def shutdown(self) -> None:
         for exporter in self._exporters:
@@ -305,21 +320,35 @@ def _exporter(name: str, environ: Mapping[str, str]) -> SpanExporter:
 def _http_exporter(environ: Mapping[str, str]) -> SpanExporter:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-    from app.telemetry.span_transport import HttpcoreTransport, is_able
+    from app.telemetry.span_transport import HttpcoreTransport, LastAnswer, is_able
 
     encoder = Encoder()
 
     class HttpExporter(OTLPSpanExporter):
         """The library's but for its encoder, which has no place to hang another one in."""
 
+        partial: ExportTracePartialSuccess | None = None
+        """What the receiver said of the last batch, which it may take without some of its spans."""
+
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
             client = getattr(self, "_client", None)
             if client is None:  # another version keeps it elsewhere
                 return super().export(whole(spans))
+            if not isinstance(client._transport, LastAnswer):
+                client._transport = LastAnswer(client._transport)
             sent = client.export(encoder.encode(spans).SerializeToString())
+            self.partial = _partial(client._transport.protobuf) if sent.success else None
             return SpanExportResult.SUCCESS if sent.success else SpanExportResult.FAILURE
 
     return HttpExporter(_transport=HttpcoreTransport(environ)) if is_able(environ) else HttpExporter()
+
+
+def _partial(answer: bytes) -> ExportTracePartialSuccess | None:
+    try:
+        read: ExportTraceServiceResponse = ExportTraceServiceResponse.FromString(answer)
+    except DecodeError:
+        return None
+    return read.partial_success
 
 
 def _grpc_exporter() -> SpanExporter:
@@ -328,7 +357,21 @@ def _grpc_exporter() -> SpanExporter:
     encoder = Encoder()
 
     class GrpcExporter(OTLPSpanExporter):
-        """The library's but for its encoder."""
+        """The library's but for its encoder, and it does not drop what the receiver answered."""
+
+        partial: ExportTracePartialSuccess | None = None
+
+        def _initialize_channel_and_stub(self) -> None:
+            super()._initialize_channel_and_stub()  # type: ignore[no-untyped-call]
+            client: Any = self._client
+            send = client.Export
+
+            def send_and_keep(**request: Any) -> ExportTraceServiceResponse:
+                answer: ExportTraceServiceResponse = send(**request)
+                self.partial = answer.partial_success
+                return answer
+
+            client.Export = send_and_keep
 
         def _translate_data(self, data: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
             return encoder.encode(data)

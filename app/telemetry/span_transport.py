@@ -76,6 +76,39 @@ class HttpcoreTransport(BaseHTTPTransport):
         self._pool.close()
 
 
+class LastAnswer(BaseHTTPTransport):
+    """Any transport, and what the receiver answered last."""
+
+    def __init__(self, transport: BaseHTTPTransport) -> None:
+        self._transport = transport
+        self._result: BaseHTTPResult | None = None
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: dict[str, str] | None = None,
+        timeout: float | None = None,
+        data: bytes | None = None,
+    ) -> BaseHTTPResult:
+        self._result = self._transport.request(method, url, headers=headers, timeout=timeout, data=data)
+        return self._result
+
+    @property
+    def protobuf(self) -> bytes:
+        """Its body; empty where it was none, or in another format."""
+        if self._result is None or "x-protobuf" not in self._result.headers().get("content-type", ""):
+            return b""
+        return self._result.content()
+
+    def is_connection_error(self, exception: Exception | None) -> bool:
+        return self._transport.is_connection_error(exception)
+
+    def close(self) -> None:
+        self._transport.close()
+
+
 def is_able(environ: Mapping[str, str]) -> bool:
     """Whether the variables ask for nothing that requests alone does: a proxy, credentials from elsewhere or in the
     endpoint."""

@@ -38,7 +38,7 @@ from app.telemetry.spans import HeadSampler, SpanNote, sampler_of
 from app.telemetry.tracing import Tracing
 from app.transport.jsonrpc import RequestContext
 from tests.conftest import ROOT, Running, Serve, end, service_environ, start_service
-from tests.otlp import OtlpReceiver, Span, spans_in
+from tests.otlp import OtlpReceiver, Span, partly_taken, spans_in
 
 PARENT_TRACE, PARENT_SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SAMPLED = f"00-{PARENT_TRACE}-{PARENT_SPAN}-01"
@@ -604,6 +604,25 @@ def test_a_receiver_that_is_away_costs_no_call_and_one_line(serve: Serve) -> Non
     assert [event["message"] for event in complaints] == ["spans may be lost"] and complaints[0]["reason"]
 
 
+@pytest.mark.parametrize(
+    "proxy", [{}, {"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.1"}], ids=["own", "requests"]
+)
+def test_spans_that_the_receiver_takes_a_batch_without_are_failed(
+    serve: Serve, own_receiver: OtlpReceiver, proxy: dict[str, str]
+) -> None:
+    own_receiver.rejects = 1
+    running = serve(TRACE_SAMPLE_RATIO="1", **own_receiver.environ, **proxy)
+    for _ in range(3):
+        running.execute("echo", {"message": "x"})
+    counts, exports = settled(running, 6), len(own_receiver.bodies)
+    assert counts == {"exported": 6 - exports, "failed": exports, "dropped": 0}
+    complaint = running.read_log(lambda event: event["message"] == "spans may be lost")
+    assert "rejected: too old" in complaint["reason"]
+    own_receiver.rejects = 0
+    running.execute("echo", {"message": "x"})
+    assert settled(running, 8)["failed"] == exports
+
+
 def test_the_last_spans_are_sent_at_shutdown(serve: Serve, own_receiver: OtlpReceiver) -> None:
     gathering = {**own_receiver.environ, "OTEL_BSP_SCHEDULE_DELAY": "600000"}
     running = serve(TRACE_SAMPLE_RATIO="1", **gathering)
@@ -642,14 +661,16 @@ print([name for name in sys.modules if name.startswith(unwanted)])
 
 def test_spans_go_by_grpc_where_that_is_asked_for(serve: Serve) -> None:
     arrived: list[Span] = []
+    exports: list[int] = []
     news = threading.Condition()
 
     class Service(TraceServiceServicer):
         def Export(self, request: ExportTraceServiceRequest, context: Any) -> ExportTraceServiceResponse:
             with news:
                 arrived.extend(spans_in(request))
+                exports.append(len(request.resource_spans))
                 news.notify_all()
-            return ExportTraceServiceResponse()
+            return partly_taken(1)
 
     server = grpc.server(futures.ThreadPoolExecutor(2))
     add_TraceServiceServicer_to_server(Service(), server)
@@ -666,6 +687,7 @@ def test_spans_go_by_grpc_where_that_is_asked_for(serve: Serve) -> None:
         with news:
             assert news.wait_for(lambda: len(arrived) == 2, 30)
         assert {span.trace_id for span in arrived} == {execution["trace_id"]}
+        assert settled(running, 2)["failed"] == len(exports)
         assert running.stop() == 0
     finally:
         server.stop(None)
