@@ -140,18 +140,18 @@ class RedisStore:
         """What the command came to. Raises StoreAway; `undo` is called when it was carried out for nobody."""
         if monotonic() < self._away_until:
             raise StoreAway("Redis is away")
-        ends = monotonic() + max(self._timeout_s, BURST_S_MAX)
-        await self._take_place(ends)
+        patience = _Patience(self._timeout_s)
+        await self._take_place(patience)
         waited_for = _Waited()
         # A task of its own: a connection that takes longer than the budget to open is there for the next command.
         task = asyncio.get_running_loop().create_task(self._carry_out(command, undo, waited_for), name="cache-command")
         self._under_way.add(task)
         task.add_done_callback(self._ended)
         try:
-            asked_at = monotonic()
+            patience.begin()
             await asyncio.wait({task}, timeout=self._timeout_s)
-            while not task.done() and self._is_there(asked_at, ends):
-                asked_at = monotonic()
+            while not task.done() and patience.goes_on(self._answered_at):
+                patience.begin()
                 await asyncio.wait({task}, timeout=self._timeout_s)
         except BaseException:
             if task.done() and undo is not None:  # cancelled in the tick in which the answer came
@@ -166,21 +166,16 @@ class RedisStore:
             raise StoreAway("the store is closing")
         return task.result()
 
-    async def _take_place(self, ends: float) -> None:
+    async def _take_place(self, patience: _Patience) -> None:
         while True:
-            asked_at = monotonic()
+            patience.begin()
             try:
                 async with asyncio.timeout(self._timeout_s):
                     await self._places.acquire()
                 return
             except TimeoutError:
-                if not self._is_there(asked_at, ends):
+                if not patience.goes_on(self._answered_at):
                     raise StoreAway("too many wait for Redis") from None
-
-    def _is_there(self, asked_at: float, ends: float) -> bool:
-        """After a budget without an answer: whether it answers others meanwhile, or nobody could have heard it."""
-        now = monotonic()
-        return now < ends and (self._answered_at >= asked_at or now - asked_at - self._timeout_s > LATE_S)
 
     async def _carry_out(self, command: Callable[[], Awaitable[T]], undo: Undo | None, waited_for: _Waited) -> T:
         try:
@@ -238,6 +233,28 @@ class RedisStore:
         if now >= self._said_until:
             logger.warning("Redis did not answer", extra={"reason": reason})
         self._said_until = now + AWAY_S
+
+
+class _Patience:
+    """Of one who asks: budget after budget while Redis answers others, or while nobody could have heard it."""
+
+    __slots__ = ("_began", "_ends", "_timeout_s")
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._began = monotonic()
+        self._ends = self._began + max(timeout_s, BURST_S_MAX)
+
+    def begin(self) -> None:
+        self._began = monotonic()
+
+    def goes_on(self, answered_at: float) -> bool:
+        """After a budget without an answer. Time in which the loop stood still is not Redis's: it is added."""
+        now = monotonic()
+        late_s = now - self._began - self._timeout_s
+        if late_s > LATE_S:
+            self._ends += late_s
+        return now < self._ends and (answered_at >= self._began or late_s > LATE_S)
 
 
 class _Waited:
