@@ -118,7 +118,8 @@ def block_the_loop(until_seen: threading.Event) -> None:
 
 
 class Seen(logging.Handler):
-    """Tells a blocked loop that its blockage was reported."""
+    """Tells a blocked loop that its blockage was reported. A loop that the machine held up is reported too, and is not
+    meant here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,8 +127,10 @@ class Seen(logging.Handler):
         self.events: list[dict[str, Any]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.events.append({"message": record.getMessage(), **vars(record)})
-        self.reported.set()
+        event = {"message": record.getMessage(), **vars(record)}
+        if "block_the_loop(seen.reported)" in event["stack"] or "yield held()" in event["stack"]:
+            self.events.append(event)
+            self.reported.set()
 
 
 @pytest.fixture
@@ -215,9 +218,10 @@ async def test_the_lag_is_the_worst_of_the_last_samples(watch: LoopWatch) -> Non
     threading.Event().wait(2 * LAG_SAMPLE_S)
     blocked_s = time.perf_counter() - began
     await until(lambda: watch.lag_s() >= blocked_s - LAG_SAMPLE_S)
-    sample = watch._lags.index(watch.lag_s())
-    watch._lags[sample] = 0.0
-    assert watch.lag_s() < blocked_s
+    *others, worst = sorted(watch._lags)
+    assert watch.lag_s() == worst
+    watch._lags[watch._lags.index(worst)] = 0.0
+    assert watch.lag_s() == others[-1]
 
 
 async def test_the_watch_leaves_no_thread_behind() -> None:
