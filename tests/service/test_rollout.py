@@ -16,10 +16,10 @@ from tests.conftest import ROOT, Running, Serve, service_environ
 from tests.haproxy import needs_haproxy
 from tests.servers import PostgresAt, RedisAt, make_folder, remove_folder, wait_until
 
-RATE = 500.0
+RATE = 150.0
 
-DRAIN_S = 1.0
-"""Five looks of the proxy."""
+DRAIN_S = 4.0
+"""Twenty looks of the proxy, and it may be held up for many of them."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_nobody_notices_that_three_replicas_are_restarted_one_after_another(repl
     outcome = roll(replicas, replicas.services[:3], RATE)
     assert not outcome.failures and outcome.rows.lost == 0 and outcome.rows.duplicates == 0, says(outcome)
     assert outcome.holds and [restart.code for restart in outcome.restarts] == [0, 0, 0], says(outcome)
-    assert outcome.rows.answered == outcome.requests > 3 * DRAIN_S * RATE / 2, says(outcome)
+    assert outcome.rows.answered == outcome.requests > 3 * RATE, says(outcome)
 
 
 def test_without_a_drain_calls_fail_and_no_row_is_lost(replicas: Replicas) -> None:
