@@ -61,7 +61,7 @@ def test_a_changed_tool_is_served_and_the_call_that_runs_is_finished(serve: Serv
     running = reloading(serve, module)
     assert which(running) == 1
     answers: list[dict[str, Any]] = []
-    call = threading.Thread(target=lambda: answers.append(running.execute("slowly", {"seconds": 1.0})))
+    call = threading.Thread(target=lambda: answers.append(running.execute("slowly", {"seconds": 4.0})))
     call.start()
     wait_until(lambda: running.metric("tool_execution_concurrency") == 1, "the slow call runs")
     module.write_text(MODULE.format(version=2))

@@ -381,7 +381,7 @@ BAD: dict[str, Reply] = {
     "silent": silent,
     "trickling": trickle,
 }
-SOON = {"load_s_max": 0.2, "find_wait_s_max": 0.3}
+SOON = {"load_s_max": 1.0, "find_wait_s_max": 1.5}
 """Bounds that let a test of them end; those of the service are seconds."""
 
 
