@@ -34,7 +34,7 @@ WAIT_S = 30.0
 GRAIN_S = 0.01
 """What uvloop's time, in whole milliseconds and read once a turn, may be behind that of the test."""
 
-SHORT_S = 0.3
+SHORT_S = 1.0
 SHORT = HttpBounds(
     header_read_timeout_s=SHORT_S,
     body_read_timeout_s=SHORT_S,
