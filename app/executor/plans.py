@@ -184,6 +184,7 @@ class Plan:
             call = replace(call, parameters=resolved(call.parameters, results))
         except InvalidParams as refusal:
             refusal.execution_id = call.execution_id
+            refusal.forget_origin()
             return replace(not_run(call, "failed"), refusal=refusal)
         self._started.append(task.task_id)
         return await execute(call)

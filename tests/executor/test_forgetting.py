@@ -6,14 +6,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import time
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from app.calls import LOCAL_CALLER, ToolCall, new_execution_id
 from app.executor.forgetting import ERRORS_MAX, forget_frames
+from app.executor.plans import Plan, PlanTask
 from app.tools.tool import FunctionTool, ToolError, tool
-from tests.executor.in_process import Rig, opened, until
+from tests.executor.in_process import SOON_S, Rig, opened, until
 
 pytestmark = pytest.mark.anyio
 
@@ -157,6 +161,33 @@ async def test_what_was_in_the_frames_of_a_failed_run_goes_with_it(
         await call(rig, failing)
         assert held
         await until(lambda: not any(each() for each in held))
+
+
+@tool
+async def returns_a_text(text: str = "") -> str:
+    """Return a text."""
+    return text
+
+
+class Parameters(dict[str, Any]):
+    """Of a call, as they came."""
+
+
+@pytest.mark.usefixtures("no_collection")
+async def test_a_task_that_points_at_nothing_takes_its_parameters_with_it() -> None:
+    async with opened(returns_a_text) as rig:
+        first, then = (
+            ToolCall(new_execution_id(), "returns_a_text", parameters, LOCAL_CALLER, time.perf_counter())
+            for parameters in ({}, Parameters({"text": {"$from": "first", "path": "nowhere"}}))
+        )
+        parameters = weakref.ref(then.parameters)
+        tasks = [PlanTask("first", first, ()), PlanTask("then", then, ("first",))]
+        del then
+        plan = Plan(tasks, 2, time.perf_counter() + SOON_S)
+        result = await plan.run(rig.executor.execute)
+        assert result.executions["then"].refusal is not None
+        del plan, result, tasks
+        await until(lambda: parameters() is None)
 
 
 class Broken(Exception):
