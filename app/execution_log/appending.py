@@ -65,7 +65,7 @@ class SegmentWriter:
         self._folder.segments.append(segment)
         self._folder.active = segment
         self._fd = fd
-        self._syncing.note_new_file(fd)
+        self._syncing.note_new_file(fd, path)
         return segment
 
     def _take_back(self, segment: Segment) -> None:

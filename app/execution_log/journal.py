@@ -95,7 +95,7 @@ class Journal:
         self._context = Context()
         """Not that of the call whose record comes first: what is said of the disk is not said of it."""
         self._disk = DiskThread()
-        self._syncing = Syncing(self._disk, [own.path, root], sync_interval_s, sync_patience_s)
+        self._syncing = Syncing(self._disk, [own.path, root], sync_interval_s, sync_patience_s, self._taken_away)
         self._writer = SegmentWriter(own, self._syncing, segment_bytes)
         self._room = bytes_max - HEADER_BYTES * (bytes_max // segment_bytes + 2)
         self._used = 0
@@ -311,6 +311,13 @@ class Journal:
             self._write_failing = True
             logger.error("journal cannot be written", extra={"errno": error.errno, "reason": error.strerror})
         self._retry_timer = self._loop.call_later(RETRY_S, self._retry)
+
+    def _taken_away(self) -> None:
+        """Somebody removed the segment that is written, or its folder: what comes next goes to another."""
+        active = self._own.active
+        if active is not None:
+            logger.error("journal segment was taken away", extra={"segment": str(active.path)})
+            self._writer.retire()
 
     def _retry(self) -> None:
         if not self._write_all():

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +26,17 @@ PATIENCE_S = 5.0
 
 
 class Syncing:
-    """One sync at a time; what is written while it runs is covered by the next."""
+    """One sync at a time; what is written while it runs is covered by the next. `on_gone` is told that the file which
+    is written is no longer where its name says: nobody would find it after a crash."""
 
-    def __init__(self, disk: DiskThread, folders: list[Path], interval_s: float, patience_s: float) -> None:
+    def __init__(
+        self,
+        disk: DiskThread,
+        folders: list[Path],
+        interval_s: float,
+        patience_s: float,
+        on_gone: Callable[[], None],
+    ) -> None:
         self.failing = False
         self._failures = 0
         """Since it last succeeded."""
@@ -35,8 +44,10 @@ class Syncing:
         self._folders = folders
         self._interval_s = interval_s
         self._patience_s = patience_s
+        self._on_gone = on_gone
         self._loop = asyncio.get_running_loop()
         self._fd = -1
+        self._path = Path()
         self._retired_fds: list[int] = []
         self._new_files = False
         """Their names are not known to be on disk: until a sync of the folders has succeeded."""
@@ -48,9 +59,9 @@ class Syncing:
         self._timer: asyncio.TimerHandle | None = None
         self._patience: asyncio.TimerHandle | None = None
 
-    def note_new_file(self, fd: int) -> None:
+    def note_new_file(self, fd: int, path: Path) -> None:
         """The file that is written from now on; its name must be found after a power cut as well."""
-        self._fd = fd
+        self._fd, self._path = fd, path
         self._new_files = True
 
     def note_written(self, size_bytes: int) -> None:
@@ -98,11 +109,12 @@ class Syncing:
     def _sync(self) -> None:
         self._stop_timers()
         with_names = self._new_files
-        work = partial(_sync_files, self._retired_fds, self._fd, self._folders if with_names else [])
+        gone: list[Path] = []
+        work = partial(_sync_files, self._retired_fds, self._fd, self._path, gone, self._folders if with_names else [])
         self._retired_fds, self._new_files, self._running = [], False, True
-        self._disk.submit(work, partial(self._synced, self._written_bytes, with_names))
+        self._disk.submit(work, partial(self._synced, self._written_bytes, with_names, gone))
 
-    def _synced(self, written_bytes: int, with_names: bool, error: OSError | None) -> None:
+    def _synced(self, written_bytes: int, with_names: bool, gone: list[Path], error: OSError | None) -> None:
         self._running = False
         self._new_files |= with_names and error is not None
         self._stop_timers()
@@ -113,6 +125,8 @@ class Syncing:
             self._waiting.popleft()[1].complete()
         if self._closed:
             return
+        if self._fd >= 0 and self._path in gone:
+            self._on_gone()
         if self._waiting:
             self._sync()
             self._be_patient()
@@ -137,8 +151,8 @@ class Syncing:
         self.release()
 
 
-def _sync_files(retired_fds: list[int], fd: int, folders: list[Path]) -> None:
-    """In the disk's thread. Every retired file is closed, whatever fails."""
+def _sync_files(retired_fds: list[int], fd: int, path: Path, gone: list[Path], folders: list[Path]) -> None:
+    """In the disk's thread. Every retired file is closed, whatever fails. `path` is added to what is gone, if it is."""
     failed: OSError | None = None
     for retired_fd in retired_fds:
         try:
@@ -149,10 +163,21 @@ def _sync_files(retired_fds: list[int], fd: int, folders: list[Path]) -> None:
             os.close(retired_fd)
     if fd >= 0:
         os.fdatasync(fd)
+        if not _is_at(path, fd):
+            gone.append(path)
     for folder in folders:
         _sync_folder(folder)
     if failed is not None:
         raise failed
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # want of rights: it may well be there
 
 
 def _sync_folder(path: Path) -> None:

@@ -192,7 +192,7 @@ async def test_a_new_segment_is_not_synced_before_its_name_is(tmp_path: Path) ->
         async with disk_that_hangs(journal) as ends:
             strict = journal.append(b"record", strict=True)
             await until(lambda: len(segments(tmp_path)) == 1)
-            aside = journal._own.path.rename(tmp_path / "aside")
+            journal._syncing._folders.append(tmp_path / "above")  # which cannot be synced: it is not there
             ends.set()
             await asyncio.wait_for(strict.wait(), SOON_S)
         rounds = 0
@@ -202,7 +202,7 @@ async def test_a_new_segment_is_not_synced_before_its_name_is(tmp_path: Path) ->
                 await asyncio.wait_for(commit.wait(), SOON_S)
             rounds += journal.failing
         assert rounds == 3
-        aside.rename(journal._own.path)
+        (tmp_path / "above").mkdir()
         await until(lambda: not journal.failing)
         assert journal._syncing._synced_bytes == journal._syncing._written_bytes
 
@@ -805,6 +805,31 @@ async def test_a_journal_dir_that_was_removed_and_made_again_is_written_without_
         assert read(journal) == numbered(20)
         journal._closed = True
     assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["folder removed", "segment removed", "folder moved"])
+async def test_once_the_segment_is_gone_records_go_to_another_from_the_next_sync_on(
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(tmp_path) as journal, opened(tmp_path) as other:
+        await write(journal, b"before")
+        (gone,) = journal._own.path.glob("*.segment")
+        if what == "segment removed":
+            gone.unlink()
+        elif what == "folder moved":
+            journal._own.path.rename(tmp_path / "moved")
+        else:
+            shutil.rmtree(journal._own.path)
+        await write(journal, b"with it")
+        await until(lambda: journal._own.active is None)
+        assert f"{gone.name}" in str([vars(record).get("segment") for record in caplog.records])
+        await write(journal, b"after")
+        assert not journal.unwritten
+        await _crash(journal)
+        assert other.adopt_orphans() == 1
+        assert read(other, release=True) == [b"after"]
+        assert read(journal) == [b"before", b"with it", b"after"], "from memory"
+        journal._closed = True
 
 
 async def test_a_folder_that_was_made_again_is_not_written_while_another_process_holds_it(tmp_path: Path) -> None:
