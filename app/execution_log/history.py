@@ -49,7 +49,8 @@ PATIENCE_S = 5.0
 CHUNK_ROWS = 100
 CHUNK_BYTES_MAX = 4 * 1024 * 1024
 """Rows are fetched and rendered in pieces between which the loop turns. After a piece of more bytes the next has fewer
-rows: with LOG_PAYLOAD_BYTES at its most a row has 2 MiB, and no piece has more rows than twice these bytes can be."""
+rows: with LOG_PAYLOAD_BYTES at its most a row has 2 MiB, so that sizes are asked for first, and no piece has more than
+twice these bytes."""
 
 PAGE_BYTES_MAX = 8 * 1024 * 1024
 """A page ends early, with a cursor, rather than be larger."""
@@ -156,7 +157,7 @@ class ExecutionHistory:
         kind = SqliteReader if engine.dialect.name == "sqlite" else PostgresReader
         self._reader: PostgresReader | SqliteReader = kind(engine, timeout_s)
         self._wait_us_max = int(wait_s_max * 1e6)
-        self._chunk_rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES_MAX // max(1, payload_bytes_max)))
+        self._payload_bytes_max = payload_bytes_max
         self._places = asyncio.Semaphore(_readers_max(engine))
 
     async def page(
@@ -170,7 +171,7 @@ class ExecutionHistory:
         page_bytes = 0
         while True:
             # One more than is wanted tells whether there is a next page.
-            chunk = await self._chunk(tenant, filters, below, min(limit - len(rows) + 1, self._chunk_rows))
+            chunk = await self._chunk(tenant, filters, below, min(limit - len(rows) + 1, CHUNK_ROWS))
             for row in chunk.rows:
                 if len(rows) == limit or page_bytes > PAGE_BYTES_MAX:
                     return Page(rows, _cursor(str(below)))
@@ -196,7 +197,7 @@ class ExecutionHistory:
         dropped meanwhile are missing.
         """
         below: str | None = None
-        rows_max = self._chunk_rows
+        rows_max = CHUNK_ROWS
         while True:
             chunk = await self._chunk(tenant, filters, below, rows_max)
             if chunk.rows:
@@ -204,16 +205,28 @@ class ExecutionHistory:
                 yield b"".join([row.json + b"\n" for row in chunk.rows])
             if chunk.last:
                 return
-            rows_max = min(self._chunk_rows, _next_rows_max(rows_max, chunk))
+            rows_max = _next_rows_max(rows_max, chunk)
 
     async def _chunk(self, tenant: str | None, filters: Filters, below: str | None, rows_max: int) -> Chunk:
         where = Where.of(tenant, filters, below, self._wait_us_max)
+        if rows_max * self._payload_bytes_max > CHUNK_BYTES_MAX:
+            rows_max = await self._fitting(where, rows_max)
         found = await self._read(self._reader.query(where, rows_max))
         rows: list[Row] = []
         for start in range(0, len(found), RENDERED_AT_ONCE):
             rows += map(_rendered, found[start : start + RENDERED_AT_ONCE])
             await asyncio.sleep(0)
         return Chunk(rows, len(found) < rows_max)
+
+    async def _fitting(self, where: Where, rows_max: int) -> int:
+        """How many rows fit, by the sizes that they have beside their payloads: these are not read for it."""
+        chunk_bytes = 0
+        sizes = await self._read(self._reader.sizes(where, rows_max, self._payload_bytes_max))
+        for rows, (row_bytes,) in enumerate(sizes):
+            chunk_bytes += row_bytes
+            if chunk_bytes > 2 * CHUNK_BYTES_MAX:
+                return max(1, rows)
+        return rows_max
 
     async def _read(self, query: Query) -> Sequence[Sequence[Any]]:
         try:
@@ -375,6 +388,16 @@ POSTGRESQL_COLUMNS = ", ".join(
     for column in COLUMNS
 )
 
+
+def _kept_bytes(least: str, bytes_max: int) -> str:
+    """SQL of what a row's payloads take at most: one that is not kept has a size too, and one that is cut a larger."""
+    parts = (
+        f"CASE WHEN {name} IS NULL THEN 0 ELSE {least}(coalesce({name}_bytes, {bytes_max}), {bytes_max}) END"
+        for name in ("parameters", "result")
+    )
+    return " + ".join(parts)
+
+
 READ_ONLY = """BEGIN READ ONLY; SET LOCAL statement_timeout = {};
 SET LOCAL plan_cache_mode = force_custom_plan"""
 """A tenant may have most of the rows or ten: planning with the values finds the right index, for half a millisecond."""
@@ -388,6 +411,12 @@ class PostgresReader:
         self._timeout_s = timeout_s
 
     def query(self, where: Where, rows_max: int) -> Query:
+        return self._select(POSTGRESQL_COLUMNS, where, rows_max)
+
+    def sizes(self, where: Where, rows_max: int, payload_bytes_max: int) -> Query:
+        return self._select(_kept_bytes("least", payload_bytes_max), where, rows_max)
+
+    def _select(self, columns: str, where: Where, rows_max: int) -> Query:
         parameters: list[Any] = []
         conditions = list(_conditions(where, "${}", parameters))
         for value, sign in ((where.started_from_us, ">="), (where.started_before_us, "<")):
@@ -397,7 +426,7 @@ class PostgresReader:
                     f"started_at {sign} to_timestamp(0) + ${len(parameters)}::int8 * interval '1 microsecond'"
                 )
         sql = (
-            f"SELECT {POSTGRESQL_COLUMNS} FROM tool_executions WHERE {' AND '.join(conditions) or 'true'} "  # noqa: S608
+            f"SELECT {columns} FROM tool_executions WHERE {' AND '.join(conditions) or 'true'} "  # noqa: S608
             f"ORDER BY tool_executions.execution_id DESC LIMIT {rows_max}"
         )
         return Query(sql, parameters)
@@ -424,6 +453,12 @@ class SqliteReader:
         self._timeout_s = timeout_s
 
     def query(self, where: Where, rows_max: int) -> Query:
+        return self._select(", ".join(COLUMNS), where, rows_max)
+
+    def sizes(self, where: Where, rows_max: int, payload_bytes_max: int) -> Query:
+        return self._select(_kept_bytes("min", payload_bytes_max), where, rows_max)
+
+    def _select(self, columns: str, where: Where, rows_max: int) -> Query:
         parameters: list[Any] = []
         conditions = list(_conditions(where, "?", parameters))
         for value, sign in ((where.started_from_us, ">="), (where.started_before_us, "<")):
@@ -431,7 +466,7 @@ class SqliteReader:
                 parameters.append(value)
                 conditions.append(f"started_at {sign} ?")
         sql = (
-            f"SELECT {', '.join(COLUMNS)} FROM tool_executions WHERE {' AND '.join(conditions) or 'true'} "  # noqa: S608
+            f"SELECT {columns} FROM tool_executions WHERE {' AND '.join(conditions) or 'true'} "  # noqa: S608
             f"ORDER BY execution_id DESC LIMIT {rows_max}"
         )
         return Query(sql, parameters)

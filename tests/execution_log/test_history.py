@@ -223,7 +223,8 @@ async def test_large_rows_end_a_page_early_and_shrink_the_pieces_of_an_export(da
 
 async def test_no_more_rows_are_read_at_once_than_there_is_room_for(database_url: str) -> None:
     large = "x" * 1_000_000
-    records = [record(at=NOON + number, parameters=large, result=large) for number in range(24)]
+    payloads = {"parameters": large, "parameters_bytes": 1_000_002, "result": large, "result_bytes": 1_000_002}
+    records = [record(at=NOON + number, **payloads) for number in range(24)]
     async with database(database_url) as engine:
         await fill(engine, records)
         history = ExecutionHistory(engine, payload_bytes_max=1_000_000)
@@ -239,6 +240,17 @@ async def test_no_more_rows_are_read_at_once_than_there_is_room_for(database_url
             tracemalloc.stop()
         assert len(page.rows) == 5
         assert peak_bytes < 24 * 2_000_000, "rows that the page has no room for"
+
+
+async def test_pieces_have_as_many_rows_as_fit_and_not_as_would_fit_at_their_largest(database_url: str) -> None:
+    small = [record(at=NOON + number, parameters="x") for number in range(250)]
+    large = [record(at=NOON + 1_000 + number, result="y" * 999_998, result_bytes=1_000_000) for number in range(10)]
+    async with database(database_url) as engine:
+        await fill(engine, small + large)
+        history = ExecutionHistory(engine, payload_bytes_max=1_000_000)
+        rows = [piece.count(b"\n") async for piece in history.export(None, Filters())]
+        assert sum(rows) == 260 and rows[0] == 8 and len(rows) < 10
+        assert len((await history.page(None, Filters(until_us=int((NOON + 900) * 1e6)), 250)).rows) == 250
 
 
 async def test_pages_of_every_size_are_whole(database_url: str) -> None:
