@@ -54,6 +54,17 @@ class _Stream(httpcore.AsyncNetworkStream):
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
 
+    def holds_unread(self) -> bool:
+        """Whether something was received that nobody has read, or nobody can tell. Below are streams of anyio: that of
+        TLS, if there is one, and that of the socket."""
+        stream: Any = getattr(self._stream, "_stream", None)
+        received = getattr(stream, "_read_bio", None)
+        if received is not None:
+            if received.pending or stream._ssl_object.pending():
+                return True
+            stream = stream.transport_stream
+        return bool(getattr(getattr(stream, "_protocol", None), "read_queue", True))
+
 
 class PinnedBackend(httpcore.AsyncNetworkBackend):
     """Connects to the addresses that were checked, whatever name it is asked for. Has no unix sockets."""
@@ -143,7 +154,7 @@ class ConnectionPool:
         return None
 
     def _keep(self, target: Target, connection: httpcore.AsyncHTTPConnection) -> bool:
-        if self._closed or not connection.is_available():
+        if self._closed or not connection.is_available() or _holds_more(connection):
             return False
         self._idle.append((target.origin, connection))
         return True
@@ -163,6 +174,16 @@ class ConnectionPool:
         self._closed = True
         idle, self._idle = self._idle, []
         await _close_all([connection for _, connection in idle])
+
+
+def _holds_more(connection: httpcore.AsyncHTTPConnection) -> bool:
+    """Whether more came than the response, or nobody can tell: it would be the answer to the next request, perhaps
+    another caller's. httpcore looks at the socket alone, for what nobody has received yet."""
+    http11: Any = connection._connection
+    stream = getattr(http11, "_network_stream", None)
+    if not isinstance(http11, httpcore.AsyncHTTP11Connection) or not isinstance(stream, _Stream):
+        return True
+    return bool(http11._h11_state.trailing_data[0]) or stream.holds_unread()
 
 
 async def _close_all(connections: Iterable[httpcore.AsyncHTTPConnection]) -> None:

@@ -549,6 +549,26 @@ async def test_connection_is_used_again() -> None:
         assert server.accepted == 1
 
 
+FORGED = response(b"forged")
+SURPLUS = {
+    "GET /short": response(b"x") + FORGED,
+    "GET /unmodified": b"HTTP/1.1 304 Not Modified\r\n\r\n" + FORGED,
+    "HEAD /body": response(FORGED),
+    "GET /chunks": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + FORGED,
+    "GET /long": response(bytes(65_536 - len(response(bytes(65_536))) + 65_536)) + FORGED,
+}
+"""By what is asked. The last ends where a read of httpcore does."""
+
+
+@pytest.mark.parametrize("asked", SURPLUS)
+async def test_what_comes_after_a_response_is_no_answer_to_the_next_request(asked: str) -> None:
+    method, path = asked.split()
+    async with origin({path: SURPLUS[asked], "/": response(b"honest")}) as server, egress() as client:
+        await client.request(method, server.url(path), timeout_s=WAIT_S_MAX)
+        assert (await get(client, server.url())).body == b"honest"
+        assert (client.pool.idle, server.accepted) == (1, 2)
+
+
 async def test_connection_that_the_server_closed_is_not_used_again() -> None:
     async def once(request: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(response(b"x"))
@@ -767,6 +787,21 @@ async def test_connection_made_for_one_name_is_not_used_for_another(certificate:
         await get(client, server.url(host="pinned.test"))
         assert client.pool.idle == 1
         assert (await failure_of(get(client, server.url(host="other.test")))).code == "EGRESS_FAILED"
+
+
+async def test_what_comes_after_a_response_over_tls_is_no_answer_either(certificate: tuple[Path, Path]) -> None:
+    async def two_records(request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(response())
+        writer.write(FORGED)
+        await asyncio.Event().wait()
+
+    async with tls(certificate, []) as (server, client):
+        server.replies["/two"] = two_records
+        for _ in range(3):
+            await client.request("HEAD", server.url("/two", "pinned.test"), timeout_s=WAIT_S_MAX)
+            for _ in range(2):
+                assert (await get(client, server.url(host="pinned.test"))).body == b"secure"
+        assert (client.pool.idle, server.accepted) == (1, 4)
 
 
 async def test_certificate_that_nobody_vouches_for_is_not_accepted(certificate: tuple[Path, Path]) -> None:
