@@ -246,7 +246,7 @@ def _request_schema(spec: MethodSpec) -> Json:
             "id": {**REQUEST_ID, "description": "Comes back in the answer; without it there is none"},
             "a2a_context": {
                 "type": ["object", "null"],
-                "description": "source_agent, trace_id, session_id of a caller",
+                "description": "source_agent, trace_id, session_id, metadata of a caller",
             },
         },
         "required": ["jsonrpc", "method", *(["params"] if needed else [])],

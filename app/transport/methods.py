@@ -402,7 +402,7 @@ def tool_call(context: RequestContext, tool_id: str, params: shapes.RestExecuteB
         call,
         agent_id=agent_of(context, call.agent_id),
         session_id=given.session_id or _text(context.a2a, "session_id"),
-        metadata=given.metadata,
+        metadata=_metadata(context.a2a) if given.metadata is None else given.metadata,
         trace_label=label if trace is not None and label != trace.trace_id else None,
     )
 
@@ -433,6 +433,11 @@ _NO_CONTEXT = shapes.ExecutionContext.model_validate({})
 def _text(values: Mapping[str, Any] | None, name: str) -> str | None:
     value = values.get(name) if values else None
     return value[: shapes.LABEL_CHARACTERS_MAX] if isinstance(value, str) else None
+
+
+def _metadata(values: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    value = values.get("metadata") if values else None
+    return value if type(value) is dict else None
 
 
 def _trace_id(given: str | None) -> str | None:

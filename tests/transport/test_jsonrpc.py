@@ -366,6 +366,11 @@ def test_older_spellings_and_the_a2a_context_mean_the_same(service: Running) -> 
     )
     result = answer["result"]["result"]
     assert (result["agent_id"], result["trace_id"], result["session_id"]) == ("a-3", "t-3", "s-3")
+    around = {"source_agent": "a-4", "session_id": "s-4", "metadata": {"k": [1]}}
+    for given, metadata in ({}, {"k": [1]}), ({"session_id": "s-4"}, {"k": [1]}), ({"metadata": {}}, {}):
+        params = {"tool_id": "who_calls", "execution_context": given}
+        result = service.rpc("tools.execute", params, a2a_context=around)["result"]["result"]
+        assert (result["agent_id"], result["session_id"], result["metadata"]) == ("a-4", "s-4", metadata)
     batch = service.rpc("tools.execute_batch", {"executions": [{"tool_id": "echo", "parameters": {"message": "x"}}]})
     assert batch["result"]["successful_count"] == 1
 
@@ -571,10 +576,10 @@ def test_an_a2a_context_of_another_type_is_an_invalid_request(service: Running, 
 
 
 def test_an_a2a_context_of_null_or_with_values_of_other_types_is_none(service: Running) -> None:
-    for value in (None, {"source_agent": 1, "trace_id": {}, "session_id": []}):
+    for value in (None, {"source_agent": 1, "trace_id": {}, "session_id": [], "metadata": "x"}):
         answer = service.rpc("tools.execute", {"tool_id": "who_calls"}, a2a_context=value)
         seen = answer["result"]["result"]
-        assert seen["agent_id"] is None and seen["session_id"] is None
+        assert seen["agent_id"] is None and seen["session_id"] is None and not seen["metadata"]
 
 
 def test_notifications_count_for_the_cap_of_a_batch(service: Running) -> None:
