@@ -23,7 +23,7 @@ from load.pages import PAGES
 from load.run import parse
 from load.scenarios import ALL_KINDS, SCENARIOS, UNNAMED, Scenario
 from tests.conftest import ROOT, Running, Serve, service_environ
-from tests.load.test_load import Run, _Limited, finished, run_load, serving, start_load
+from tests.load.test_load import RUN_TIME, Run, _Limited, finished, run_load, serving, start_load
 
 README = ROOT / "load" / "README.md"
 BLOCKS = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
@@ -76,7 +76,7 @@ def runs(service: Running, pages: str, tmp_path_factory: pytest.TempPathFactory)
     started = {}
     for scenario in LEVEL:
         folder = tmp_path_factory.mktemp(scenario.name)
-        arguments = ["--scenario", scenario.name, "--users", "20", "--spawn-rate", "20", "--run-time", "3s"]
+        arguments = ["--scenario", scenario.name, "--users", "20", "--spawn-rate", "20", "--run-time", "8s"]
         where = ["--p95-max", "60000", "--host", service.url, "--out", str(folder)]
         started[scenario.name] = start_load(*arguments, *where, PAGES_URL=pages), folder
     return {name: (finished(process), folder) for name, (process, folder) in started.items()}
@@ -98,7 +98,7 @@ def test_every_scenario_runs_with_its_own_users(scenario: Scenario, runs: dict[s
 def test_a_spike_is_one_and_a_staircase_too(service: Running, pages: str, tmp_path: Path) -> None:
     """Side by side, each of seconds: how many users there were, by Locust's own history."""
     counts = {}
-    command = f"locust -f load/locustfile.py --headless --host {service.url} -u 20 -r 100 -t 8s"
+    command = f"locust -f load/locustfile.py --headless --host {service.url} -u 20 -r 100 -t 20s"
     started = {
         name: start(command, "--scenario", name, "--csv", str(tmp_path / name / "locust"), PAGES_URL=pages)
         for name in ("spike", "step")
@@ -193,7 +193,7 @@ def test_the_two_commands_of_the_origin_run_as_it_wrote_them(serve: Serve) -> No
     else:
         host = ["--host", serve(EGRESS_ALLOW=PAGES_HOST).url]
     for command in ORIGINS:
-        run = locust(command, "-u", "20", "-t", "2s", *host)
+        run = locust(command, "-u", "20", "-t", RUN_TIME, *host)
         assert run.code == 0, run.output
         assert "PASSED" in run.output.splitlines()
         assert re.search(r"web_scrape +[1-9]\d* +0\(0.00%\)", run.output), run.output
@@ -201,7 +201,7 @@ def test_the_two_commands_of_the_origin_run_as_it_wrote_them(serve: Serve) -> No
 
 def test_locust_alone_fails_as_well_when_calls_fail(serve: Serve) -> None:
     service = serve()  # allows no egress to loopback
-    command = f"locust -f load/locustfile.py --headless --host {service.url} -t 2s -u 2 BurstUser"
+    command = f"locust -f load/locustfile.py --headless --host {service.url} -t {RUN_TIME} -u 2 BurstUser"
     run = locust(command, PAGES_URL="http://127.0.0.1:1")
     assert run.code == 1, run.output
     assert "web_scrape: 0.00% succeeded, at least 95.00% must" in run.output
@@ -210,8 +210,8 @@ def test_locust_alone_fails_as_well_when_calls_fail(serve: Serve) -> None:
 def test_workers_are_counted_by_their_master_whoever_started_them(service: Running, pages: str, tmp_path: Path) -> None:
     """One run of `load.run` and one by the commands of the page, side by side."""
     arguments = ["--scenario", "headline", "--processes", "2", "--p95-max", "60000", "--out", str(tmp_path)]
-    few = ["-u", "20", "-r", "20", "-t", "4s", "--host", service.url]
-    spelled = ["--users", "20", "--spawn-rate", "20", "--run-time", "4s", "--host", service.url]
+    few = ["-u", "20", "-r", "20", "-t", RUN_TIME, "--host", service.url]
+    spelled = ["--users", "20", "--spawn-rate", "20", "--run-time", RUN_TIME, "--host", service.url]
     by_run = start_load(*arguments, *spelled, PAGES_URL=pages)
     by_hand = next(command for command in LOCUST if "--master " in command)
     worker = next(command for command in LOCUST if "--worker" in command)
