@@ -27,7 +27,7 @@ from app.cache.results import (
     ResultCache,
     Write,
 )
-from tests.cache.stores import redis_store, until
+from tests.cache.stores import SOON_S, redis_store, until
 from tests.servers import RedisAt
 
 pytestmark = pytest.mark.anyio
@@ -198,7 +198,7 @@ async def test_replicas_share_results_and_what_was_forgotten(redis_url: str) -> 
 
 
 async def eventually(cache: ResultCache, key: str, of: CachedTool = TOOL) -> bytes:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON_S):
         while (found := await cache.fetch(key, of)) is None:
             await asyncio.sleep(0.005)
     return found.result
@@ -291,7 +291,7 @@ async def test_one_replica_at_a_time_refreshes_and_a_short_life_does_not_wait_fo
     async with together(redis_url) as one, together(redis_url) as two:
         key = key_of(one)
         assert [await cache.may_refresh(key, short, 30.0) for cache in (one, two)] == [True, False]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON_S):
             while not await two.may_refresh(key, short, 30.0):
                 await asyncio.sleep(0.01)
         one.keep(key, TOOL, b"1")

@@ -350,13 +350,13 @@ async def test_a_call_that_is_cancelled_in_the_tick_in_which_its_pause_ends_does
         """Fail once."""
         ran.append("work")
         if len(ran) == 1:
-            raise ToolError("Not now", retryable=True, retry_after_ms=100)
+            raise ToolError("Not now", retryable=True, retry_after_ms=1_000)
 
     async with opened(work) as rig:
         call = rig.start(work)
         await until(lambda: bool(ran))
         answers: list[bool] = []
-        threading.Event().wait(0.1 + 2 * BACKOFF_S_MIN)  # the pause is over before the loop turns again
+        threading.Event().wait(1.0 + 2 * BACKOFF_S_MIN)  # the pause is over before the loop turns again
         # Behind the pause's own timer, which was due earlier, and before its call goes on.
         asyncio.get_running_loop().call_later(
             0, lambda: answers.append(rig.executor.calls.cancel(LOCAL_CALLER, call.get_name(), None))

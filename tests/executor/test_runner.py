@@ -607,7 +607,7 @@ async def test_hung_sync_tools_do_not_stop_other_sync_tools() -> None:
         return "done"
 
     async with opened(hang, quick, threads=ThreadPool(2)) as rig:
-        hung = [rig.start(hang, timeout_override_s=0.02) for _ in range(2)]
+        hung = [rig.start(hang, timeout_override_s=0.5) for _ in range(2)]
         behind = rig.start(quick)
         assert [(await call).status for call in hung] == ["timeout", "timeout"]
         assert (await behind).result == b'"done"', "it waited for a thread and got a fresh one"
