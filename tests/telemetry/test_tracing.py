@@ -585,7 +585,7 @@ def test_a_receiver_that_is_away_costs_no_call_and_one_line(serve: Serve) -> Non
     away = OtlpReceiver()
     environ = away.environ
     away.close()
-    running = serve(TRACE_SAMPLE_RATIO="1", OTEL_EXPORTER_OTLP_TIMEOUT="1", **environ)
+    running = serve(TRACE_SAMPLE_RATIO="1", OTEL_EXPORTER_OTLP_TIMEOUT="4", **environ)
     executions = [running.execute("echo", {"message": "x"}) for _ in range(50)]
     assert all(execution["status"] == "success" for execution in executions)
     assert settled(running, 100)["failed"] == 100
