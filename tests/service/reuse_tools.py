@@ -61,7 +61,7 @@ async def search_for_all(name: str) -> dict[str, Any]:
     return await run(name)
 
 
-@tool(category="custom", read_only=True, cache_ttl=2)
+@tool(category="custom", read_only=True, cache_ttl=6)
 async def search_news(name: str) -> dict[str, Any]:
     """Look something up that does not stay."""
     return await run(name)

@@ -437,7 +437,7 @@ def test_a_stale_result_is_given_while_one_replica_fetches_a_new_one(site: Site,
     shared(site, name)
     new = {id(running): 0 for running in (site.one, site.two)}
     stale_before = site.one.metric("tool_reuse_total", tool_id="search_news", outcome="stale")
-    ends = time.monotonic() + 30
+    ends = time.monotonic() + 60
     while min(new.values()) < 2 and time.monotonic() < ends:
         for running in (site.one, site.two):
             answer = site.call(running, "search_news", name=name)
@@ -467,19 +467,18 @@ def test_joined_calls_are_one_run_and_a_row_each(site: Site, name: str) -> None:
 
 def test_tools_cancel_reaches_a_call_on_the_other_replica(site: Site, name: str) -> None:
     gate = site.gate(name)
-    for who, cancels in (("anna", True), ("root", True)):
+    for others in (("ben", "bob"), ("ben", "bob", "root")):  # a call_id is its caller's own
         run = site.runs(name)
         with ThreadPoolExecutor(1) as pool:
             call = pool.submit(site.call, site.one, "pay", name=name, gate=str(gate), call_id=name)
             wait_until(lambda run=run: site.runs(name) == run + 1, "it runs")  # type: ignore[misc]
-            for other in ("ben", "bob"):
+            for other in others:
                 assert cancelled(site, site.two, {"call_id": name}, other) is False
-            if who == "anna":
-                assert cancelled(site, site.two, {"call_id": name}, who) is cancels
-            else:
-                site.one.process.poll()
-                assert cancelled(site, site.two, {"call_id": name}, who) is False, "a call_id is its caller's own"
-                assert cancelled(site, site.two, {"call_id": name}, "anna") is True
+            # Asked again where the answer took longer than is waited for.
+            wait_until(
+                lambda call=call: cancelled(site, site.two, {"call_id": name}, "anna") or call.done(),  # type: ignore[misc]
+                "it is cancelled",
+            )
             assert call.result()["status"] == "cancelled"
     gate.unlink()
 
