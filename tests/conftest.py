@@ -30,8 +30,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 ROOT = Path(__file__).parent.parent
 
-START_S_MAX = 60.0
+START_S_MAX = 180.0
 """Not a claim about speed: past it the test fails instead of hanging."""
+
+
+def pytest_configure() -> None:
+    """How long an example takes tells of the machine: hypothesis would fail a test for 0.2 s."""
+    from hypothesis import HealthCheck, settings  # here, for `load` imports this module too
+
+    settings.register_profile("tests", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("tests")
 
 
 @dataclass
@@ -103,7 +111,7 @@ class Running:
     def stop(self, signal_number: int = signal.SIGTERM) -> int:
         """Signal it and wait; the exit code."""
         self.process.send_signal(signal_number)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=START_S_MAX)
 
 
 Serve = Callable[..., Running]

@@ -510,7 +510,9 @@ JSON = st.recursive(
 )
 HEADERS = st.dictionaries(st.sampled_from(["alg", "kid", "typ", "crit", "b64", "cty", "jku", "jwk"]) | st.text(), JSON)
 CLAIMS = st.dictionaries(st.sampled_from(sorted(claims())) | st.sampled_from(["nbf", "jti"]) | st.text(), JSON)
-ANY = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @ANY

@@ -618,7 +618,9 @@ async def test_a_request_cancelled_while_its_call_is_cancelled_leaves_nothing_be
         assert await outcome(call) == "raised" or was_done, "the request's cancellation is not swallowed"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     steps=st.lists(
         st.tuples(
