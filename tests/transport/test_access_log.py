@@ -16,7 +16,6 @@ from tests.transport.mcp_wire import META, MODERN
 from tests.transport.test_lane import (
     DOORS,
     MCP,
-    READ_TIMEOUT_S,
     RPC,
     Door,
     chunked,
@@ -69,7 +68,7 @@ def start_logged(name: str, **environ: str) -> Logged:
 
 @pytest.fixture(scope="module", params=DOORS)
 def shared(request: pytest.FixtureRequest) -> Iterator[Logged]:
-    door = start_logged(request.param, REQUEST_READ_TIMEOUT_S=str(READ_TIMEOUT_S))
+    door = start_logged(request.param, REQUEST_READ_TIMEOUT_S="3")
     yield door
     end(door.running)
 
