@@ -106,6 +106,8 @@ class HangUp:
         self._cancel()
 
     def stop(self) -> None:
+        """Let go of one another too: in a circle, a call with its parameters would wait for the garbage collector."""
         self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
+            self._task = None

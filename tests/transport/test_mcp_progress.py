@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import socket
 import time
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.transport.mcp_stream import ProgressStream
+from app.transport.mcp_stream import HangUp, ProgressStream
 from tests.conftest import START_S_MAX, Running
+from tests.executor.in_process import until as soon
 from tests.transport.mcp_wire import (
     Answer,
     call,
@@ -235,3 +240,37 @@ def test_in_the_legacy_era_a_stream_that_is_closed_does_not_cancel(mcp: Running)
 
 def test_a_client_that_stays_gets_the_answer_of_a_long_call(mcp: Running) -> None:
     assert call(mcp, "wait", {"seconds": 0.3, "value": encoded("x")}).result["isError"] is False
+
+
+class Call:
+    """What a watched call holds."""
+
+
+class Staying:
+    """A client that does not go."""
+
+    is_gone = False
+
+    def __init__(self) -> None:
+        self.watched = asyncio.Event()
+
+    async def gone(self) -> None:
+        self.watched.set()
+        await asyncio.Event().wait()
+
+
+@pytest.mark.anyio
+async def test_a_call_that_was_watched_does_not_wait_for_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        client, call_ = Staying(), Call()
+        held = weakref.ref(call_)
+        hang_up = HangUp(client, partial(isinstance, call_, Call))
+        del call_
+        await client.watched.wait()
+        hang_up.stop()
+        del hang_up
+        await soon(lambda: held() is None)
+    finally:
+        gc.enable()
