@@ -635,5 +635,18 @@ def test_requests_are_within_limits(objects: list[Object]) -> None:
         assert cores(resources["requests"]["cpu"]) <= cores(resources["limits"]["cpu"])
 
 
+BODY_TIMES_MAX = 20
+"""What a large body takes until its answer, as many small values; docs/operations/scaling.md."""
+
+IDLE_BYTES = 128 << 20
+
+
+def test_large_bodies_and_unread_answers_do_not_get_a_pod_killed_for_its_memory(objects: list[Object]) -> None:
+    limit = size(pod_template(service_of(objects))["spec"]["containers"][0]["resources"]["limits"]["memory"])
+    settings = read(objects)
+    bodies = BODY_TIMES_MAX * settings.max_request_bytes_in_flight
+    assert IDLE_BYTES + bodies + settings.max_response_bytes_in_flight <= limit
+
+
 def cores(text: str) -> Decimal:
     return Decimal(text.removesuffix("m")) / (1000 if text.endswith("m") else 1)
