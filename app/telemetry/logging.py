@@ -114,6 +114,8 @@ class LineWriter(logging.Handler):
         super().__init__()
         self.dropped = 0
         self._fd = fd
+        self._torn = False
+        """The last line was written in part."""
         self._repeats = RepeatBound()
         # Not queue.Queue, whose lock is no re-entrant one: a finaliser that logs while that lock is held, as asyncio's
         # do, would hold up the event loop for ever.
@@ -145,11 +147,16 @@ class LineWriter(logging.Handler):
                 self.dropped += 1
 
     def _write(self, written: bytes) -> None:
+        if self._torn:  # as by a disk that was full: what is left of that line takes no other with it
+            written = b"\n" + written
         while written:
             try:
-                written = written[os.write(self._fd, written) :]
+                count = os.write(self._fd, written)
             except BlockingIOError:  # whoever gave us this pipe wanted it so
                 select.select([], [self._fd], [])
+            else:
+                written = written[count:]
+                self._torn = bool(written)
 
     def close(self) -> None:
         """Write what is queued, for at most a second; a stdout that nobody reads must not keep the process."""

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -331,6 +332,30 @@ def test_a_pipe_that_does_not_block_gets_whole_lines_all_the_same() -> None:
         events = pipe.events()
         assert [event["message"].split()[0] for event in events] == [str(number) for number in range(500)]
         assert pipe.writer.dropped == 0
+
+
+FULL = """
+import logging, resource, sys
+from app.telemetry.logging import LineWriter
+writer = LineWriter()
+def write(message):
+    writer.handle(logging.makeLogRecord({"name": "test", "msg": message}))
+for room in (500, resource.RLIM_INFINITY):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    for number in range(10):
+        write(f"{number} of {room} " + "x" * 80)
+    while not writer._records.empty():
+        pass
+writer.close()
+print(writer.dropped, file=sys.stderr)
+"""
+
+
+def test_a_line_that_the_disk_took_in_part_takes_no_other_with_it(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        done = subprocess.run([sys.executable, "-c", FULL], cwd=ROOT, stdout=log, stderr=subprocess.PIPE, check=True)
+    ended = [one for one in (tmp_path / "log").read_bytes().splitlines() if one.endswith(b"}")]
+    assert len(ended) == 20 - int(done.stderr) > 10 and all(map(json.loads, ended))
 
 
 class LogsWhenCollected:
