@@ -31,7 +31,8 @@ FINISH_RETRY_S = 0.5
 """An outcome that the store did not take is offered again for about the time that a Redis takes to fail over."""
 
 FINISHING_MAX = 1_000
-"""Outcomes that are offered again at once; past it, a repeat hears that the outcome is unknown."""
+FINISHING_BYTES_MAX = 33_554_432
+"""Outcomes that are offered again at once; past either, a repeat hears that the outcome is unknown."""
 
 
 class Claimed(NamedTuple):
@@ -49,6 +50,7 @@ class Idempotency:
         self._store = store
         self._settling: set[asyncio.Task[None]] = set()
         self._finishing: set[asyncio.Task[None]] = set()
+        self._finishing_bytes = 0
 
     async def claim(self, call: ToolCall, lease_s: float, *, harmless: bool) -> Claimed | Execution | None:
         """The right to run, or the outcome of the first call with this key. None: no store, and a repeat is harmless.
@@ -98,12 +100,19 @@ class Idempotency:
         await asyncio.shield(task)
 
     def _later(self, claimed: Claimed, body: bytes | None) -> None:
-        if len(self._finishing) >= FINISHING_MAX:
+        size_bytes = len(body or b"")
+        if len(self._finishing) >= FINISHING_MAX or self._finishing_bytes + size_bytes > FINISHING_BYTES_MAX:
+            _say_not_kept(claimed)
             return
         work = self._keep_trying(claimed, body)
         task = asyncio.get_running_loop().create_task(work, name="idempotency-outcome")
         self._finishing.add(task)
-        task.add_done_callback(self._finishing.discard)
+        self._finishing_bytes += size_bytes
+        task.add_done_callback(lambda task: self._ended(task, size_bytes))
+
+    def _ended(self, task: asyncio.Task[None], size_bytes: int) -> None:
+        self._finishing.discard(task)
+        self._finishing_bytes -= size_bytes
 
     async def _keep_trying(self, claimed: Claimed, body: bytes | None) -> None:
         for _ in range(FINISH_TRIES):
@@ -116,7 +125,7 @@ class Idempotency:
                 return
             except (StoreAway, StoreFull):
                 continue
-        logger.error("outcome of an idempotency key was not kept", extra={"execution_id": claimed.token})
+        _say_not_kept(claimed)
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for outcomes that are on their way, bounded."""
@@ -125,6 +134,10 @@ class Idempotency:
             await asyncio.wait(tasks, timeout=timeout_s)
         for task in self._settling | self._finishing:
             task.cancel()
+
+
+def _say_not_kept(claimed: Claimed) -> None:
+    logger.error("outcome of an idempotency key was not kept", extra={"execution_id": claimed.token})
 
 
 def _fingerprint(call: ToolCall) -> str:

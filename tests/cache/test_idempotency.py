@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import orjson
@@ -9,10 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.cache.idempotency import CHECK_SUM_BYTES, _check_sum, _first_execution, written
+from app.cache.idempotency import (
+    CHECK_SUM_BYTES,
+    FINISHING_BYTES_MAX,
+    Claimed,
+    Idempotency,
+    _check_sum,
+    _first_execution,
+    written,
+)
 from app.cache.store import Claim
 from app.calls import LOCAL_CALLER, Execution, ToolCall
 from app.errors import Failure, IdempotencyConflict
+from tests.cache.stores import BUDGET_S, redis_store
+from tests.servers import HOST, free_port
 
 CALL = ToolCall("id", "probe", {}, LOCAL_CALLER, 0.0)
 
@@ -64,3 +75,19 @@ def test_nothing_else_is_believed_though_its_sum_be_right(body: bytes) -> None:
         with pytest.raises(IdempotencyConflict) as raised:
             read(kept)
         assert raised.value.as_data()["reason"] == "outcome_unknown"
+
+
+@pytest.mark.anyio
+async def test_outcomes_that_wait_for_a_store_are_bounded_by_their_bytes(caplog: pytest.LogCaptureFixture) -> None:
+    """What finds no room is told in the log, as what was offered in vain is."""
+    outcome = execution(None, "x" * (FINISHING_BYTES_MAX // 10), 0.0, 0.0, 0.0, attempts=1, cached=False)
+    async with redis_store(f"redis://{HOST}:{free_port()}", BUDGET_S) as store:
+        idempotency = Idempotency(store)
+        with caplog.at_level(logging.ERROR, "app.cache"):
+            for number in range(12):
+                await idempotency.keep(Claimed(f"key {number}", "fp", f"call {number}"), outcome)
+        assert [record.__dict__["execution_id"] for record in caplog.records] == ["call 9", "call 10", "call 11"]
+        assert 0 < idempotency._finishing_bytes <= FINISHING_BYTES_MAX
+        await idempotency.drain(0)
+        await idempotency.drain(10)
+        assert idempotency._finishing_bytes == 0 and not idempotency._finishing
