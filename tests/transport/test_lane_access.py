@@ -36,7 +36,7 @@ def guarded(request: pytest.FixtureRequest) -> Iterator[Guarded]:
     folder = make_folder("agentcore-lane-")
     places = places_in(folder)
     limits = folder / "limits.yaml"
-    limits.write_text("policies: [{name: few, match: {tool: echo}, per: [subject], rate: 5/minute}]")
+    limits.write_text("policies: [{name: few, match: {tool: echo}, per: [subject], rate: 5/hour}]")
     door = start_door(
         request.param,
         **places,
