@@ -391,8 +391,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._task.add_done_callback(lambda _: self._give_room_back())
 
     def _give_room_back(self) -> None:
-        self.wire.bodies_bytes -= self._counted_bytes
-        self._counted_bytes = 0
+        counted_bytes, self._counted_bytes = self._counted_bytes, 0
+        self.wire.give_room_back(counted_bytes, self.loop)
 
     def on_chunk_header(self) -> None:
         """Tens of thousands of one-byte chunks fit into one read, and each costs us a callback."""

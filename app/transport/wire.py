@@ -7,6 +7,7 @@ reads `refused`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -25,6 +26,10 @@ Expire = Callable[[float], None]
 
 LOG_INTERVAL_S = 1.0
 """Peers decide how often something is refused, so the log gets one line in this time with the number of them."""
+
+COLLECTED_AFTER_BYTES = 33_554_432
+"""Of large bodies that were let go. The garbage collector counts objects and no bytes: where something of a call leads
+back to itself, hundreds with a megabyte each would wait for it. It takes milliseconds, these bodies half a second."""
 
 SWEEP_INTERVAL_MAX_S = 1.0
 """Deadlines fire at most this much late. One sweep over 10,000 connections takes about 10 ms."""
@@ -121,6 +126,7 @@ class Wire:
         self.connections: set[Expire] = set()
         self.bodies_bytes = 0
         """Of large bodies whose requests have not ended: not answered, nor done where the client has gone."""
+        self._let_go_bytes = 0
         self._unread: dict[asyncio.WriteTransport, int] = {}
         """Of each connection whose peer reads slowly, bytes that it has not read; who waits longest comes first."""
         self.unread_bytes = 0
@@ -154,6 +160,14 @@ class Wire:
     def has_room_for(self, body_bytes: int) -> bool:
         """Whether so much more of large bodies may come."""
         return self.bodies_bytes + body_bytes <= self.bounds.requests_bytes_max
+
+    def give_room_back(self, body_bytes: int, loop: asyncio.AbstractEventLoop) -> None:
+        """That much of large bodies has been let go."""
+        self.bodies_bytes -= body_bytes
+        self._let_go_bytes += body_bytes
+        if self._let_go_bytes >= COLLECTED_AFTER_BYTES:
+            self._let_go_bytes = 0
+            loop.call_soon(gc.collect)
 
     def note_unread(self, transport: asyncio.WriteTransport) -> None:
         """Its peer has left so much unread that it takes no more. Past the bound who waits longest is cut."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import json
 import logging
@@ -14,6 +15,7 @@ import select
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +28,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from app.transport.exchange import DefaultHead, Exchange
 from app.transport.protocol import BoundedHttpProtocol, protocol_class
-from app.transport.wire import HttpBounds, Reason, Wire
+from app.transport.wire import COLLECTED_AFTER_BYTES, HttpBounds, Reason, Wire
 
 WAIT_S = 30.0
 """Longer than anything here takes; a test that reaches it has failed."""
@@ -839,6 +841,27 @@ def test_a_reader_that_does_not_read_is_cut(
     with contextlib.suppress(ConnectionResetError):
         assert len(peer.response().body) < 8_000_000
     assert not [record for record in caplog.records if record.name == "asyncio"], "written to after the end"
+
+
+class Circle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_garbage_is_looked_for_once_large_bodies_would_be_much_of_it(loop: str) -> None:
+    """Not by the collector's own count of objects, which knows no bytes."""
+    gc.collect()
+    gc.disable()
+    try:
+        with serving(Wire(HttpBounds()), loop) as served:
+            peer = served.connect()
+            garbage = weakref.ref(Circle())
+            for sent_bytes in range(0, COLLECTED_AFTER_BYTES, 1_000_000):
+                assert garbage() is not None, sent_bytes
+                assert peer.send(post(b"x", bytes(1_000_000))).response().status == 200
+            eventually(lambda: garbage() is None)
+    finally:
+        gc.enable()
 
 
 def test_of_answers_that_nobody_reads_the_oldest_are_cut_past_the_room_for_all(loop: str) -> None:
