@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -30,7 +29,7 @@ from app.executor.plans import (
 )
 from app.limits.concurrency import Slots
 from app.tools.tool import tool
-from tests.executor.in_process import Rig, opened, until
+from tests.executor.in_process import Rig, leave_a_mark, opened, until
 
 pytestmark = pytest.mark.anyio
 
@@ -88,15 +87,6 @@ def plan(*tasks: PlanTask, max_concurrent: int = 10, within_s: float = 30.0) -> 
 
 def statuses(result: PlanResult) -> dict[str, str]:
     return {task_id: execution.status for task_id, execution in result.executions.items()}
-
-
-SEEN: ContextVar[str] = ContextVar("SEEN", default="nothing")
-
-
-def leave_a_mark(text: str) -> str:
-    before = SEEN.get()
-    SEEN.set(text)
-    return before
 
 
 @tool

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -21,7 +20,7 @@ from app.limits.memory_store import MemoryStore
 from app.limits.policy import Policy, parse_rate
 from app.limits.store import Ask, StoreAway, Verdict, Waiter
 from app.tools.tool import FunctionTool, tool
-from tests.executor.in_process import Rig, opened, until
+from tests.executor.in_process import SEEN, Rig, leave_a_mark, opened, until
 
 pytestmark = pytest.mark.anyio
 
@@ -128,15 +127,6 @@ async def nap() -> None:
 async def look() -> None:
     """Wait for what another call may bring too."""
     await asyncio.sleep(0)
-
-
-SEEN: ContextVar[str] = ContextVar("SEEN", default="nothing")
-
-
-def leave_a_mark(text: str) -> str:
-    before = SEEN.get()
-    SEEN.set(text)
-    return before
 
 
 @tool
