@@ -24,7 +24,8 @@ from pydantic.fields import FieldInfo
 from app.calls import Caller, Progress
 from app.egress import EgressClient
 from app.errors import ToolError
-from app.tools.schema import ParameterSchema, ResultSchema
+from app.tools.result_schema import ResultSchema
+from app.tools.schema import ParameterSchema
 
 __all__ = ["CATEGORIES", "FunctionTool", "Tool", "ToolContext", "ToolDeclarationError", "ToolError", "ToolSpec", "tool"]
 

@@ -25,7 +25,7 @@ from app.tools.content import (
     TextResource,
     are_contents,
 )
-from app.tools.schema import ResultSchema
+from app.tools.result_schema import ResultSchema
 
 
 @pytest.mark.parametrize(
