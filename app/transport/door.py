@@ -235,7 +235,7 @@ def _put(ended: asyncio.Future[Reply], reply: Reply) -> None:
 
 
 def header_key(headers: Headers) -> str | None:
-    """The Idempotency-Key of a request, as it is: `methods.py` says whether it can be one. Two that differ cannot, nor
+    """The Idempotency-Key of a request, as it is: `calling.py` says whether it can be one. Two that differ cannot, nor
     can what is no UTF-8: the same key is the same text in a body."""
     found = {value for name, value in headers if name == b"idempotency-key"}
     return b"\n".join(found).decode("utf-8", "surrogateescape") if found else None

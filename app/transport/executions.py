@@ -15,8 +15,9 @@ from starlette.types import Send
 from app.errors import DependencyUnavailable, MethodNotFound
 from app.execution_log.history import ExecutionHistory
 from app.transport import shapes
+from app.transport.calling import SCOPE_HISTORY
 from app.transport.gate import caller_with
-from app.transport.methods import SCOPE_HISTORY, Methods, filters_of, tenant_seen
+from app.transport.methods import Methods, filters_of, tenant_seen
 from app.transport.openapi import Operation, query_parameters, reference, response
 from app.transport.rest import read_query
 from app.transport.shapes import NoParams

@@ -20,8 +20,8 @@ from app.access.credential import CredentialMissing
 from app.calls import Caller
 from app.errors import ToolServiceError
 from app.telemetry.histogram import Histogram
+from app.transport.calling import require_scope
 from app.transport.door import refusal_headers, respond
-from app.transport.methods import require_scope
 
 CALLER = "agentcore.caller"
 """Key in the scope of a request that was let in."""

@@ -22,6 +22,16 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import OFF, Tracing
 from app.tools.registry import Registry, ToolFilter, decode_cursor, encode_cursor
 from app.tools.tool import Tool
+from app.transport.calling import (
+    NO_ROOM,
+    SCOPE_EXECUTE,
+    SCOPE_READ,
+    Ending,
+    kept_trace,
+    require_scope,
+    settle,
+    with_key,
+)
 from app.transport.jsonrpc import Ended, RequestContext
 from app.transport.mcp_protocol import (
     CALL,
@@ -37,16 +47,6 @@ from app.transport.mcp_protocol import (
 )
 from app.transport.mcp_results import SERVER_INFO, advice, definition, failed, finished, refused, rendered
 from app.transport.mcp_stream import HangUp
-from app.transport.methods import (
-    NO_ROOM,
-    SCOPE_EXECUTE,
-    SCOPE_READ,
-    Ending,
-    kept_trace,
-    require_scope,
-    settle,
-    with_key,
-)
 
 SCOPES = {LIST: SCOPE_READ, CALL: SCOPE_EXECUTE}
 """What a method needs; those that are not here only describe the service."""

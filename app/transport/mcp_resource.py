@@ -10,8 +10,9 @@ from typing import Any
 
 import orjson
 
+from app.transport.calling import SCOPE_EXECUTE, SCOPE_READ
 from app.transport.door import CHALLENGE
-from app.transport.methods import SCOPE_EXECUTE, SCOPE_READ, SERVICE_NAME
+from app.transport.methods import SERVICE_NAME
 
 RESOURCE = "/mcp"
 WELL_KNOWN = "/.well-known/oauth-protected-resource"

@@ -24,8 +24,9 @@ from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import violations
 from app.transport import openapi
 from app.transport.allowance import limit_headers
+from app.transport.calling import SCOPE_READ
 from app.transport.gate import caller_with
-from app.transport.methods import SCOPE_READ, Methods
+from app.transport.methods import Methods
 from app.transport.shapes import ExportQuery, NoParams, Params, ToolsQuery
 
 P = TypeVar("P", bound=Params)

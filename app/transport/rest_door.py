@@ -15,6 +15,7 @@ from starlette.requests import Request
 from app.errors import DRAINING, InternalError, ToolServiceError
 from app.telemetry.http_requests import HttpRequests
 from app.transport.allowance import limit_lines, retry_after_s
+from app.transport.calling import SCOPE_EXECUTE, require_scope
 from app.transport.door import (
     CLOSE_LINE,
     Door,
@@ -29,7 +30,7 @@ from app.transport.door import (
     respond,
 )
 from app.transport.jsonrpc import RequestContext, decode
-from app.transport.methods import SCOPE_EXECUTE, Methods, PlainExecute, require_scope
+from app.transport.methods import Methods, PlainExecute
 from app.transport.rest import read_query, validated, wrong_method
 from app.transport.shapes import NoParams, RestExecuteBody
 
