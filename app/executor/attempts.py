@@ -77,7 +77,7 @@ class RetryBudget:
 class Retries:
     """One tool's. `begin` at each call, `wait_s` after each failed run of it. All methods are synchronous."""
 
-    __slots__ = ("_always", "_budget", "_chance", "_clock", "_retries_max", "begin", "denied", "granted")
+    __slots__ = ("_always", "_budget", "_chance", "_clock", "_retries_max", "begin")
 
     def __init__(
         self,
@@ -94,9 +94,6 @@ class Retries:
         self._chance = chance
         self._budget = RetryBudget(clock)
         self.begin = self._budget.deposit
-        self.granted = 0
-        self.denied = 0
-        """Retries that all else allowed and the budget did not."""
 
     @classmethod
     def of(cls, spec: ToolSpec) -> Retries | None:
@@ -116,11 +113,7 @@ class Retries:
             wait_s += failure.retry_after_ms / 1e3  # not before; after it, spread as always
         if self._clock() + wait_s + RUN_S_MIN > deadline:
             return None
-        if not self._budget.withdraw():
-            self.denied += 1
-            return None
-        self.granted += 1
-        return wait_s
+        return wait_s if self._budget.withdraw() else None
 
     def _backoff_s(self, attempts: int) -> float:
         """Full jitter: the whole of the time is drawn, which spreads those who failed together the most

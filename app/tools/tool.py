@@ -12,8 +12,7 @@ import re
 import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from dataclasses import Field as DataclassField
+from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
@@ -147,11 +146,6 @@ class ToolSpec:
         if problem:
             raise ToolDeclarationError(f"tool {self.id!r}: {problem}")
 
-    @property
-    def declared(self) -> frozenset[str]:
-        """Names of the fields that differ from their default."""
-        return frozenset(each.name for each in fields(self) if getattr(self, each.name) != _default_of(each))
-
     def _mistyped(self) -> str | None:
         """The first field that is not what it must be. Taken as it is, it would be met where nobody expects it: when
         the service starts, or when the database is given a row."""
@@ -191,10 +185,6 @@ class ToolSpec:
             (any(amount < 1 for amount in self.quotas.values()), "quotas must be at least 1"),
             (self.read_only and self.destructive, "a tool cannot be both read_only and destructive"),
         ]
-
-
-def _default_of(one: DataclassField[Any]) -> Any:
-    return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 def _listed(allowed: tuple[str | None, ...]) -> str:

@@ -124,7 +124,7 @@ def test_a_wait_that_does_not_fit_into_the_deadline_is_not_begun_and_costs_nothi
     wait_s = of_tool.wait_s(retryable(retry_after_ms), attempts=1, deadline=clock.now + left_s)
     if wait_s is None:
         assert chance * BACKOFF_S_MIN + retry_after_ms / 1e3 > left_s - 0.03
-        assert (of_tool.granted, of_tool.denied) == (0, 0)
+        assert spent(of_tool) == RESERVE
     else:
         assert wait_s < left_s
 
@@ -138,7 +138,6 @@ def test_where_everything_fails_a_tenth_of_the_calls_is_repeated() -> None:
         while of_tool.wait_s(retryable(), attempts=next(attempts), deadline=FAR) is not None:
             repeated += 1
     assert 10_000 // CALLS_PER_RETRY <= repeated <= 10_000 // CALLS_PER_RETRY + RESERVE
-    assert of_tool.granted == repeated and of_tool.denied > 0
 
 
 def spent(of_tool: Retries) -> int:

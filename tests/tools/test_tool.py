@@ -410,9 +410,3 @@ def test_every_category_can_be_declared() -> None:
 def test_an_unreported_progress_costs_nothing_and_raises_nothing() -> None:
     asyncio.run(context().progress(0.5, 1.0, "half"))
     assert context().remaining_s() == math.inf
-
-
-def test_what_was_declared_is_what_differs_from_the_defaults() -> None:
-    assert tool(plain).spec.declared == {"id", "name", "description"}
-    options = {"cost": 0, "retries": 2, "quotas": {"daily": 5}, "log_mode": "strict", "log_payloads": "off"}
-    assert tool(**options)(plain).spec.declared - {"id", "name", "description"} == set(options)  # type: ignore[call-overload]
