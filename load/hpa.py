@@ -44,13 +44,6 @@ def wanted_by_pods(
     return len(pods) if turned else replicas
 
 
-def wanted_by_total(total: float | None, replicas: int, target: float) -> int | None:
-    """Replicas that a metric of all together (External, AverageValue) asks for."""
-    if total is None:
-        return None
-    return replicas if abs(total / (target * replicas) - 1) <= TOLERANCE else math.ceil(total / target)
-
-
 @dataclass
 class Autoscaler:
     """One HPA over time. Seconds of its specification pass `haste` times as fast."""

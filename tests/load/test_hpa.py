@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from load.autoscale import hpa_spec
-from load.hpa import Autoscaler, wanted_by_pods, wanted_by_total
+from load.hpa import Autoscaler, wanted_by_pods
 
 TARGET = 1000.0
 
@@ -44,11 +44,6 @@ def test_a_pod_that_starts_counts_as_idle_so_that_it_is_not_joined_by_more() -> 
     values, names = pods(1500, 1500, None)
     assert wanted_by_pods(values, names, ["pod-2"], TARGET) == 3
     assert wanted_by_pods(values, names[:2], [], TARGET) == 3
-
-
-@pytest.mark.parametrize(("total", "replicas", "wanted"), [(None, 4, None), (3900, 4, 4), (6100, 4, 7), (900, 4, 1)])
-def test_the_replicas_that_a_total_asks_for(total: float | None, replicas: int, wanted: int | None) -> None:
-    assert wanted_by_total(total, replicas, TARGET) == wanted
 
 
 def followed(autoscaler: Autoscaler, replicas: int, wanted: list[int | None], since: float, until: float) -> list[int]:
