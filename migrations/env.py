@@ -1,6 +1,7 @@
 """How Alembic gets at the database: a connection that the caller holds, or one of its own from DATABASE_URL.
 
-Tables are written by hand in `versions/`, so there is no metadata to compare with.
+Tables are written by hand in `versions/`, so there is no metadata to compare with. They only go up: the version before
+runs on newer ones.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import asyncio
 import os
 from pathlib import Path
 
-from alembic import context
+from alembic import command, context
+from alembic.util import CommandError
 from sqlalchemy import Connection
 
 from app.clients import close_engine, create_engine
@@ -40,6 +42,14 @@ def write_sql() -> None:
         context.run_migrations()
 
 
+def refuse_downgrade() -> None:
+    """Without this Alembic would end in an AttributeError, for no script has a way down."""
+    asked = getattr(context.config.cmd_opts, "cmd", (None,))
+    if asked[0] is command.downgrade:
+        raise CommandError("tables only go up; the version before runs on newer ones, so its image is the way back")
+
+
+refuse_downgrade()
 if context.is_offline_mode():
     write_sql()
 elif (given := context.config.attributes.get("connection")) is not None:

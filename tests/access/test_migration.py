@@ -147,6 +147,22 @@ async def test_a_database_of_another_application_is_refused(database_url: str, t
     assert done.returncode == 1 and "another application" in line and theirs not in line
 
 
+async def test_alembics_own_way_down_is_refused_in_one_line(database_url: str) -> None:
+    async with opened(database_url) as engine:
+        await migrate(engine)
+        before = await tables(engine)
+        done = subprocess.run(
+            [sys.executable, "-m", "alembic", "downgrade", "-1"],
+            cwd=ROOT,
+            env=service_environ(DATABASE_URL=database_url),
+            capture_output=True,
+            text=True,
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode != 0 and "only go up" in said and "Traceback" not in said
+        assert await is_current(engine) and await tables(engine) == before
+
+
 async def test_a_lock_that_another_migration_holds_is_waited_for(database_url: str) -> None:
     async with opened(database_url) as first, opened(database_url) as second:
         async with locked(first):
