@@ -19,12 +19,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app import PROPAGATORS, __version__
 from app.access.authenticator import Authenticator, Mode
 from app.access.store import KeyStore
+from app.breaker import BreakerTable
 from app.bus import Bus
 from app.cache.results import ResultCache
 from app.cache.store import CacheStore, StoreAway
 from app.calls import current_call
 from app.clients import close_engine, create_engine, create_redis, redis_locator
-from app.egress import EgressAllow, parse_egress_allow
+from app.egress import EgressClient, parse_egress_allow
+from app.execution_log.history import ExecutionHistory
 from app.execution_log.journal import BufferedLog, Journal, JournalError
 from app.execution_log.log import ExecutionLog
 from app.execution_log.partitions import Upkeep
@@ -33,7 +35,7 @@ from app.execution_log.store import ExecutionStore
 from app.execution_log.writer import LogWriter
 from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission
-from app.limits.concurrency import Slots
+from app.limits.concurrency import QUEUE_PATIENCE_S, Slots
 from app.limits.limit import KEY_PREFIX
 from app.limits.memory_store import MemoryStore
 from app.limits.policy import Policies, Policy, matching_no_tool, settings_policies, tool_policies
@@ -72,6 +74,44 @@ def open_tracing_of(settings: Settings, listen: tuple[str, int] | None) -> Traci
     except ValueError as error:  # OpenTelemetry reads some of its variables when it is imported
         named = re.findall(r"OTEL_[A-Z_]+", str(error)) or ["OTEL_*"]
         raise SettingsError(f"{named[0]}: OpenTelemetry does not take this value") from None
+
+
+def open_egress(
+    settings: Settings, listen: tuple[str, int] | None, tracing: Tracing, stack: contextlib.AsyncExitStack
+) -> EgressClient:
+    """The one way out for tools, which must not lead to ourselves. Raises SettingsError."""
+    try:
+        allow = parse_egress_allow(",".join(settings.egress_allow))
+    except ValueError as error:
+        raise SettingsError(f"EGRESS_ALLOW: {error}") from None
+    http = EgressClient(
+        allow,
+        settings.http_connection_pool_size,
+        [listen] if listen else [],
+        trace=tracing.outgoing,
+        whose=_tenant_at_work,
+        breakers=BreakerTable() if settings.enable_circuit_breakers else None,
+    )
+    stack.push_async_callback(http.aclose)
+    return http
+
+
+def _tenant_at_work() -> str:
+    call = current_call.get()
+    return "" if call is None else call.tenant
+
+
+def declared_limits(loaded: LoadedTools) -> list[Policy]:
+    """The policies that tools declare; a tool whose declaration cannot hold is taken out and reported."""
+    policies: list[Policy] = []
+    for tool in list(loaded.tools.values()):
+        spec = tool.spec
+        try:
+            policies += tool_policies(spec.id, spec.rate_limits, spec.quotas)
+        except ValueError as error:
+            del loaded.tools[spec.id]
+            loaded.report(spec.id, str(error))
+    return policies
 
 
 async def open_database(settings: Settings, stack: contextlib.AsyncExitStack) -> Database:
@@ -135,17 +175,51 @@ def _token_verifier(settings: Settings) -> JwtVerifier | None:
     return None if rules is None else JwtVerifier(rules)
 
 
-def declared_limits(loaded: LoadedTools) -> list[Policy]:
-    """The policies that tools declare; a tool whose declaration cannot hold is taken out and reported."""
-    policies: list[Policy] = []
-    for tool in list(loaded.tools.values()):
-        spec = tool.spec
-        try:
-            policies += tool_policies(spec.id, spec.rate_limits, spec.quotas)
-        except ValueError as error:
-            del loaded.tools[spec.id]
-            loaded.report(spec.id, str(error))
-    return policies
+RULES_SHOWN_MAX = 10
+"""In one line of the log; there may be a thousand."""
+
+
+async def open_admission(
+    settings: Settings,
+    declared: Iterable[Policy],
+    registry: Registry,
+    supervisor: Supervisor,
+    stack: contextlib.AsyncExitStack,
+) -> Admission:
+    """Every policy that there is, over the store that settings name. Raises SettingsError."""
+    try:
+        policies = [
+            *settings_policies(settings.limits_rate, settings.limits_quota_daily, settings.limits_quota_monthly),
+            *(_policies_in(settings.limits_file) if settings.limits_file else ()),
+            *declared,
+        ]
+        admission_policies = Policies(policies, settings.limits_expected_replicas)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    if idle := matching_no_tool(policies, registry.snapshot.tools.keys()):
+        # Not refused: one file may be for services that have other tools.
+        logger.warning("limit policies match no tool", extra={"rules": idle[:RULES_SHOWN_MAX], "count": len(idle)})
+    if settings.redis_url is None:
+        return Admission(admission_policies, MemoryStore())
+    timeout_s = settings.limits_timeout_ms / 1e3
+    try:
+        locate = redis_locator(settings.redis_url, KEY_PREFIX, timeout_s)
+    except ValueError as error:
+        raise SettingsError(f"REDIS_URL: {error}") from None
+    store = RedisLimits(locate, timeout_s)
+    supervisor.start("limit-store", store.run())
+    stack.push_async_callback(store.close)
+    await store.settled()
+    return Admission(admission_policies, store)
+
+
+def _policies_in(file: Path) -> Iterable[Policy]:
+    from app.limits.limits_file import LimitsFileError, read_policies  # PyYAML takes 1 MB
+
+    try:
+        return read_policies(file)
+    except LimitsFileError as error:
+        raise ValueError(f"LIMITS_FILE: {error}") from None
 
 
 def open_log(
@@ -202,53 +276,6 @@ def _tell_of_outcomes(settings: Settings) -> None:
         )
 
 
-RULES_SHOWN_MAX = 10
-"""In one line of the log; there may be a thousand."""
-
-
-async def open_admission(
-    settings: Settings,
-    declared: Iterable[Policy],
-    registry: Registry,
-    supervisor: Supervisor,
-    stack: contextlib.AsyncExitStack,
-) -> Admission:
-    """Every policy that there is, over the store that settings name. Raises SettingsError."""
-    try:
-        policies = [
-            *settings_policies(settings.limits_rate, settings.limits_quota_daily, settings.limits_quota_monthly),
-            *(_policies_in(settings.limits_file) if settings.limits_file else ()),
-            *declared,
-        ]
-        admission_policies = Policies(policies, settings.limits_expected_replicas)
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
-    if idle := matching_no_tool(policies, registry.snapshot.tools.keys()):
-        # Not refused: one file may be for services that have other tools.
-        logger.warning("limit policies match no tool", extra={"rules": idle[:RULES_SHOWN_MAX], "count": len(idle)})
-    if settings.redis_url is None:
-        return Admission(admission_policies, MemoryStore())
-    timeout_s = settings.limits_timeout_ms / 1e3
-    try:
-        locate = redis_locator(settings.redis_url, KEY_PREFIX, timeout_s)
-    except ValueError as error:
-        raise SettingsError(f"REDIS_URL: {error}") from None
-    store = RedisLimits(locate, timeout_s)
-    supervisor.start("limit-store", store.run())
-    stack.push_async_callback(store.close)
-    await store.settled()
-    return Admission(admission_policies, store)
-
-
-def _policies_in(file: Path) -> Iterable[Policy]:
-    from app.limits.limits_file import LimitsFileError, read_policies  # PyYAML takes 1 MB
-
-    try:
-        return read_policies(file)
-    except LimitsFileError as error:
-        raise ValueError(f"LIMITS_FILE: {error}") from None
-
-
 def open_control(settings: Settings, slots: Slots, admission: Admission, supervisor: Supervisor) -> LoadControl:
     """What makes the limit of calls at once, and adaptive rates, follow the load."""
 
@@ -259,11 +286,6 @@ def open_control(settings: Settings, slots: Slots, admission: Admission, supervi
     if settings.adaptive_concurrency != "off":
         supervisor.start("load-control", control.run())
     return control
-
-
-def tenant_at_work() -> str:
-    call = current_call.get()
-    return "" if call is None else call.tenant
 
 
 def open_cache_store(settings: Settings, stack: contextlib.AsyncExitStack) -> CacheStore:
@@ -313,8 +335,10 @@ def open_bus(settings: Settings, results: ResultCache, supervisor: Supervisor, s
     return bus
 
 
-def egress_allow(settings: Settings) -> EgressAllow:
-    try:
-        return parse_egress_allow(",".join(settings.egress_allow))
-    except ValueError as error:
-        raise SettingsError(f"EGRESS_ALLOW: {error}") from None
+def open_history(settings: Settings, engine: AsyncEngine) -> ExecutionHistory:
+    """The log as callers read it."""
+    return ExecutionHistory(
+        engine,
+        wait_s_max=QUEUE_PATIENCE_S + settings.tool_execution_timeout,
+        payload_bytes_max=settings.log_payload_bytes,
+    )

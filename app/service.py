@@ -12,7 +12,6 @@ from enum import Enum
 
 from app.access.authenticator import Authenticator
 from app.access.store import KeyStore
-from app.breaker import BreakerTable
 from app.bus import Bus
 from app.cache.idempotency import Idempotency
 from app.cache.results import ResultCache
@@ -27,21 +26,21 @@ from app.executor.runner import Runner
 from app.executor.threads import ThreadPool
 from app.limits.adaptive import LoadControl
 from app.limits.admission import Admission
-from app.limits.concurrency import QUEUE_PATIENCE_S, Slots
+from app.limits.concurrency import Slots
 from app.opening import (
     Database,
     declared_limits,
-    egress_allow,
     open_access,
     open_admission,
     open_bus,
     open_cache_store,
     open_control,
     open_database,
+    open_egress,
+    open_history,
     open_log,
     open_results,
     open_tracing_of,
-    tenant_at_work,
 )
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
@@ -129,15 +128,7 @@ async def open_service(
         supervisor = Supervisor(lifecycle.crash)
         tracing = open_tracing_of(settings, listen)
         stack.push_async_callback(tracing.close)
-        http = EgressClient(
-            egress_allow(settings),
-            settings.http_connection_pool_size,
-            [listen] if listen else [],
-            trace=tracing.outgoing,
-            whose=tenant_at_work,
-            breakers=BreakerTable() if settings.enable_circuit_breakers else None,
-        )
-        stack.push_async_callback(http.aclose)
+        http = open_egress(settings, listen, tracing, stack)
         loaded = load_tools(
             [*builtin_tools(settings.wikipedia_url, settings.searxng_url), *extra_tools], settings.tool_modules
         )
@@ -187,11 +178,7 @@ async def open_service(
             access,
             admission,
             log,
-            ExecutionHistory(
-                database.engine,
-                wait_s_max=QUEUE_PATIENCE_S + settings.tool_execution_timeout,
-                payload_bytes_max=settings.log_payload_bytes,
-            ),
+            open_history(settings, database.engine),
             registry,
             executor,
             metrics,
