@@ -132,7 +132,7 @@ def create_fastapi(service: Service, methods: Methods) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
     )
     app.include_router(ops.router(service))
-    rest.mount(app, service, methods)
+    rest.mount(app, service.registry, methods, service.metrics.count_error)
     app.include_router(ExecutionRoutes(methods, service.history).router())
     settings = service.settings
     bounds = settings.max_request_bytes, settings.request_read_timeout_s

@@ -18,7 +18,6 @@ from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
 from app.errors import DRAINING, InternalError, InvalidParams, InvalidRequest, MethodNotFound, ToolServiceError
-from app.service import Service
 from app.tools.exports import export
 from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import violations
@@ -38,10 +37,10 @@ REPEATABLE = frozenset({"tag"})
 READ_REFUSALS = (403, 414, 422, 500)
 
 
-def mount(app: FastAPI, service: Service, methods: Methods) -> None:
+def mount(app: FastAPI, registry: Registry, methods: Methods, count_error: Callable[[str], None]) -> None:
     """Add the routes, and the one shape of every error of this application."""
-    answer_errors(app, service.metrics.count_error)
-    tools = ToolRoutes(service.registry, methods)
+    answer_errors(app, count_error)
+    tools = ToolRoutes(registry, methods)
     app.include_router(tools.router())
     limits = APIRouter(prefix="/api/v1/limits", tags=["limits"], default_response_class=Response)
     described = openapi.GET_LIMITS.described((*READ_REFUSALS, 404, 503))
