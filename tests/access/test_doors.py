@@ -25,7 +25,7 @@ from app.transport.gate import caller_with, is_open
 from tests.access.keyring import change_keys, make_key
 from tests.conftest import START_S_MAX, Running, end, places_in, start_service
 from tests.servers import make_folder, remove_folder
-from tests.transport.test_protocol import Peer
+from tests.transport.raw_http import Peer
 
 RPC, TOOLS, ADMIN = "/api/v1/jsonrpc", "/api/v1/tools", "/api/v1/admin/keys"
 

@@ -22,7 +22,7 @@ from app.transport.wire import HttpBounds
 from tests.conftest import Running, Serve, end, start_service
 from tests.servers import wait_until
 from tests.transport.mcp_wire import META, MODERN
-from tests.transport.test_protocol import GRAIN_S, Peer, Response
+from tests.transport.raw_http import GRAIN_S, Peer, Response
 
 RPC, MCP = b"/api/v1/jsonrpc", b"/mcp"
 READ_TIMEOUT_S, DEFAULT_READ_TIMEOUT_S = 1.0, 10.0

@@ -37,8 +37,8 @@ from app.transport.protocol import BoundedHttpProtocol
 from app.transport.server import Server, protocol_for
 from app.transport.wire import Wire
 from tests.conftest import places_in
+from tests.transport.raw_http import WAIT_S, Peer
 from tests.transport.test_garbage import CALL, answered, http
-from tests.transport.test_protocol import WAIT_S, Peer
 
 RPC = "/api/v1/jsonrpc"
 DOORS = pytest.mark.parametrize("by_lane", [True, False], ids=["lane", "asgi"])
