@@ -25,7 +25,7 @@ FLOORS = (
     {"telemetry", "egress", "bus"},
     {"clients"},
     {"breaker", "names"},
-    {"calls", "settings", "stepping", "reload", "off_loop"},
+    {"calls", "settings", "stepping", "fairness", "reload", "off_loop"},
     {"errors", "database_url"},
 )
 """From top to bottom; what stands on one floor does not import one another."""

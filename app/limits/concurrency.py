@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from time import monotonic
 from weakref import WeakValueDictionary
 
 from app.errors import Overloaded
+from app.fairness import FairQueue
 from app.stepping import settle
 
 QUEUE_PATIENCE_S = 1.0
@@ -68,7 +68,7 @@ class Slots:
         self.flooded = False
         """Set by whoever watches them: nobody waits behind calls of its own tenant."""
         self._flooded_by = ""
-        self._waiting = FairQueue()
+        self._waiting: FairQueue[Turn] = FairQueue()
         self._freed = 0
         self._handed_on = 0
         self._pace = Pace(QUEUE_PATIENCE_S / max(1, limit), clock)
@@ -233,94 +233,6 @@ def release_all(slots: Sequence[Slots]) -> None:
     """Give every one to who waits for it, or back. The order does not matter: nobody wakes before all are done."""
     for each in slots:
         each.release()
-
-
-class FairQueue:
-    """Turns that wait: a queue per tenant, and tenants in the order in which they are served.
-
-    Every step is a few dictionary steps, however many wait. OrderedDict throughout: a plain dictionary is searched from
-    its first entry ever made for the first that is left. A tenant of whom nobody waits is not in here.
-    """
-
-    __slots__ = ("_queues", "_tenants_by_length", "longest", "turns")
-
-    def __init__(self) -> None:
-        self.turns: dict[Turn, str] = {}
-        """Whose each turn is. Never walked, only counted and looked up."""
-        self.longest = 0
-        self._queues: OrderedDict[str, OrderedDict[Turn, None]] = OrderedDict()
-        self._tenants_by_length: dict[int, OrderedDict[str, None]] = {}
-
-    def length(self, tenant: str) -> int:
-        queue = self._queues.get(tenant)
-        return 0 if queue is None else len(queue)
-
-    def ahead_of(self, tenant: str) -> int:
-        """How many get a slot up to and including one more call of the tenant: its own and, tenants being served in
-        turn, as many of each other one, as far as there are."""
-        own = self.length(tenant)
-        others = len(self._queues) - (own > 0)
-        return min(len(self.turns), own + (own + 1) * others) + 1
-
-    def add(self, turn: Turn, tenant: str) -> None:
-        """Behind the tenant's others; a tenant that had none is served after those who wait."""
-        queue = self._queues.get(tenant)
-        if queue is None:
-            queue = self._queues[tenant] = OrderedDict()
-        queue[turn] = None
-        self.turns[turn] = tenant
-        self._resized(tenant, len(queue) - 1, len(queue))
-
-    def discard(self, turn: Turn) -> None:
-        tenant = self.turns.pop(turn, None)
-        if tenant is not None:
-            queue = self._queues[tenant]
-            del queue[turn]
-            self._shrunk(tenant, queue)
-
-    def pop_next(self) -> Turn | None:
-        """The oldest turn of the tenant that is next. Those cancelled in this very tick are still here: they go without
-        costing their tenant its turn."""
-        while self._queues:
-            tenant, queue = next(iter(self._queues.items()))
-            turn, _ = queue.popitem(last=False)
-            del self.turns[turn]
-            self._shrunk(tenant, queue)
-            if not turn.done():
-                if queue:
-                    self._queues.move_to_end(tenant)
-                return turn
-        return None
-
-    def pop_newest_of_longest(self) -> Turn:
-        """Of several as long, the one that came to that length last."""
-        tenant = next(reversed(self._tenants_by_length[self.longest]))
-        queue = self._queues[tenant]
-        turn, _ = queue.popitem()
-        del self.turns[turn]
-        self._shrunk(tenant, queue)
-        return turn
-
-    def _shrunk(self, tenant: str, queue: OrderedDict[Turn, None]) -> None:
-        if not queue:
-            del self._queues[tenant]
-        self._resized(tenant, len(queue) + 1, len(queue))
-
-    def _resized(self, tenant: str, before: int, after: int) -> None:
-        """Lengths change by one, so the longest is found without a search."""
-        by_length = self._tenants_by_length
-        if after:
-            peers = by_length.get(after)
-            if peers is None:
-                peers = by_length[after] = OrderedDict()
-            peers[tenant] = None
-        if before:
-            peers = by_length[before]
-            del peers[tenant]
-            if not peers:
-                del by_length[before]
-        if after > self.longest or (before == self.longest and before not in by_length):
-            self.longest = after
 
 
 class Pace:
