@@ -15,6 +15,8 @@ from typing import Any
 
 import uvloop
 
+from app.fairness import FairSemaphore
+
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Host and port in, addresses as text out; empty or OSError when there are none."""
 
@@ -22,20 +24,27 @@ LOOKUPS_MAX = 32
 """Threads that may hang in the C library at once. One per name, however many calls wait for that name."""
 
 
+def nobody() -> str:
+    """Who asks, where that makes no difference."""
+    return ""
+
+
 class ThreadedResolver:
     """`getaddrinfo` in threads of its own. Raises OSError.
 
     It cannot be interrupted, so a hung look-up keeps its thread until the C library gives up. The threads are
-    daemons: an executor would join them when the process exits.
+    daemons: an executor would join them when the process exits. `whose` names the tenant that asks: a thread that
+    comes free goes to tenants in turn.
     """
 
-    def __init__(self) -> None:
-        self._free = asyncio.Semaphore(LOOKUPS_MAX)
+    def __init__(self, whose: Callable[[], str] = nobody) -> None:
+        self._whose = whose
+        self._free = FairSemaphore(LOOKUPS_MAX)
         self._running: dict[str, asyncio.Future[list[str]]] = {}
 
     async def __call__(self, host: str, port: int) -> list[str]:
         if host not in self._running:
-            await self._free.acquire()
+            await self._free.acquire(self._whose())
             if host in self._running:  # begun by another while this one waited
                 self._free.release()
             else:

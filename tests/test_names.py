@@ -9,6 +9,7 @@ import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from app.executor.containment import LastingLoop
-from app.names import Resolver
+from app.names import LOOKUPS_MAX, Resolver, ThreadedResolver
 from tests.certificates import make_certificate
 from tests.conftest import Serve
 from tests.servers import RedisAt
@@ -142,6 +143,38 @@ def test_what_came_of_a_name_is_said_to_who_waits_and_to_nobody_else(look_up: Ca
             if thread.name == "resolve":
                 thread.join(WAIT_S_MAX)
         await asyncio.sleep(0)
+
+    look_up(lookup)
+    run(main())
+
+
+def test_a_tenant_that_asks_for_many_names_lets_another_have_its_turn(look_up: Callable[[Lookup], None]) -> None:
+    tenant: ContextVar[str] = ContextVar("tenant")
+    answers, looked_up = threading.Semaphore(0), list[str]()
+
+    def lookup(host: str) -> list[str]:
+        looked_up.append(host)
+        answers.acquire(timeout=WAIT_S_MAX)
+        return ["127.0.0.1"]
+
+    async def main() -> None:
+        resolve = ThreadedResolver(tenant.get)
+
+        async def ask(who: str, number: int) -> None:
+            tenant.set(who)
+            await resolve(f"{who}-{number}.test", 1)
+
+        asking = [asyncio.create_task(ask("flood", number)) for number in range(LOOKUPS_MAX + 10)]
+        await asyncio.sleep(0)
+        asking.append(asyncio.create_task(ask("other", 1)))
+        await asyncio.sleep(0)
+        answers.release(2)
+        async with asyncio.timeout(WAIT_S_MAX):
+            while len(looked_up) < LOOKUPS_MAX + 2:
+                await asyncio.sleep(0)
+        assert "other-1.test" in looked_up
+        answers.release(len(asking))
+        await asyncio.gather(*asking)
 
     look_up(lookup)
     run(main())

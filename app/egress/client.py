@@ -22,7 +22,7 @@ from app.egress.network import ConnectionPool
 from app.egress.rules import EgressAllow, EgressRules, as_addresses, egress_refused
 from app.egress.targets import Address, QueryValue, Target, invalid_request, parse_target
 from app.errors import Overloaded, ToolError, UpstreamFailed
-from app.names import Resolver, ThreadedResolver
+from app.names import Resolver, ThreadedResolver, nobody
 
 REDIRECTS_MAX = 3
 RESOLVE_S_MAX = 5.0
@@ -70,11 +70,6 @@ def untraced(method: str, origin: tuple[str, str, int]) -> None:
     """Nothing is carried on."""
 
 
-def nobody() -> str:
-    """Whose request it is, where that makes no difference."""
-    return ""
-
-
 @dataclass(frozen=True, slots=True)
 class EgressResponse:
     """Header names are in lower case, repeated ones joined with a comma. `url` is the last one after redirects."""
@@ -117,8 +112,9 @@ class _Asking:
 class EgressClient:
     """Shared by all tools. `own_addresses` are host and port of each listening socket of this process.
 
-    `whose` names the tenant that a request is sent for: breakers are kept by tenant and origin, so that nobody closes
-    an origin to others by what they ask of it. `breakers` None: there are none.
+    `whose` names the tenant that a request is sent for: connections and look-ups of names go to tenants in turn, and
+    breakers are kept by tenant and origin, so that nobody closes an origin to others by what they ask of it. `breakers`
+    None: there are none.
     """
 
     def __init__(
@@ -138,7 +134,7 @@ class EgressClient:
         self._whose = whose
         self.breakers = breakers
         self._rules = EgressRules(allow, tuple(own_addresses))
-        self._resolve = resolver or ThreadedResolver()
+        self._resolve = resolver or ThreadedResolver(whose)
         # These authorities alone, no SSL_CERT_FILE: the environment of a service is not a trust store. httpx would make
         # the same context, and takes 2 to 6 MB.
         self.pool = ConnectionPool(pool_size, ssl_context or ssl.create_default_context(cafile=certifi.where()))
@@ -230,7 +226,7 @@ class EgressClient:
     async def _exchange(self, message: Message, target: Target, asking: _Asking) -> EgressResponse:
         """One hop. The body of a redirect is not read; its connection is closed then."""
         addresses = await self._checked_addresses(target, asking)
-        async with self.pool.connection(target, addresses) as connection:
+        async with self.pool.connection(target, addresses, self._whose()) as connection:
             if self.breakers is not None:
                 asking.connected_at = self.breakers.clock()
             answer = await connection.handle_async_request(asking.request_for(message, target))

@@ -14,6 +14,7 @@ from typing import Any
 import httpcore
 
 from app.egress.targets import Address, Target
+from app.fairness import FairSemaphore
 
 CONNECT_ATTEMPTS_MAX = 4
 CONNECT_ATTEMPT_S = 2.0
@@ -90,7 +91,7 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
 
 
 class ConnectionPool:
-    """At most `size` connections, busy and idle together, kept by origin.
+    """At most `size` connections, busy and idle together, kept by origin. Tenants that wait for one get it in turn.
 
     httpcore's own pool gives away a new connection before it closes an old one; a request cancelled in between
     leaves the new one in the pool, unconnected, for ever. Here nothing is handed on until it was connected.
@@ -99,7 +100,7 @@ class ConnectionPool:
     def __init__(self, size: int, ssl_context: ssl.SSLContext) -> None:
         self._size = size
         self._ssl_context = ssl_context
-        self._slots = asyncio.Semaphore(size)
+        self._slots = FairSemaphore(size)
         self._idle: list[tuple[tuple[str, str, int], httpcore.AsyncHTTPConnection]] = []
         self.busy = 0
         self._closed = False
@@ -110,20 +111,23 @@ class ConnectionPool:
 
     @asynccontextmanager
     async def connection(
-        self, target: Target, addresses: Sequence[Address]
+        self, target: Target, addresses: Sequence[Address], tenant: str
     ) -> AsyncIterator[httpcore.AsyncHTTPConnection]:
         """A connection for one exchange: an idle one of the same origin, else a new one to `addresses`."""
-        async with self._slots:
-            self.busy += 1
-            connection = None
+        await self._slots.acquire(tenant)
+        self.busy += 1
+        connection = None
+        try:
+            connection, surplus = self._take(target, addresses)
+            await _close_all(surplus)
+            yield connection
+        finally:
+            self.busy -= 1
             try:
-                connection, surplus = self._take(target, addresses)
-                await _close_all(surplus)
-                yield connection
-            finally:
-                self.busy -= 1
                 if connection is not None and not self._keep(target, connection):
                     await connection.aclose()
+            finally:
+                self._slots.release()
 
     def _take(
         self, target: Target, addresses: Sequence[Address]

@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -635,6 +636,23 @@ async def test_pool_holds_no_more_connections_than_its_size() -> None:
         server.gate.set()
         assert [answer.body for answer in await asyncio.gather(*calls)] == [b"x"] * 12
         assert server.accepted == 3
+
+
+async def test_a_tenant_that_waits_for_many_connections_lets_another_have_its_turn() -> None:
+    tenant: ContextVar[str] = ContextVar("tenant")
+
+    async def ask(who: str, server: Origin) -> None:
+        tenant.set(who)
+        await get(client, server.url(f"/{who}"))
+
+    replies: dict[str, Reply] = {"/flood": response(), "/other": response()}
+    async with origin(replies) as server, egress(pool_size=1, whose=tenant.get) as client:
+        server.gate.clear()
+        calls = [asyncio.create_task(ask(who, server)) for who in (*["flood"] * 12, "other")]
+        await server.until(lambda: len(server.received) == 1)
+        server.gate.set()
+        await asyncio.gather(*calls)
+    assert [request.target for request in server.received].index("/other") <= 2
 
 
 async def test_idle_connections_to_other_origins_make_room() -> None:
