@@ -27,6 +27,7 @@ from app.errors import DependencyUnavailable, InvalidParams
 from app.execution_log.columns import COLUMNS
 from app.execution_log.connections import StoreAway, away, borrowed, opened
 from app.execution_log.partitions import first_id
+from app.fairness import FairSemaphore
 
 LIMIT_DEFAULT = 50
 LIMIT_MAX = 500
@@ -158,7 +159,7 @@ class ExecutionHistory:
         self._reader: PostgresReader | SqliteReader = kind(engine, timeout_s)
         self._wait_us_max = int(wait_s_max * 1e6)
         self._payload_bytes_max = payload_bytes_max
-        self._places = asyncio.Semaphore(_readers_max(engine))
+        self._places = FairSemaphore(_readers_max(engine))
 
     async def page(
         self, tenant: str | None, filters: Filters, limit: int = LIMIT_DEFAULT, cursor: str | None = None
@@ -186,7 +187,7 @@ class ExecutionHistory:
         if not _ID.fullmatch(execution_id):
             return None
         query = self._reader.query(Where.of_one(tenant, execution_id.lower()), 1)
-        rows = await self._read(query)
+        rows = await self._read(query, tenant)
         return _rendered(rows[0]).json if rows else None
 
     async def export(self, tenant: str | None, filters: Filters) -> AsyncIterator[bytes]:
@@ -211,7 +212,7 @@ class ExecutionHistory:
         where = Where.of(tenant, filters, below, self._wait_us_max)
         if rows_max * self._payload_bytes_max > CHUNK_BYTES_MAX:
             rows_max = await self._fitting(where, rows_max)
-        found = await self._read(self._reader.query(where, rows_max))
+        found = await self._read(self._reader.query(where, rows_max), tenant)
         rows: list[Row] = []
         for start in range(0, len(found), RENDERED_AT_ONCE):
             rows += map(_rendered, found[start : start + RENDERED_AT_ONCE])
@@ -221,17 +222,18 @@ class ExecutionHistory:
     async def _fitting(self, where: Where, rows_max: int) -> int:
         """How many rows fit, by the sizes that they have beside their payloads: these are not read for it."""
         chunk_bytes = 0
-        sizes = await self._read(self._reader.sizes(where, rows_max, self._payload_bytes_max))
+        sizes = await self._read(self._reader.sizes(where, rows_max, self._payload_bytes_max), where.tenant)
         for rows, (row_bytes,) in enumerate(sizes):
             chunk_bytes += row_bytes
             if chunk_bytes > 2 * CHUNK_BYTES_MAX:
                 return max(1, rows)
         return rows_max
 
-    async def _read(self, query: Query) -> Sequence[Sequence[Any]]:
+    async def _read(self, query: Query, tenant: str | None) -> Sequence[Sequence[Any]]:
+        """In one of the places; tenants that wait get them in turn, and so do those who read everyone's."""
         try:
             async with asyncio.timeout(PATIENCE_S):
-                await self._places.acquire()
+                await self._places.acquire(tenant or "")
         except TimeoutError:
             raise DependencyUnavailable("The log is busy; try again", retry_after_ms=1000) from None
         try:

@@ -351,7 +351,7 @@ async def test_a_query_that_takes_too_long_is_ended_by_the_server_and_the_next_o
 @pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
 async def test_readers_that_are_cancelled_leave_their_places_and_connections(engine: AsyncEngine) -> None:
     history = ExecutionHistory(engine)
-    places = history._places._value
+    places = history._places.free
     for _ in range(3):
         asked = [asyncio.create_task(history.page(None, Filters())) for _ in range(12)]
         await asyncio.sleep(0)
@@ -360,6 +360,29 @@ async def test_readers_that_are_cancelled_leave_their_places_and_connections(eng
             one.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
     assert len((await history.page(None, Filters())).rows) == 50
-    assert history._places._value == places
+    assert history._places.free == places
     # aiosqlite leaves a connection whose opening was cancelled to the collector, and Python 3.13 tells: here it may.
     gc.collect()
+
+
+async def test_a_tenant_that_reads_much_lets_another_have_its_turn(engine: AsyncEngine) -> None:
+    history = ExecutionHistory(engine)
+    places = history._places.free
+    for _ in range(places):
+        await history._places.acquire("acme")
+    read: list[str] = []
+
+    async def one_page(tenant: str) -> None:
+        await history.page(tenant, Filters(), 1)
+        read.append(tenant)
+
+    reading = [asyncio.create_task(one_page("acme")) for _ in range(20)]
+    await asyncio.sleep(0)
+    reading.append(asyncio.create_task(one_page("umbrella")))
+    await asyncio.sleep(0)
+    history._places.release()
+    await asyncio.gather(*reading)
+    assert read.index("umbrella") <= 2
+    for _ in range(places - 1):
+        history._places.release()
+    assert history._places.free == places
