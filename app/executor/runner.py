@@ -205,7 +205,7 @@ class Runner:
         self, tool: Tool, arguments: dict[str, Any], context: ToolContext, interrupt: Interrupt, abandoned: Abandoned
     ) -> asyncio.Future[Any]:
         """The future of the tool's job, done."""
-        job = self._threads.submit(lambda: tool.invoke(arguments, context))
+        job = self._threads.submit(lambda: tool.invoke(arguments, context), context.caller.tenant)
         try:
             await self._within_deadline(job.future, context.deadline, interrupt, lambda: self._stop_job(job, abandoned))
         except RunFailed as failed:

@@ -1,4 +1,5 @@
-"""A bounded pool of daemon threads for sync tools, of their own: a hung tool must not stop anyone else's.
+"""A bounded pool of daemon threads for sync tools, of their own: a hung tool must not stop anyone else's, nor a tenant
+with many calls another one's.
 
 `ThreadPoolExecutor` joins its threads at interpreter exit, so one hung tool would keep the process from ending.
 A thread that is given up is written off and replaced, up to a cap.
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from app.fairness import FairQueue
 from app.telemetry.supervision import ignore_result
 
 THREADS_MAX = 64
@@ -20,8 +22,8 @@ THREADS_MAX = 64
 
 
 CALLED_OFF_MAX = 1_000
-"""Jobs that may have stayed in the queue before it is swept. Threads pass them over; while all of them hang nobody
-does, and each call that gives up would leave one."""
+"""Jobs that may have stayed in the threads' queue before it is swept. Threads pass them over; while the system starts
+none nobody does, and each call that gives up would leave one."""
 
 
 class Job:
@@ -43,44 +45,75 @@ class Job:
         """True for the first who asks: the thread that will run it, or the loop that calls it off."""
         return self._claim.acquire(blocking=False)
 
+    def call_off(self) -> None:
+        self.called_off = True
+        self.function = _nothing
+
+    def done(self) -> bool:
+        return self.future.done()
+
 
 class ThreadPool:
-    """All counts live on the event loop's thread; threads only take jobs and post results."""
+    """All counts live on the event loop's thread; threads only take jobs and post results. They are given no more jobs
+    than they can begin: what waits does so on the loop, where tenants are served in turn."""
 
     def __init__(self, size: int = THREADS_MAX) -> None:
         self._size = size
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: FairQueue[Job] = FairQueue()
         self._threads = 0
         self._busy = 0
+        """Jobs that threads were given and that nobody has given up."""
         self._written_off = 0
         self._called_off = 0
         """Since the last sweep."""
 
-    def submit(self, function: Callable[[], Any]) -> Job:
+    def submit(self, function: Callable[[], Any], tenant: str = "") -> Job:
         """Queue a function. What it raises, even SystemExit, ends in the job's future."""
         loop = asyncio.get_running_loop()
         job = Job(function, loop.create_future())
         job.future.add_done_callback(ignore_result)
+        if self._busy < self._places:
+            self._begin(job, loop)
+        else:
+            self._waiting.add(job, tenant)  # those before it wait too
+        return job
+
+    @property
+    def _places(self) -> int:
+        """Threads that there may be besides those that are written off."""
+        return self._size + min(self._written_off, self._size) - self._written_off
+
+    def _begin(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         self._busy += 1
         self._jobs.put(job)
         self._hire(loop)
-        return job
+
+    def _begin_next(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._busy < self._places:
+            job = self._waiting.pop_next()
+            if job is None:
+                return
+            self._begin(job, loop)
 
     def give_up(self, job: Job) -> None:
         """Stop waiting for a job. One that has not begun never will; else its thread is written off."""
         if job.future.done():
             return  # it ended in the same tick
+        if job in self._waiting.turns:
+            self._waiting.discard(job)
+            job.call_off()
+            return
         self._busy -= 1
         if job.claim():
-            job.called_off = True
-            job.function = _nothing  # the shell stays queued until a thread passes it over; the arguments need not
+            job.call_off()  # the shell stays queued until a thread passes it over; the arguments need not
             self._called_off += 1
             if self._called_off >= CALLED_OFF_MAX:
                 self._sweep()
-            return
-        job.written_off = True
-        self._written_off += 1
-        self._hire(asyncio.get_running_loop())  # for the jobs that wait behind it
+        else:
+            job.written_off = True
+            self._written_off += 1
+        self._begin_next(asyncio.get_running_loop())
 
     def _sweep(self) -> None:
         """Take out of the queue what was called off; what waits keeps its order."""
@@ -128,6 +161,7 @@ class ThreadPool:
                 self._jobs.put(None)
         else:
             self._busy -= 1
+        self._begin_next(job.future.get_loop())
         if job.future.done():
             return
         if error is None:

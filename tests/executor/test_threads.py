@@ -66,6 +66,19 @@ async def test_no_more_threads_than_the_size_run_jobs_at_once() -> None:
         assert counts(pool) == (0, 0)
 
 
+async def test_a_tenant_with_many_jobs_lets_another_have_its_turn() -> None:
+    begun, release, order = threading.Event(), threading.Event(), list[str]()
+    with pool_of(1) as pool:
+        first = pool.submit(lambda: (begun.set(), release.wait(SOON_S)), "flood")
+        await until(begun.is_set)
+        jobs = [pool.submit(lambda: order.append("flood"), "flood") for _ in range(20)]
+        jobs.append(pool.submit(lambda: order.append("other"), "other"))
+        release.set()
+        await asyncio.gather(*map(ended, (first, *jobs)))
+        assert order.index("other") <= 1
+        assert counts(pool) == (0, 0)
+
+
 async def test_a_job_that_waits_behind_a_hung_one_gets_a_thread_of_its_own_when_that_is_given_up() -> None:
     release = threading.Event()
     with pool_of(1) as pool:
@@ -90,7 +103,7 @@ async def test_jobs_that_are_called_off_leave_the_queue_though_every_thread_hang
         waiting = [pool.submit(lambda number=number: number) for number in range(3)]  # type: ignore[misc]
         for _ in range(3 * CALLED_OFF_MAX):
             pool.give_up(pool.submit(lambda: None))
-            assert pool._jobs.qsize() < CALLED_OFF_MAX + 3
+            assert (pool._jobs.qsize(), len(pool._waiting.turns)) == (0, 3)
         release.set()
         await ended(hung)
         assert [await ended(job) for job in waiting] == [0, 1, 2]
@@ -184,6 +197,21 @@ async def test_a_system_without_threads_leaves_jobs_waiting_and_counts_none() ->
         try:
             waiting = pool.submit(lambda: "ran")
             assert pool._threads == 0
+        finally:
+            threading.stack_size(before)
+        assert await ended(pool.submit(lambda: "next")) == "next"
+        assert await ended(waiting) == "ran"
+        assert counts(pool) == (0, 0)
+
+
+async def test_jobs_that_are_called_off_leave_the_queue_though_the_system_starts_no_thread() -> None:
+    before = threading.stack_size(sys.maxsize // 2 + 1)
+    with pool_of(2) as pool:
+        try:
+            waiting = pool.submit(lambda: "ran")
+            for _ in range(3 * CALLED_OFF_MAX):
+                pool.give_up(pool.submit(lambda: None))
+                assert pool._jobs.qsize() <= CALLED_OFF_MAX
         finally:
             threading.stack_size(before)
         assert await ended(pool.submit(lambda: "next")) == "next"
