@@ -300,7 +300,7 @@ class ToolBreaker:
     """One tool's: a breaker for each tenant that has seen it fail lately, and one for all.
 
     A tenant can choose parameters with which a tool fails, so what one tenant sees closes the tool to that tenant. The
-    one for all opens when several see nothing but failures, or when runs of the tool hang. While `quiet`, nothing has
+    one for all opens when several see nothing but failures, or when runs of several hang. While `quiet`, nothing has
     failed lately, and neither `enter` nor `ended` needs to be called for a success.
     """
 
@@ -333,7 +333,7 @@ class ToolBreaker:
     def ended(
         self, tenant: str, began_s: float, outcome: Outcome, probe: Probe | None = None, abandoned: int = 0
     ) -> None:
-        """After a run. `abandoned`: how many runs of the tool were given up and still live."""
+        """After a run. `abandoned`: how many of the tool's were given up and still live; 0 if all are one tenant's."""
         if outcome == SUCCEEDED and self._streak:
             self._streak = 0
             self._tenants_in_streak.clear()

@@ -322,7 +322,7 @@ class Executor:
             cut_short = timeout_s < state.timeout_s
             outcome = outcome_of(error.cause, error.__cause__, call.parameters, cut_short=cut_short)
         if outcome is not SAYS_NOTHING or probe is not None:
-            state.breaker.ended(call.caller.tenant, run.started, outcome, probe, abandoned=state.abandoned.active)
+            state.breaker.ended(call.caller.tenant, run.started, outcome, probe, abandoned=state.abandoned.of_several)
 
     async def _run_again(
         self, call: ToolCall, run: Run, state: ToolState, arguments: dict[str, Any], deadline: float

@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Never
 
+from app.calls import Caller
 from app.errors import (
     RESULT_INVALID,
     RESULT_TOO_LARGE,
@@ -38,6 +39,10 @@ logger = logging.getLogger("app.tools")
 
 ABANDONED_PER_TOOL_MAX = 8
 """Below the threads of the pool: one tool that hangs for ever must not take all of them."""
+
+ABANDONED_PER_TENANT_MAX = 4
+"""Of those, as many count of one tenant, which can choose parameters that hang and deadlines that are too short: with
+so many the tool is refused to that tenant alone."""
 
 RETRY_AFTER_MS_MAX = 86_400_000
 """A day. An agent that is told to come back later than that has been told no."""
@@ -73,21 +78,42 @@ class Interrupt:
 class Abandoned:
     """Runs of one tool that were given up and still live."""
 
-    __slots__ = ("active",)
+    __slots__ = ("_of_tenants", "active")
 
     def __init__(self) -> None:
         self.active = 0
+        self._of_tenants: dict[str | None, int] = {}
+        """None: of callers that nothing tells apart."""
 
-    def add(self, future: asyncio.Future[Any]) -> None:
+    @property
+    def of_several(self) -> int:
+        """All of them, where they are not one tenant's alone and so say something of the tool; else 0."""
+        return self.active if len(self._of_tenants) > 1 or None in self._of_tenants else 0
+
+    def add(self, future: asyncio.Future[Any], caller: Caller) -> None:
+        tenant = None if caller.anonymous else caller.tenant
         self.active += 1
-        future.add_done_callback(self._gone)
+        self._of_tenants[tenant] = self._of_tenants.get(tenant, 0) + 1
+        future.add_done_callback(partial(self._gone, tenant))
 
-    def _gone(self, _: asyncio.Future[Any]) -> None:
+    def _gone(self, tenant: str | None, _: asyncio.Future[Any]) -> None:
         self.active -= 1
+        self._of_tenants[tenant] -= 1
+        if not self._of_tenants[tenant]:
+            del self._of_tenants[tenant]
 
-    def refuse_past_cap(self) -> None:
-        if self.active >= ABANDONED_PER_TOOL_MAX:
+    def refuse_past_cap(self, caller: Caller) -> None:
+        if self.active >= ABANDONED_PER_TENANT_MAX and self._is_past_cap(caller):
             raise Overloaded("Too many runs of this tool hang; try later", retry_after_ms=1000)
+
+    def _is_past_cap(self, caller: Caller) -> bool:
+        if not caller.anonymous and self._of_tenants.get(caller.tenant, 0) >= ABANDONED_PER_TENANT_MAX:
+            return True
+        counted = sum(
+            count if tenant is None else min(count, ABANDONED_PER_TENANT_MAX)
+            for tenant, count in self._of_tenants.items()
+        )
+        return counted >= ABANDONED_PER_TOOL_MAX
 
 
 class Runner:
@@ -111,7 +137,7 @@ class Runner:
     ) -> Any:
         """What the tool returned. Raises RunFailed for every way in which a run can end badly,
         and Overloaded when it could not begin: then nothing ran."""
-        abandoned.refuse_past_cap()
+        abandoned.refuse_past_cap(context.caller)
         if tool.blocking:
             ended = await self._in_thread(tool, arguments, context, interrupt, abandoned)
         else:
@@ -128,8 +154,10 @@ class Runner:
     ) -> LoopRun:
         """`run` of a tool on the loop, without a coroutine: `then` gets it once it has ended, to be asked what the tool
         `returned`. Raises Overloaded when it could not begin: then nothing ran."""
-        abandoned.refuse_past_cap()
-        run = LoopRun(self._loop, context.deadline, partial(self._abandon, abandoned=abandoned), then)
+        abandoned.refuse_past_cap(context.caller)
+        run = LoopRun(
+            self._loop, context.deadline, partial(self._abandon, abandoned=abandoned, caller=context.caller), then
+        )
         run.begin(_contained(tool, arguments, context), f"tool:{tool.spec.id}")
         return run
 
@@ -192,10 +220,12 @@ class Runner:
                 # One turn of the loop, in which the task begins: a tool that never waits ends in it, without a timer.
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
-            await self._stop_task(task, abandoned)
+            await self._stop_task(task, abandoned, context.caller)
             raise
         if not task.done() or interrupt.requested:
-            await self._within_deadline(task, context.deadline, interrupt, lambda: self._stop_task(task, abandoned))
+            await self._within_deadline(
+                task, context.deadline, interrupt, lambda: self._stop_task(task, abandoned, context.caller)
+            )
         elif time.perf_counter() > context.deadline:
             task.add_done_callback(forget_run)
             raise RunFailed(TIMED_OUT)  # it held the loop for all its time; a late value is none
@@ -207,7 +237,9 @@ class Runner:
         """The future of the tool's job, done."""
         job = self._threads.submit(lambda: tool.invoke(arguments, context), context.caller.tenant)
         try:
-            await self._within_deadline(job.future, context.deadline, interrupt, lambda: self._stop_job(job, abandoned))
+            await self._within_deadline(
+                job.future, context.deadline, interrupt, lambda: self._stop_job(job, abandoned, context.caller)
+            )
         except RunFailed as failed:
             if failed.cause is TIMED_OUT and job.called_off:
                 raise Overloaded("No thread came free in time", retry_after_ms=1000) from None
@@ -239,23 +271,23 @@ class Runner:
             await stop()
             raise RunFailed(TIMED_OUT)
 
-    async def _stop_task(self, task: asyncio.Task[Any], abandoned: Abandoned) -> None:
+    async def _stop_task(self, task: asyncio.Task[Any], abandoned: Abandoned, caller: Caller) -> None:
         task.add_done_callback(forget_run)
         task.cancel()
         try:
             await asyncio.wait({task}, timeout=UNWIND_S)
         finally:  # a second cancellation can come while we wait
             if not task.done():
-                self._abandon(task, abandoned)
+                self._abandon(task, abandoned, caller)
 
-    async def _stop_job(self, job: Job, abandoned: Abandoned) -> None:
+    async def _stop_job(self, job: Job, abandoned: Abandoned, caller: Caller) -> None:
         job.future.add_done_callback(forget_run)
         self._threads.give_up(job)
         if job.written_off:
-            self._abandon(job.future, abandoned)
+            self._abandon(job.future, abandoned, caller)
 
-    def _abandon(self, future: asyncio.Future[Any], abandoned: Abandoned) -> None:
-        abandoned.add(future)
+    def _abandon(self, future: asyncio.Future[Any], abandoned: Abandoned, caller: Caller) -> None:
+        abandoned.add(future, caller)
         self._on_abandoned()
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, computed_field
 
-from app.calls import LOCAL_CALLER, ToolCall, new_execution_id
+from app.breaker import ABANDONED_TO_OPEN_ALL
+from app.calls import LOCAL_CALLER, Caller, ToolCall, new_execution_id
 from app.errors import OVERLOADED, ToolError
 from app.executor.plans import run_batch
-from app.executor.runner import ABANDONED_PER_TOOL_MAX, RETRY_AFTER_MS_MAX
+from app.executor.runner import ABANDONED_PER_TENANT_MAX, ABANDONED_PER_TOOL_MAX, RETRY_AFTER_MS_MAX
 from app.executor.threads import ThreadPool
 from app.tools.tool import FunctionTool, ToolContext, tool
-from tests.executor.in_process import opened, until
+from tests.executor.in_process import SOON_S, opened, until
 
 pytestmark = pytest.mark.anyio
 
@@ -71,6 +72,63 @@ async def test_a_tool_with_too_many_abandoned_runs_is_refused_until_one_of_them_
         await until(lambda: rig.executor.abandoned == 0)
         assert (await rig.call(stubborn)).result == b'"late"'
         assert rig.runs(stubborn) == {"timeout": ABANDONED_PER_TOOL_MAX, "success": 1}, "a refused call is no run"
+
+
+def hanging(release: threading.Event, begun: list[str], timeout_s: float = 30.0) -> FunctionTool:
+    """A tool that hangs in its thread until it is released, if it is told to."""
+
+    @tool(timeout=timeout_s)
+    def hangs(hang: bool = True) -> str:
+        """Hang in a thread."""
+        if hang:
+            begun.append("")
+            release.wait(SOON_S)
+        return "ran"
+
+    return hangs
+
+
+ONE, OTHER, THIRD = (Caller(tenant, "agent") for tenant in ("one", "other", "third"))
+
+
+async def test_runs_of_one_tenant_that_hang_close_the_tool_to_nobody_else() -> None:
+    release, begun = threading.Event(), list[str]()
+    hangs = hanging(release, begun)
+    async with opened(hangs) as rig:
+
+        async def abandon(caller: Caller, count: int) -> None:
+            calls = [rig.start(hangs, caller=caller) for _ in range(count)]
+            await until(lambda: len(begun) == rig.executor.abandoned + count)
+            for call in calls:
+                rig.executor.calls.cancel(caller, call.get_name(), None)
+            assert {(await call).status for call in calls} == {"cancelled"}
+
+        await abandon(ONE, 2 * ABANDONED_PER_TOOL_MAX)
+        refused = await rig.call(hangs, {"hang": False}, caller=ONE)
+        assert refused.refusal and refused.refusal.kind is OVERLOADED
+        assert (await rig.call(hangs, {"hang": False}, caller=OTHER)).result == b'"ran"'
+        await abandon(OTHER, ABANDONED_PER_TENANT_MAX)
+        refused = await rig.call(hangs, {"hang": False}, caller=THIRD)
+        assert refused.refusal and refused.refusal.kind is OVERLOADED, "now it is the tool"
+        release.set()
+        await until(lambda: rig.executor.abandoned == 0)
+        assert (await rig.call(hangs, {"hang": False}, caller=ONE)).result == b'"ran"'
+
+
+async def test_runs_of_one_tenant_that_time_out_and_hang_open_the_breaker_to_nobody_else() -> None:
+    release, begun = threading.Event(), list[str]()
+    hangs = hanging(release, begun, timeout_s=1.0)
+    async with opened(hangs) as rig:
+        calls = [rig.start(hangs, caller=ONE) for _ in range(ABANDONED_TO_OPEN_ALL)]
+        await until(lambda: len(begun) == len(calls))
+        assert {(await call).status for call in calls} == {"timeout"}
+        assert rig.executor.abandoned == ABANDONED_TO_OPEN_ALL
+        assert (await rig.call(hangs, {"hang": False}, caller=OTHER)).refusal is None
+        assert (await rig.call(hangs, caller=OTHER)).status == "timeout"
+        refused = await rig.call(hangs, {"hang": False}, caller=THIRD)
+        assert refused.refusal and refused.refusal.kind is OVERLOADED, "two tenants say that it is the tool"
+        release.set()
+        await until(lambda: rig.executor.abandoned == 0)
 
 
 async def test_a_tool_that_ends_while_it_is_cancelled_has_timed_out_all_the_same() -> None:
