@@ -144,7 +144,7 @@ class Door(ABC):
             self.check(context, scope)
             body = None if exchange is None else exchange.body()
             if body is None:
-                body, waited_s = await self._read(receive)
+                body, waited_s = await self._read(receive, caller.tenant)
                 ours_s += waited_s
         except ClientGone:
             return
@@ -171,13 +171,13 @@ class Door(ABC):
             await respond(send, reply.status, _as_headers(reply.lines), reply.body)
         self.tracing.request_ended(context, begin)
 
-    async def _read(self, receive: Receive) -> tuple[bytes, float]:
+    async def _read(self, receive: Receive, tenant: str) -> tuple[bytes, float]:
         """A body that did not come at once, or is large, and how long it waited for its turn, in seconds."""
         body = await read_body(receive, self._body_bytes_max, self._read_timeout_s)
         if len(body) <= LARGE_BODY_BYTES:
             return body, 0.0
         begin = perf_counter()
-        await self._turns.take()
+        await self._turns.take(tenant)
         return body, perf_counter() - begin
 
     def failed(self, error: BaseException) -> Reply:

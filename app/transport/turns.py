@@ -5,8 +5,8 @@ would all be done before anything else is.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 
+from app.fairness import FairQueue
 from app.stepping import settle
 
 LARGE_BODY_BYTES = 32_768
@@ -14,28 +14,31 @@ LARGE_BODY_BYTES = 32_768
 
 
 class Turns:
-    """Lets one pass in each turn of the loop, in the order of their coming. As many wait as there are connections."""
+    """Lets one pass in each turn of the loop: of a tenant in the order of their coming, and tenants by turns. As many
+    wait as there are connections."""
 
     def __init__(self) -> None:
         self._taken = False
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()
 
-    async def take(self) -> None:
+    async def take(self, tenant: str) -> None:
         """Returns in a turn in which nobody else has passed. May be cancelled."""
         loop = asyncio.get_running_loop()
         if self._taken:
             waits = loop.create_future()
-            self._waiting.append(waits)
-            await waits
+            self._waiting.add(waits, tenant)
+            try:
+                await waits
+            finally:
+                self._waiting.discard(waits)
         else:
             self._taken = True
             loop.call_soon(self._next, loop)
 
     def _next(self, loop: asyncio.AbstractEventLoop) -> None:
-        while self._waiting:
-            waits = self._waiting.popleft()
-            if not waits.done():
-                settle(waits)
-                loop.call_soon(self._next, loop)
-                return
-        self._taken = False
+        waits = self._waiting.pop_next()
+        if waits is None:
+            self._taken = False
+        else:
+            settle(waits)
+            loop.call_soon(self._next, loop)

@@ -27,8 +27,8 @@ class Counted:
         self._handle.cancel()
 
 
-async def passed(turns: Turns, counted: Counted, name: int, seen: list[tuple[int, int]]) -> None:
-    await turns.take()
+async def passed(turns: Turns, counted: Counted, name: int, seen: list[tuple[int, int]], tenant: str = "") -> None:
+    await turns.take(tenant)
     seen.append((counted.turn, name))
 
 
@@ -38,6 +38,14 @@ async def test_one_passes_in_each_turn_in_order() -> None:
     counted.stop()
     assert [name for _, name in seen] == list(range(20))
     assert len({turn for turn, _ in seen}) == 20
+
+
+async def test_a_tenant_with_many_lets_another_pass_in_between() -> None:
+    turns, counted, seen = Turns(), Counted(), list[tuple[int, int]]()
+    many = [passed(turns, counted, name, seen, "many") for name in range(20)]
+    await asyncio.gather(*many, passed(turns, counted, 20, seen, "other"), passed(turns, counted, 21, seen, "other"))
+    counted.stop()
+    assert [name for _, name in seen][:6] == [0, 1, 20, 2, 21, 3]
 
 
 async def test_one_alone_waits_for_nothing() -> None:
@@ -60,4 +68,4 @@ async def test_who_has_gone_keeps_nobody() -> None:
     await asyncio.wait(tasks)
     counted.stop()
     assert [name for _, name in seen] == [0, 4, 5]
-    await turns.take()
+    await turns.take("")
