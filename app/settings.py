@@ -189,7 +189,7 @@ class Settings(BaseModel):
         268_435_456,
         ge=1_048_576,
         le=68_719_476_736,
-        description="Bytes of all request bodies over 32 KiB whose requests have not ended; past it 503",
+        description="Bytes of bodies over 32 KiB whose requests have not ended; past it, or past a tenant's part, 503",
     )
     max_response_bytes_in_flight: int = Field(
         268_435_456,

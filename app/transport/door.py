@@ -18,13 +18,15 @@ import orjson
 
 from app.access.authenticator import Authenticator
 from app.access.credential import CredentialMissing
-from app.errors import UNAUTHENTICATED, BodyTooLarge, BodyTooSlow, InternalError, ToolServiceError
+from app.calls import Caller
+from app.errors import UNAUTHENTICATED, BodyTooLarge, BodyTooSlow, InternalError, Overloaded, ToolServiceError
 from app.telemetry.histogram import Histogram
 from app.telemetry.tracing import OFF, Tracing
 from app.transport.access_log import LINE
 from app.transport.allowance import limit_lines, retry_after_s
 from app.transport.exchange import EXTENSION, Exchange
 from app.transport.jsonrpc import RequestContext
+from app.transport.room import SHARE, Share
 from app.transport.turns import LARGE_BODY_BYTES, Turns
 
 logger = logging.getLogger("app.door")
@@ -76,6 +78,9 @@ def draining_reply(body: bytes) -> Reply:
     lines = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
     return Reply(503, lines + CLOSE_LINE + RETRY_LATER_LINE, body)
 
+
+TENANT_FULL = "Too many large requests of this tenant are under way here; send this one again"
+RETRY_AFTER_MS = 1000
 
 NO_CONTENT = Reply(204, b"")
 """To a request of notifications alone."""
@@ -144,6 +149,7 @@ class Door(ABC):
             self.check(context, scope)
             body = None if exchange is None else exchange.body()
             if body is None:
+                _claim_room(scope, caller)
                 body, waited_s = await self._read(receive, caller.tenant)
                 ours_s += waited_s
         except ClientGone:
@@ -227,6 +233,14 @@ class Door(ABC):
     async def _say(self, send: Send, error: ToolServiceError) -> None:
         answer = self.written(error)
         await respond(send, error.http_status, refusal_headers(error, answer), answer)
+
+
+def _claim_room(scope: Scope, caller: Caller) -> None:
+    """For a body that may be large. Raises Overloaded where it would be more than the tenant's part; nothing tells
+    anonymous callers apart, so there is nobody whom they could keep out."""
+    share: Share | None = scope.get(SHARE)
+    if share is not None and not caller.anonymous and not share.belongs_to(caller.tenant):
+        raise Overloaded(TENANT_FULL, retry_after_ms=RETRY_AFTER_MS)
 
 
 def _put(ended: asyncio.Future[Reply], reply: Reply) -> None:

@@ -25,6 +25,7 @@ from app.transport.access_log import LINE, AccessLog, path_of, tell
 from app.transport.allowance import retry_after_s
 from app.transport.exchange import EXTENSION, Exchange
 from app.transport.gathering import GatheringTransport
+from app.transport.room import SHARE, Share
 from app.transport.turns import LARGE_BODY_BYTES
 from app.transport.wire import Reason, Wire
 
@@ -128,7 +129,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         "_body_bytes",
         "_bounds",
         "_chunks",
-        "_counted_bytes",
         "_declared_bytes",
         "_framing_bytes",
         "_head_bytes",
@@ -138,6 +138,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         "_phase",
         "_running",
         "_segment_bytes",
+        "_share",
         "_shared_bytes",
         "_since",
         "_task",
@@ -177,8 +178,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._hosts = 0
         self._declared_bytes = 0
         """What Content-Length says, or _CHUNKED."""
-        self._counted_bytes = 0
-        """Of large bodies: what this connection has of the room that all share."""
+        self._share: Share | None = None
+        """What this connection has of the room for large bodies, since the first that may be one."""
 
     # The connection
 
@@ -198,8 +199,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         if is_open(running):
             self._disconnect(running)
-        if self._counted_bytes:
-            self._give_room_back_late()
+        if self._share is not None and self._share.bytes:
+            self._give_room_back_late(self._share)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -332,8 +333,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._check_head_bytes()
         if self._declared_bytes > bounds.request_bytes_max:
             self._reject(self._body_too_large())
-        if self._declared_bytes > LARGE_BODY_BYTES and not self.wire.has_room_for(self._declared_bytes):
+        if not 0 <= self._declared_bytes <= LARGE_BODY_BYTES:
+            self._begin_large_body()
+
+    def _begin_large_body(self) -> None:
+        if not self.wire.room.fits(max(0, self._declared_bytes)):
             self._reject(BODIES_FULL)
+        if self._share is None:
+            self._share = Share(self.wire.room)
+        self._share.declared_bytes = self._declared_bytes
+        self.scope[SHARE] = self._share  # type: ignore[literal-required]  # of our own
 
     def _check_host_and_version(self, version: str) -> None:
         if version not in ("1.0", "1.1"):
@@ -377,22 +386,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         return chunk_bytes if before > LARGE_BODY_BYTES else body_bytes
 
     def _take_room(self, body_bytes: int) -> None:
-        """For what has come of a body that is large. A peer that declares much and sends little takes little."""
-        if not self.wire.has_room_for(body_bytes):
+        """For what has come of a body that is large."""
+        assert self._share is not None
+        if not self._share.take(body_bytes):
             self._reject(BODIES_FULL)
-        self.wire.bodies_bytes += body_bytes
-        self._counted_bytes += body_bytes
 
-    def _give_room_back_late(self) -> None:
+    def _give_room_back_late(self, share: Share) -> None:
         """Once the request has ended: it has its body whether or not somebody waits for the answer."""
         if self._task is None:
-            self._give_room_back()
+            self._give_room_back(share)
         else:
-            self._task.add_done_callback(lambda _: self._give_room_back())
+            self._task.add_done_callback(lambda _: self._give_room_back(share))
 
-    def _give_room_back(self) -> None:
-        counted_bytes, self._counted_bytes = self._counted_bytes, 0
-        self.wire.give_room_back(counted_bytes, self.loop)
+    def _give_room_back(self, share: Share) -> None:
+        self.wire.note_let_go(share.give_back(), self.loop)
 
     def on_chunk_header(self) -> None:
         """Tens of thousands of one-byte chunks fit into one read, and each costs us a callback."""
@@ -437,8 +444,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
-        if self._counted_bytes and not self.pipeline:
-            self._give_room_back()
+        if self._share is not None and self._share.bytes and not self.pipeline:
+            self._give_room_back(self._share)
         if self.transport.is_closing():
             return
         if self.pipeline:
@@ -537,7 +544,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _close_lingering(self) -> None:
         self._phase = LINGER
-        self._give_room_back()
+        if self._share is not None:
+            self._give_room_back(self._share)
         self._since = self.loop.time()
         self.transport.write(self._answer)
         if self.transport.can_write_eof():

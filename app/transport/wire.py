@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from app.transport.access_log import AccessLog
 from app.transport.exchange import DefaultHead
 from app.transport.gathering import Outbox
+from app.transport.room import Room
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +126,7 @@ class Wire:
         """While set, the answer to every request that arrives says `Connection: close`."""
         self.refused = dict.fromkeys(Reason, 0)
         self.connections: set[Expire] = set()
-        self.bodies_bytes = 0
-        """Of large bodies whose requests have not ended: not answered, nor done where the client has gone."""
+        self.room = Room(self.bounds.requests_bytes_max, partial(self.count, Reason.BODIES_FULL, "of one tenant"))
         self._let_go_bytes = 0
         self._unread: dict[asyncio.WriteTransport, int] = {}
         """Of each connection whose peer reads slowly, bytes that it has not read; who waits longest comes first."""
@@ -157,13 +158,8 @@ class Wire:
         if not self.connections:
             self.close()
 
-    def has_room_for(self, body_bytes: int) -> bool:
-        """Whether so much more of large bodies may come."""
-        return self.bodies_bytes + body_bytes <= self.bounds.requests_bytes_max
-
-    def give_room_back(self, body_bytes: int, loop: asyncio.AbstractEventLoop) -> None:
-        """That much of large bodies has been let go."""
-        self.bodies_bytes -= body_bytes
+    def note_let_go(self, body_bytes: int, loop: asyncio.AbstractEventLoop) -> None:
+        """So much of large bodies, which have given their room back."""
         self._let_go_bytes += body_bytes
         if self._let_go_bytes >= COLLECTED_AFTER_BYTES:
             self._let_go_bytes = 0

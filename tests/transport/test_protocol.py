@@ -444,7 +444,7 @@ LARGE = {
 @pytest.mark.parametrize("large", LARGE.values(), ids=LARGE.keys())
 def test_large_bodies_past_the_room_for_all_get_503_and_small_ones_pass(tight: Served, large: bytes) -> None:
     running = [tight.connect().send(large) for _ in range(3)]
-    eventually(lambda: tight.wire.bodies_bytes == 300_000)
+    eventually(lambda: tight.wire.room.bytes == 300_000)
     refused = assert_refused(tight.connect().send(large), 503)
     assert refused.headers["retry-after"] == "1" and refused.json["error"]["data"]["retry_after_ms"] == 1000
     assert tight.wire.refused[Reason.BODIES_FULL] == 1
@@ -457,7 +457,7 @@ def test_large_bodies_past_the_room_for_all_get_503_and_small_ones_pass(tight: S
     )
     tight.ask(GET % b"open")
     assert [peer.response().status for peer in running] == [200] * 3
-    eventually(lambda: tight.wire.bodies_bytes == 0)
+    eventually(lambda: tight.wire.room.bytes == 0)
     assert [peer.send(large).response().status for peer in running] == [200] * 3
 
 
@@ -466,16 +466,16 @@ def test_room_is_taken_by_what_has_come_of_a_body_and_not_by_what_was_declared(t
     whole, refused, gone, last = peers = [tight.connect() for _ in range(4)]
     for number, peer in enumerate(peers, 1):
         peer.send(begin)
-        eventually(lambda number=number: tight.wire.bodies_bytes == number * 70_000)
+        eventually(lambda number=number: tight.wire.room.bytes == number * 70_000)
     whole.send(rest)
-    eventually(lambda: tight.wire.bodies_bytes == 300_000)
+    eventually(lambda: tight.wire.room.bytes == 300_000)
     assert_refused(refused.send(rest), 503)
     gone.close()
-    eventually(lambda: tight.wire.bodies_bytes == 160_000)
+    eventually(lambda: tight.wire.room.bytes == 160_000)
     last.send(rest)
     tight.ask(GET % b"open")
     assert [peer.response().status for peer in (whole, last)] == [200, 200]
-    eventually(lambda: tight.wire.bodies_bytes == 0)
+    eventually(lambda: tight.wire.room.bytes == 0)
 
 
 @pytest.mark.parametrize("large", LARGE.values(), ids=LARGE.keys())
@@ -483,13 +483,13 @@ def test_room_is_taken_for_as_long_as_a_request_runs_though_its_client_has_gone(
     """Clients that give up and send anew would take as much memory as they like."""
     large = large.replace(b"/gated", b"/kept")
     peers = [tight.connect().send(large) for _ in range(3)]
-    eventually(lambda: tight.wire.bodies_bytes == 300_000)
+    eventually(lambda: tight.wire.room.bytes == 300_000)
     for peer in peers:
         peer.close()
     eventually(lambda: not tight.wire.connections)
     assert_refused(tight.connect().send(large), 503)
     tight.ask(GET % b"open")
-    eventually(lambda: tight.wire.bodies_bytes == 0)
+    eventually(lambda: tight.wire.room.bytes == 0)
     assert tight.ask(large).status == 200
 
 
@@ -498,10 +498,10 @@ def test_a_chunked_body_takes_room_for_all_of_it_once_it_is_large(tight: Served)
     for number in range(1, 5):
         peer.send(b"3000\r\n" + bytes(12_288) + b"\r\n")
         if number > 2:
-            eventually(lambda number=number: tight.wire.bodies_bytes == number * 12_288)
+            eventually(lambda number=number: tight.wire.room.bytes == number * 12_288)
     tight.ask(GET % b"open")
     assert peer.send(b"0\r\n\r\n").response().status == 200
-    eventually(lambda: tight.wire.bodies_bytes == 0)
+    eventually(lambda: tight.wire.room.bytes == 0)
 
 
 def test_room_comes_back_where_the_answer_comes_before_the_body(tight: Served) -> None:
@@ -509,7 +509,7 @@ def test_room_comes_back_where_the_answer_comes_before_the_body(tight: Served) -
     peers = [tight.connect().send(head) for _ in range(4)]
     assert [peer.response().status for peer in peers] == [200] * 4
     assert [peer.send(body + GET % b"x").response().status for peer in peers] == [200] * 4
-    eventually(lambda: tight.wire.bodies_bytes == 0)
+    eventually(lambda: tight.wire.room.bytes == 0)
 
 
 # Lies
