@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -90,6 +91,8 @@ def _open_standard_files() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is told as stderr tells it
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _said(error: Exception) -> int:
@@ -106,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", parents=[common], help="run the service in the foreground")
-    serve.add_argument("--host", default=DEFAULT_HOST)
+    serve.add_argument("--host", type=_host, default=DEFAULT_HOST)
     serve.add_argument("--port", type=_port, default=DEFAULT_PORT)
     serve.add_argument(
         "--reload", action="store_true", help="for development: drain and start anew when code, tools or .env change"
@@ -140,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(commands.add_parser("keys", help="API keys of callers"), common)
 
     doctor = commands.add_parser("doctor", parents=[common], help="check settings and surroundings; exit 1 when wrong")
-    doctor.add_argument("--host", default=DEFAULT_HOST)
+    doctor.add_argument("--host", type=_host, default=DEFAULT_HOST)
     doctor.add_argument("--port", type=_port, default=DEFAULT_PORT)
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=_doctor)
@@ -168,6 +171,12 @@ def _add_keys(keys: argparse.ArgumentParser, common: argparse.ArgumentParser) ->
     revoke.set_defaults(run=_keys_revoke)
     for action in (create, listing, revoke):
         action.add_argument("--json", action="store_true", help="for programs")
+
+
+def _host(text: str) -> str:
+    if _legible(text) != text:
+        raise argparse.ArgumentTypeError("must be text in UTF-8")
+    return text
 
 
 def _port(text: str) -> int:
@@ -447,11 +456,17 @@ def _doctor_refused(error: SettingsError, options: argparse.Namespace) -> int:
 
 def _print_findings(findings: Sequence[Finding], options: argparse.Namespace) -> int:
     if options.json:
-        _print_json([finding._asdict() for finding in findings])
+        shown = [finding._replace(what=_legible(finding.what), says=_legible(finding.says)) for finding in findings]
+        _print_json([finding._asdict() for finding in shown])
     else:
         for finding in findings:
             print(f"{'ok ' if finding.ok else 'BAD'}  {finding.what}: {finding.says}")
     return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _legible(text: str) -> str:
+    """What JSON can hold: a path or a setting may have bytes that are no UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _print_json(value: Any) -> None:

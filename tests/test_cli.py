@@ -119,6 +119,23 @@ def test_doctor_reports_a_setting_that_is_refused_among_its_checks(name: str, va
     assert told.returncode == 1 and told.stdout.startswith("BAD  settings: ")
 
 
+def test_doctor_shows_as_json_what_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"j\xff")
+    done = run("doctor", "--port", "0", "--json", JOURNAL_DIR=str(folder), LIMITS_FILE=str(folder / "none"))
+    assert done.returncode == 1 and r"j\udcff" in next(
+        each["says"] for each in json.loads(done.stdout) if not each["ok"]
+    )
+    done = run("doctor", "--port", "0", "--json", JOURNAL_DIR=str(folder))
+    assert done.returncode == 0 and r"j\udcff can be written" in done.stdout.replace(r"\\", "\\")
+
+
+def test_what_stdout_cannot_write_is_shown_by_its_number(tmp_path: Path) -> None:
+    places = places_in(tmp_path)
+    assert run("keys", "create", "--tenant", "é", "--subject", "s", **places).returncode == 0
+    done = run("keys", "list", PYTHONIOENCODING="ascii", **places)
+    assert (done.returncode, done.stderr) == (0, "") and r"\xe9/s" in done.stdout
+
+
 def test_the_version_is_the_packages() -> None:
     assert run("--version").stdout.strip() == __version__
 
@@ -234,6 +251,12 @@ def test_a_port_that_is_taken_exits_1_with_a_line_that_says_so() -> None:
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert f"127.0.0.1 port {port}" in line and "address already in use" in line.lower() and "--port" in line
+
+
+def test_a_host_that_is_no_text_is_refused_plainly() -> None:
+    for command in ("serve", "doctor"):
+        done = run(command, "--host", os.fsdecode(b"a\xff"), "--port", "0", AUTH_MODE="none")
+        assert done.returncode == 2 and "must be text in UTF-8" in done.stderr
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "[::1]"])
