@@ -54,6 +54,8 @@ MIGRATION_TIMEOUT_S = 3600.0
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 """Where the answer was to go, most likely."""
 
+NOWHERE = "the working directory was removed; change to one that is there, or give absolute paths"
+
 FLUSH_S = 1.0
 """At the end of `serve`, for each of stdout and stderr."""
 
@@ -80,6 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_doctor_refused(error, options) if options.run is _doctor else _said(error))
     except KeyboardInterrupt:
         sys.exit(ENDED_BY_INTERRUPT)
+    except FileNotFoundError:
+        if _is_somewhere():
+            raise
+        sys.exit(_said(FileNotFoundError(NOWHERE)))
+
+
+def _is_somewhere() -> bool:
+    """Whether there is a working directory: a shell keeps one that was removed, and relative paths lead nowhere."""
+    try:
+        os.getcwd()  # noqa: PTH109 - what Path.cwd would ask
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _open_standard_files() -> None:
@@ -255,6 +270,8 @@ def _run(command: Coroutine[Any, Any, int], flush: Callable[[TextIO], None] = _f
         except Exception as error:
             if isinstance(error, OSError) and error.errno in NO_ROOM:
                 _said(error)
+            elif isinstance(error, FileNotFoundError) and not _is_somewhere():
+                _said(FileNotFoundError(NOWHERE))
             else:
                 traceback.print_exc()
             code = 1

@@ -136,6 +136,23 @@ def test_what_stdout_cannot_write_is_shown_by_its_number(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (0, "") and r"\xe9/s" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["keys list", "serve --port 0", "serve --reload --port 0", "doctor --port 0"])
+def test_a_working_directory_that_was_removed_is_told(command: str, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    done = subprocess.run(
+        ["sh", "-c", f'rmdir "$PWD" && exec "$0" -m app {command}', sys.executable],
+        cwd=folder,
+        env={**service_environ(), "DATABASE_URL": "sqlite+aiosqlite:///var/agentcore.db"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("agentcore-tools: the working directory was removed")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_version_is_the_packages() -> None:
     assert run("--version").stdout.strip() == __version__
 
