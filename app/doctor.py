@@ -150,7 +150,7 @@ def _listen(host: str, port: int) -> Finding:
     try:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host.strip("[]"), port))
+            probe.bind((host, port))
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         says = f"{host} port {port} cannot be bound ({reason}); choose another --host or --port"
