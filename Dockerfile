@@ -10,12 +10,13 @@ COPY requirements/runtime.txt requirements/build.txt requirements/
 RUN python -m pip --python /opt/venv/bin/python install --require-hashes --no-deps --no-compile \
         --only-binary :all: -r requirements/runtime.txt -r requirements/build.txt
 # The command and the project's name and version. Of the package only its first file: a change of code changes the small
-# layer of code alone. Editable, because the migrations are found beside the package.
+# layer of code alone. Editable: the package itself comes after it.
 COPY pyproject.toml README.md ./
 COPY app/__init__.py app/
+COPY migrations/env.py migrations/
 RUN python -m pip --python /opt/venv/bin/python install --no-deps --no-compile --no-build-isolation \
         --editable . \
-    && python -m pip --python /opt/venv/bin/python uninstall --yes flit_core \
+    && python -m pip --python /opt/venv/bin/python uninstall --yes poetry-core \
     && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv/lib
 COPY alembic.ini ./
 COPY migrations migrations

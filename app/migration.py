@@ -1,7 +1,8 @@
 """The database's tables: which version it has, and bringing it up to date, once, however many processes try.
 
-Alembic runs the scripts in `migrations/` beside this package; it is imported only when there is something to run.
-Called at start for SQLite, by `agentcore-tools migrate` for PostgreSQL. Knows no table but Alembic's own.
+Alembic runs the scripts of `migrations/`, which lies beside this package in a checkout, in it in a wheel. It is
+imported only when there is something to run. Called at start for SQLite, by `agentcore-tools migrate` for PostgreSQL.
+Knows no table but Alembic's own.
 """
 
 from __future__ import annotations
@@ -38,12 +39,11 @@ class MigrationError(Exception):
 
 def folder() -> Path:
     """Where the scripts are. Raises MigrationError when the package was installed without them."""
-    found = Path(__file__).parent.parent / "migrations"
-    if not (found / "versions").is_dir():
-        raise MigrationError(
-            "the folder `migrations` is not beside the package `app`; run from a whole checkout or image"
-        )
-    return found
+    package = Path(__file__).parent
+    for found in (package / "migrations", package.parent / "migrations"):  # in site-packages, others may be beside it
+        if (found / "versions").is_dir():
+            return found
+    raise MigrationError("the folder `migrations` is neither in the package `app` nor beside it; install it whole")
 
 
 def versions() -> list[str]:

@@ -117,7 +117,7 @@ def test_everything_installed_is_locked_by_hash(build: Stage) -> None:
         ours = "--no-build-isolation --editable ." in text and "--no-deps" in text
         assert ours or ("--require-hashes" in text and locks)
     runtime, tools = (locked((ROOT / "requirements" / f"{name}.txt").read_text()) for name in ("runtime", "build"))
-    assert set(tools) == {"flit-core"} and "flit-core" not in runtime
+    assert set(tools) == {"poetry-core"} and "poetry-core" not in runtime
 
 
 def test_the_context_has_what_is_copied_and_nothing_else(build: Stage, tmp_path: Path) -> None:
