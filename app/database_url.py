@@ -5,6 +5,7 @@ Settings ask whether it can be, `clients` what to connect with. Knows no engine 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -56,6 +57,14 @@ def parse_database_url(text: str) -> DatabasePlace:
     if text.startswith(SQLITE):
         return _sqlite(text)
     raise ValueError(f"must start with {POSTGRESQL} or {SQLITE}")
+
+
+def with_whole_path(url: str) -> str:
+    """A SQLite file by its whole path. A URI stays as it is, and a path that would be read as one."""
+    file = url.removeprefix(SQLITE)
+    if file == url or file == ":memory:" or "?" in (whole := str(Path(file).absolute())):
+        return url
+    return SQLITE + whole
 
 
 def _sqlite(text: str) -> DatabasePlace:

@@ -25,7 +25,7 @@ from pydantic import (
     ValidationError,
 )
 
-from app.database_url import parse_database_url
+from app.database_url import parse_database_url, with_whole_path
 
 
 class SettingsError(ValueError):
@@ -86,7 +86,7 @@ WebUrl = Annotated[str, AfterValidator(_web_url)]
 
 def _database_url(value: str) -> str:
     parse_database_url(value)
-    return value
+    return with_whole_path(value)
 
 
 REDIS_SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
@@ -99,8 +99,17 @@ def _redis_url(value: str) -> str:
     return value
 
 
+def _path_or_url(value: str) -> str:
+    return value if "://" in value else str(Path(value).absolute())
+
+
+WholePath = Annotated[Path, AfterValidator(Path.absolute)]
+"""As it is where the process starts: a tool may change the working directory, and of a database in another one the safe
+default would say that there are no keys."""
+
 DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+PathOrUrl = Annotated[str, AfterValidator(_path_or_url)]
 
 JwtAlgorithm = Literal[
     "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "PS256", "PS384", "PS512", "EdDSA"
@@ -120,7 +129,9 @@ class Settings(BaseModel):
         "auto", description="auto: off on loopback while there is neither a key nor JWT; none: off anywhere, said aloud"
     )
     database_url: DatabaseUrl = Field(
-        "sqlite+aiosqlite:///./var/agentcore.db", description="Keys and log: a SQLite file, or postgresql+asyncpg://"
+        "sqlite+aiosqlite:///./var/agentcore.db",
+        validate_default=True,
+        description="Keys and log: a SQLite file, or postgresql+asyncpg://",
     )
     database_pool_size: int = Field(10, ge=1, le=1_000, description="PostgreSQL connections that are kept open")
     database_max_overflow: int = Field(10, ge=0, le=1_000, description="PostgreSQL connections beyond these, when busy")
@@ -140,10 +151,10 @@ class Settings(BaseModel):
         (), description="Algorithms that are taken, comma separated: HS* with a secret, else RS*, PS*, ES*, EdDSA"
     )
     jwt_secret: str | None = Field(None, description="Secret of HS* tokens, at least 32 bytes")
-    jwt_jwks: str | None = Field(None, description="Public keys of the issuer: path or URL of a JWKS document")
+    jwt_jwks: PathOrUrl | None = Field(None, description="Public keys of the issuer: path or URL of a JWKS document")
     jwt_tenant_claim: str = Field("tenant", min_length=1, description="Claim that names the tenant")
     jwt_scope_claim: str = Field("scope", min_length=1, description="Claim with the scopes, a list or words in a text")
-    limits_file: Path | None = Field(None, description="YAML or JSON file of limit policies")
+    limits_file: WholePath | None = Field(None, description="YAML or JSON file of limit policies")
     limits_rate: str | None = Field(None, description="Rate of each subject over all tools, as 600/minute")
     limits_quota_daily: int | None = Field(None, ge=1, le=10**12, description="Calls of each tenant in a UTC day")
     limits_quota_monthly: int | None = Field(None, ge=1, le=10**12, description="Calls of each tenant in a UTC month")
@@ -154,8 +165,10 @@ class Settings(BaseModel):
         2, ge=1, le=10_000, description="Replicas that share a limit: each keeps its part of it while Redis is away"
     )
     enable_database_logging: bool = Field(True, description="false: no journal and no rows of executions")
-    journal_dir: Path = Field(
-        Path("./var/journal"), description="Folder of the journal; each process has a folder of its own in it"
+    journal_dir: WholePath = Field(
+        Path("./var/journal"),
+        validate_default=True,
+        description="Folder of the journal; each process has a folder of its own in it",
     )
     journal_mode: Literal["durable", "strict", "buffered"] = Field(
         "durable", description="Before an answer leaves: written (durable), written and fsynced (strict), nothing"

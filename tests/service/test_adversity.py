@@ -6,9 +6,12 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +22,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import ROOT, Running, Serve, start_service
+from tests.conftest import ROOT, Running, Serve, service_environ, start_service
 from tests.conftest import end as end_service
 
 SOON_S = 30.0
@@ -423,3 +426,32 @@ def test_a_taken_tool_id_is_told_and_the_other_tools_of_its_source_are_served(se
     assert event["source"] == "overlapping" and "'echo' is taken" in event["reason"]
     assert running.execute("fresh")["result"] == 1
     assert running.execute("echo", {"message": "x"})["result"] == {"message": "x"}
+
+
+def test_a_tool_that_changes_the_working_directory_takes_neither_keys_nor_rows_away(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """With its import and with each run; places in settings are relative, as the default ones are."""
+    source = "import os\nfrom app.tools.tool import tool\nelsewhere = os.path.join(os.path.dirname(__file__), 'a')\n"
+    source += "os.makedirs(elsewhere)\nos.chdir(elsewhere)\n"
+    source += "@tool\ndef descend() -> None:\n    'Go further down.'\n    os.makedirs('b')\n    os.chdir('b')\n"
+    (tmp_path / "wandering.py").write_text(source)
+    here = os.path.relpath(tmp_path, ROOT)
+    places = {"DATABASE_URL": f"sqlite+aiosqlite:///{here}/keys.db", "JOURNAL_DIR": f"{here}/journal"}
+    made = subprocess.run(
+        [sys.executable, "-m", "app", "keys", "create", "--tenant", "t", "--subject", "s", "--json"],
+        cwd=ROOT,
+        env=service_environ(tmp_path, **places),
+        capture_output=True,
+        check=True,
+    )
+    running = serve(TOOL_MODULES="wandering", PYTHONPATH=f"{tmp_path}:{ROOT}", **places)
+    assert running.http.post("/api/v1/tools/echo/execute", json={}).status_code == 401
+    running.http.headers["Authorization"] = f"Bearer {json.loads(made.stdout)['key']}"
+    answered = [running.execute(tool, parameters) for tool, parameters in (("descend", {}), ("echo", {"message": "a"}))]
+    assert [execution["status"] for execution in answered] == ["success", "success"]
+    assert running.stop() == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "keys.db")) as database:
+        rows = database.execute("SELECT tool_id FROM tool_executions ORDER BY started_at").fetchall()
+    assert rows == [("descend",), ("echo",)]
+    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b"]
