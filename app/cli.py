@@ -223,7 +223,7 @@ def _serve_once(settings: Settings, options: argparse.Namespace) -> NoReturn:
                 await Server(app, service, options.host, options.port).serve()
                 return 1 if service.lifecycle.crashed else 0
         finally:
-            writer.close()
+            writer.end()
 
     _run(serve(), flush=_flush_briefly)
 

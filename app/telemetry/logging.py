@@ -6,6 +6,7 @@ waited for.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -13,6 +14,7 @@ import select
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -158,11 +160,13 @@ class LineWriter(logging.Handler):
                 written = written[count:]
                 self._torn = bool(written)
 
-    def close(self) -> None:
-        """Write what is queued, for at most a second; a stdout that nobody reads must not keep the process."""
+    def end(self) -> None:
+        """Write what is queued, for at most a second; a stdout that nobody reads must not keep the process.
+
+        Not `close`, which anybody's set-up of logging calls."""
         self._records.put(None)
         self._thread.join(timeout=1.0)
-        super().close()
+        self.close()
 
 
 def _name_call(record: logging.LogRecord) -> None:
@@ -197,6 +201,23 @@ def log_to_stdout(level: str) -> LineWriter:
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(max(root.level, logging.WARNING))
     return writer
+
+
+@contextlib.contextmanager
+def keeping_logging() -> Iterator[None]:
+    """Around foreign code that may set up logging for itself: what there was goes on beside it. `basicConfig` with
+    `force` and `dictConfig` take all handlers away, and the latter switches off each logger that it does not name."""
+    root = logging.getLogger()
+    handlers, level, disabled_below = root.handlers[:], root.level, root.manager.disable
+    loggers = [one for one in root.manager.loggerDict.values() if isinstance(one, logging.Logger) and not one.disabled]
+    try:
+        yield
+    finally:
+        root.handlers[:] = [*handlers, *(one for one in root.handlers if one not in handlers)]
+        root.setLevel(level)
+        logging.disable(disabled_below)
+        for logger in loggers:
+            logger.disabled = False
 
 
 def stdout_lines() -> Lines:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from app.errors import clean_text
+from app.telemetry.logging import keeping_logging
 from app.tools.tool import FunctionTool, Tool
 
 logger = logging.getLogger("app.tools")
@@ -67,7 +68,9 @@ def load_tools(builtin: Iterable[Tool], modules: Iterable[str]) -> LoadedTools:
 
 def _add_source(loaded: LoadedTools, source: str, load: Callable[[], Any]) -> None:
     try:
-        loaded.add(source, list(tools_in(load())))
+        with keeping_logging():
+            found = load()
+        loaded.add(source, list(tools_in(found)))
     except BaseException as error:  # foreign code runs on import; even sys.exit() there must not stop the rest
         if isinstance(error, KeyboardInterrupt):
             raise

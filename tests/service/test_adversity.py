@@ -455,3 +455,23 @@ def test_a_tool_that_changes_the_working_directory_takes_neither_keys_nor_rows_a
         rows = database.execute("SELECT tool_id FROM tool_executions ORDER BY started_at").fetchall()
     assert rows == [("descend",), ("echo",)]
     assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "set_up",
+    [
+        "import logging; logging.basicConfig(force=True, level='ERROR')",
+        "import logging.config; logging.config.dictConfig({'version': 1, 'root': {'level': 'CRITICAL'}})",
+        "import logging; logging.disable(logging.CRITICAL)",
+    ],
+)
+def test_a_module_that_sets_up_logging_for_itself_leaves_the_service_its_own(
+    serve: Serve, tmp_path: Path, set_up: str
+) -> None:
+    source = (
+        f"{set_up}\nfrom app.tools.tool import tool\n@tool\ndef fail() -> None:\n    'Fail.'\n    raise ValueError\n"
+    )
+    (tmp_path / "talkative.py").write_text(source)
+    running = serve(TOOL_MODULES="talkative", PYTHONPATH=f"{tmp_path}:{ROOT}")  # has said that it serves
+    execution_id = running.execute("fail")["execution_id"]
+    assert running.read_log(lambda event: event["message"] == "tool crashed")["execution_id"] == execution_id

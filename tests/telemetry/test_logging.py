@@ -47,7 +47,7 @@ class Pipe:
         """Close the writer and read everything that it wrote."""
         reading = threading.Thread(target=self._read)
         reading.start()
-        self.writer.close()
+        self.writer.end()
         self.writer._thread.join()  # past the second that `close` gives it
         os.close(self.writer._fd)
         reading.join()
@@ -308,7 +308,7 @@ def test_closing_does_not_wait_for_a_reader_that_never_comes() -> None:
     with opened() as pipe:
         for number in range(1_000):
             pipe.logger.error(f"{number} " + "x" * 1_000)
-        pipe.writer.close()  # returns, though the thread is stuck in its write
+        pipe.writer.end()  # returns, though the thread is stuck in its write
         assert pipe.writer._thread.is_alive()
         pipe.events()
 
@@ -318,7 +318,7 @@ def test_a_reader_that_has_gone_is_no_reason_to_fail() -> None:
     writer = LineWriter(write_fd)
     os.close(read_fd)
     writer.handle(record("into the void"))
-    writer.close()
+    writer.end()
     assert writer.dropped == 1
     os.close(write_fd)
 
@@ -346,7 +346,7 @@ for room in (500, resource.RLIM_INFINITY):
         write(f"{number} of {room} " + "x" * 80)
     while not writer._records.empty():
         pass
-writer.close()
+writer.end()
 print(writer.dropped, file=sys.stderr)
 """
 
@@ -401,7 +401,7 @@ def test_threads_may_log_at_the_same_time() -> None:
         for thread in threads:
             thread.join()
         threading.excepthook = before
-        pipe.writer.close()
+        pipe.writer.end()
         os.close(pipe.writer._fd)
         reading.join()
     assert failures == []
@@ -416,7 +416,7 @@ names = ("app.tools", "uvicorn.error", "uvicorn.access", "httpx", "urllib3.conne
 for name in (*names, "sqlalchemy.engine.Engine", "someone.else"):
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
         logging.getLogger(name).log(level, f"{{name}} {{logging.getLevelName(level)}}")
-writer.close()
+writer.end()
 """
 
 
