@@ -68,6 +68,10 @@ class ParameterSchema:
             self.json_schema = model.model_json_schema(schema_generator=PlainJsonSchema)
         if unusable := definitions.keys() - model.model_fields.keys():
             raise TypeError(f"parameter {min(unusable)!r} needs another name; Field(alias=...) can publish this one")
+        if "$ref" in self.json_schema:
+            raise TypeError("Self is no type of a parameter")
+        if len(self.json_schema.get("properties", {})) < len(definitions):
+            raise TypeError("two parameters have the same published name; change an alias")
         self._validator = _exact_validator(model)
         self.json_schema.pop("title", None)
         self.json_schema.setdefault("properties", {})

@@ -260,10 +260,10 @@ class FunctionTool:
 
     def _fields(self) -> typing.Iterator[tuple[str, tuple[Any, FieldInfo | Any]]]:
         for name, parameter in inspect.signature(self.function).parameters.items():
-            if name == self._context_parameter:
-                continue
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 raise ToolDeclarationError(f"tool {self.spec.id!r}: parameter {name!r} must be nameable, not * or /")
+            if name == self._context_parameter:
+                continue
             if name not in self._hints:
                 raise ToolDeclarationError(f"tool {self.spec.id!r}: parameter {name!r} needs a type hint")
             # An empty Field() and not `...`, which would overrule a default inside Annotated.

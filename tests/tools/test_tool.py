@@ -17,7 +17,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import pytest
 from pydantic import BaseModel, Field, computed_field
@@ -231,6 +231,22 @@ def two_contexts(one: ToolContext, two: ToolContext) -> None:
     """One is enough."""
 
 
+def context_by_place(context: ToolContext, /) -> None:
+    """Nobody could give it by name."""
+
+
+def many_contexts(*contexts: ToolContext) -> None:
+    """Nobody could give them by name."""
+
+
+def same_name(a: int, b: Annotated[int, Field(alias="a")]) -> None:
+    """One value for two."""
+
+
+def containing_itself(parent: Self) -> None:
+    """No class that it could be."""
+
+
 def generating() -> Iterator[int]:
     """Yields."""
     yield 1
@@ -260,6 +276,10 @@ FUNCTIONS = [
     unreadable,
     unwritable,
     two_contexts,
+    context_by_place,
+    many_contexts,
+    same_name,
+    containing_itself,
     generating,
     generating_slowly,
     too_wide,
