@@ -105,30 +105,57 @@ _PARAMETERS_CONFIG = ConfigDict(extra="forbid", protected_namespaces=(), hide_in
 
 
 def _exact_validator(model: type[BaseModel]) -> Any:
-    """The model's validator, or one rebuilt where a literal or an enum could take `true` for 1.
+    """The model's validator, or one rebuilt where it would not take what its JSON Schema says.
 
-    pydantic compares those as Python does, even in strict mode; JSON Schema holds them apart (section 4.2.2).
+    A literal or an enum could take `true` for 1: pydantic compares those as Python does, even in strict mode; JSON
+    Schema holds them apart (section 4.2.2). A literal of an enum's members would take nothing, as JSON has only their
+    values. An iterable would be anything that has items, a text too, none of them looked at before the tool runs.
     """
     loose = model.__pydantic_core_schema__
-    exact = _with_exact_literals(loose)
+    exact = _exact(loose)
     if exact == loose:
         return model.__pydantic_validator__
     # The switch that pydantic's own model_rebuild(force=True) uses; else the loose validators of models are taken.
     return SchemaValidator(exact, _use_prebuilt=False)
 
 
-def _with_exact_literals(schema: Any) -> Any:
+def _exact(schema: Any) -> Any:
     if isinstance(schema, list):
-        return [_with_exact_literals(item) for item in schema]
+        return [_exact(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    expected = {"literal": "expected", "enum": "members"}.get(schema.get("type", ""))
-    if expected is None or not isinstance(schema.get(expected), list):
-        return {key: _with_exact_literals(item) for key, item in schema.items()}
-    values = [value.value if isinstance(value, enum.Enum) else value for value in schema[expected]]
+    kind = schema.get("type", "")
+    if kind in ("literal", "enum"):
+        return _exact_literal(schema)
+    inside = {key: _exact(item) for key, item in schema.items()}
+    if kind == "generator":
+        return {**inside, "type": "list"}
+    if kind == "tagged-union":
+        tags = inside["choices"]
+        return {**inside, "choices": {**tags, **{tag.value: tags[tag] for tag in tags if isinstance(tag, enum.Enum)}}}
+    return inside
+
+
+def _exact_literal(schema: dict[str, Any]) -> Any:
+    expected = schema.get({"literal": "expected", "enum": "members"}[schema["type"]])
+    if not isinstance(expected, list):
+        return schema
+    values = [value.value if isinstance(value, enum.Enum) else value for value in expected]
+    if schema["type"] == "literal" and values != expected:
+        return no_info_before_validator_function(_member_by_value(expected, values), cast(CoreSchema, schema))
     if not any(isinstance(value, bool | int | float) and value in (0, 1) for value in values):
         return schema
     return no_info_before_validator_function(_boolean_apart(values), cast(CoreSchema, schema))
+
+
+def _member_by_value(expected: list[Any], values: list[Any]) -> Callable[[Any], Any]:
+    def member(value: Any) -> Any:
+        for one, own in zip(expected, values, strict=True):
+            if type(own) is type(value) and own == value:
+                return one
+        raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, values))})
+
+    return member
 
 
 def _boolean_apart(expected: list[Any]) -> Callable[[Any], Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal
@@ -30,6 +31,19 @@ class Level(enum.IntEnum):
 class Point:
     x: int
     y: int = 0
+
+
+class Round(BaseModel):
+    colour: Literal[Colour.RED]
+    radius: int
+
+
+class Square(BaseModel):
+    colour: Literal[Colour.BLUE]
+    side: int
+
+
+Shape = Annotated[Round | Square, Discriminator("colour")]
 
 
 class Address(BaseModel):
@@ -101,6 +115,11 @@ ACCEPTED: list[tuple[Any, Any, Any]] = [
     (Level, 1, Level.HIGH),
     (Literal["a", 1], "a", "a"),
     (Literal[1, 2], 1.0, 1),
+    (Literal[Colour.RED], "red", Colour.RED),
+    (Literal[Level.HIGH, "a"], 1.0, Level.HIGH),
+    (Shape, {"colour": "blue", "side": 2.0}, Square(colour=Colour.BLUE, side=2)),
+    (Iterable[int], [1, 2.0], [1, 2]),
+    (Iterable, ["a", 1], ["a", 1]),
     (Literal[True], True, True),
     (Point, {"x": 1.0}, Point(1)),
     (Place, {"lat": 1}, {"lat": 1.0}),
@@ -158,6 +177,15 @@ REFUSED: list[tuple[Any, Any]] = [
     (Level, "1"),
     (Literal["a", "b"], "c"),
     (Literal[1, 2], "1"),
+    (Literal[Colour.RED], "blue"),
+    (Literal[Colour.RED], "RED"),
+    (Literal[Level.HIGH], True),
+    (Shape, {"colour": "red", "side": 1}),
+    (Shape, {"colour": "green"}),
+    (Iterable[int], ["a"]),
+    (Iterable[str], "ab"),
+    (Iterable[str], {"a": 1}),
+    (Iterable, "ab"),
     (Literal[1, 2], True),
     (Literal[True], 1),
     (Literal[True], 1.0),
