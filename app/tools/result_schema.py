@@ -19,6 +19,7 @@ from typing import Any, Literal, Never, cast
 
 import orjson
 from pydantic import BaseModel, PydanticSchemaGenerationError, TypeAdapter
+from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic_core import SchemaValidator
 from pydantic_core.core_schema import CoreSchema, chain_schema, is_instance_schema
 
@@ -144,27 +145,41 @@ _VALUES = frozenset(("default", "expected", "members", "metadata"))
 
 
 def _validator_of_results(adapter: TypeAdapter[Any]) -> Any:
-    """The adapter's validator, or one rebuilt so that an iterator is no list.
+    """The adapter's validator, or one rebuilt so that an iterator is no list and a dataclass holds what it says.
 
-    pydantic makes a list of any iterator, however long: an endless one would hold the event loop for ever.
+    pydantic makes a list of any iterator, however long: an endless one would hold the event loop for ever. It takes a
+    dataclass as it is, though nothing has looked at its fields.
     """
     schema = adapter.core_schema
-    if any(node["type"] in _COLLECTED for node in _nodes(schema)):
-        return SchemaValidator(_without_iterators(schema), _use_prebuilt=False)
+    if any(node["type"] in _COLLECTED or _is_unread(node) for node in _nodes(schema)):
+        return SchemaValidator(_looked_through(schema), _use_prebuilt=False)
     return adapter.validator
 
 
-def _without_iterators(schema: Any) -> Any:
+def _looked_through(schema: Any) -> Any:
     if isinstance(schema, list | tuple):
-        return type(schema)(_without_iterators(item) for item in schema)
+        return type(schema)(_looked_through(item) for item in schema)
     if not isinstance(schema, Mapping):
         return schema
     is_node = isinstance(schema.get("type"), str)
-    inside = {key: item if is_node and key in _VALUES else _without_iterators(item) for key, item in schema.items()}
-    if not is_node or schema["type"] not in _COLLECTED:
+    inside = {key: item if is_node and key in _VALUES else _looked_through(item) for key, item in schema.items()}
+    if not is_node:
+        return inside
+    if _is_unread(schema):
+        return {**inside, "revalidate_instances": "always"}
+    if schema["type"] not in _COLLECTED:
         return inside
     ref = inside.pop("ref", None)
     return chain_schema([_SIZED, cast(CoreSchema, inside)], ref=ref)
+
+
+def _is_unread(node: Mapping[str, Any]) -> bool:
+    """A dataclass of the standard library that can be made again from its fields by their names."""
+    if node["type"] != "dataclass" or node.get("post_init") or is_pydantic_dataclass(node["cls"]):
+        return False
+    fields = {field["name"]: field for field in node["schema"].get("fields", ())}
+    made_of = {field.name for field in dataclasses.fields(node["cls"]) if field.init}
+    return fields.keys() == made_of and not any("validation_alias" in field for field in fields.values())
 
 
 def _is_roomy(node: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import orjson
@@ -332,3 +332,45 @@ def test_the_result_schema_is_published_when_declared() -> None:
         "required": ["lat"],
         "title": "Place",
     }
+
+
+@dataclasses.dataclass
+class Branch:
+    length: Annotated[float, Field(ge=0)]
+    kind: Literal["oak", "elm"] = "oak"
+    ends: tuple[int, ...] = ()
+    twigs: list[Branch] = dataclasses.field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("hint", "value"),
+    [
+        (Branch, Branch(None)),  # type: ignore[arg-type]
+        (Branch, Branch(-1.0)),
+        (Branch | None, Branch(1.0, "ash")),  # type: ignore[arg-type]
+        (list[Branch], [Branch(1.0, ends=("a",))]),  # type: ignore[arg-type]
+        (dict[str, Branch], {"a": Branch(1.0, twigs=[Branch(1.0), Branch("b")])}),  # type: ignore[arg-type]
+    ],
+)
+def test_a_dataclass_that_does_not_hold_what_it_says_fails(hint: Any, value: Any) -> None:
+    refused(hint, value)
+
+
+def test_a_dataclass_is_written_as_what_it_says() -> None:
+    given = Branch(1, ends=[2.0], twigs=(Branch(3),))  # type: ignore[arg-type]
+    twig = {"length": 3.0, "kind": "oak", "ends": [], "twigs": []}
+    assert encoded(Branch, given) == {"length": 1.0, "kind": "oak", "ends": [2], "twigs": [twig]}
+
+
+@dataclasses.dataclass
+class Counted:
+    value: int
+    added: dataclasses.InitVar[int] = 1
+    more: int = dataclasses.field(default=0, init=False)
+
+    def __post_init__(self, added: int) -> None:
+        self.more = self.value + added
+
+
+def test_a_dataclass_that_cannot_be_made_again_from_its_fields_is_taken_as_it_is() -> None:
+    assert encoded(Counted, Counted(2, 3)) == {"value": 2, "more": 5}
