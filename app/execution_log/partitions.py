@@ -28,6 +28,9 @@ MONTHS_AHEAD = 3
 UPKEEP_EVERY_S = 86_400.0
 UPKEEP_RETRY_S = 300.0
 
+CLOCKS_APART_S = 60.0
+"""More between our clock and the database's than a busy machine explains."""
+
 LOCK_KEY = 0x61676E75
 """Beside that of `app/migration.py`, which may run at the same time: it waits at the tables, not here."""
 
@@ -104,7 +107,19 @@ class Upkeep:
             await self._delete_from_sqlite()
             return
         await ensure_partitions(self._engine, self._now())
-        await drop_partitions(self._engine, self._now() - self._retention_s)
+        await drop_partitions(self._engine, await self._past_s() - self._retention_s)
+
+    async def _past_s(self) -> float:
+        """By the earlier clock, ours or the database's: a replica whose clock is years ahead would drop every month."""
+        ours_s = self._now()
+        async with borrowed(self._engine, UPKEEP_TIMEOUT_S) as pg:
+            theirs_s = float(await pg.fetchval("SELECT extract(epoch FROM now())"))
+        if abs(ours_s - theirs_s) > CLOCKS_APART_S:
+            logger.warning(
+                "clock differs from the database's: the log is kept by the earlier one",
+                extra={"ahead_s": round(ours_s - theirs_s)},
+            )
+        return min(ours_s, theirs_s)
 
     async def _delete_from_sqlite(self) -> None:
         before_s = self._now() - self._retention_s
@@ -128,6 +143,8 @@ async def ensure_partitions(engine: AsyncEngine, now_s: float) -> list[str]:
     this = Month.of(now_s)
     async with borrowed(engine, UPKEEP_TIMEOUT_S) as pg:
         for month in (this.plus(step) for step in range(-MONTHS_BEHIND, MONTHS_AHEAD + 1)):
+            if month.first_id == month.plus(1).first_id:  # before 1970, where no id is: of a clock that was never set
+                continue
             async with pg.transaction():
                 if not await _locked(pg):
                     break

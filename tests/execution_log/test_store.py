@@ -246,8 +246,30 @@ async def test_what_is_past_retention_goes_with_its_dead_letters(engine: AsyncEn
     await Upkeep(engine, retention_days=90).once()
     assert await logged(engine) == ids(new)
     assert len(await rows(engine, "SELECT 1 FROM tool_executions_dead")) == 1
-    await Upkeep(engine, retention_days=90, now=lambda: now + 100 * DAY_S).once()
+    on_postgresql = engine.dialect.name == "postgresql"
+    age = "interval '100 days'" if on_postgresql else f"{100 * DAY_S * 1e6:.0f}"
+    await run(engine, f"UPDATE tool_executions_dead SET at = at - {age}")
+    await Upkeep(engine, retention_days=90).once()
     assert await rows(engine, "SELECT 1 FROM tool_executions_dead") == []
+
+
+async def test_a_replica_whose_clock_is_years_ahead_drops_nothing(
+    pg: AsyncEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    new = [record(), record(execution_id="f47ac10b-58cc-4372-a567-0e02b2c3d479")]
+    await ExecutionStore(pg).insert([*new, record(tenant=None)])
+    ahead_s = 20 * 365 * DAY_S
+    await Upkeep(pg, retention_days=90, now=lambda: time.time() + ahead_s).once()
+    assert await logged(pg) == ids(new)
+    assert len(await rows(pg, "SELECT 1 FROM tool_executions_dead")) == 1
+    (said,) = [line for line in caplog.records if line.message.startswith("clock differs")]
+    assert vars(said)["ahead_s"] == pytest.approx(ahead_s, abs=60)
+
+
+async def test_months_of_a_clock_that_was_never_set_begin_where_ids_do(pg: AsyncEngine) -> None:
+    assert await ensure_partitions(pg, 60.0) == [f"tool_executions_1970_{month:02d}" for month in range(1, 5)]
+    await ExecutionStore(pg).insert([record(at=60.0, tool_id="early")])
+    assert await by_table(pg) == {"early": "tool_executions_1970_01"}
 
 
 async def test_a_drop_does_not_wait_for_a_reader_for_longer_than_inserts_may(pg: AsyncEngine) -> None:
