@@ -208,7 +208,7 @@ class Settings(BaseModel):
         268_435_456,
         ge=1_048_576,
         le=68_719_476_736,
-        description="Bytes of all answers that their clients leave unread; past it who has waited longest is cut",
+        description="Bytes of all answers that their clients leave unread; past it who has read nothing longest is cut",
     )
     max_result_bytes: int = Field(
         1_048_576, ge=1024, le=67_108_864, description="Bytes of a tool's result as JSON; over it the run failed"

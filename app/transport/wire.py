@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from app.transport.access_log import AccessLog
@@ -32,6 +33,12 @@ LOG_INTERVAL_S = 1.0
 COLLECTED_AFTER_BYTES = 33_554_432
 """Of large bodies that were let go. The garbage collector counts objects and no bytes: where something of a call leads
 back to itself, hundreds with a megabyte each would wait for it. It takes milliseconds, these bodies half a second."""
+
+LOOKED_AT_MAX = 256
+"""Of the connections that leave answers unread, each time that there is no room: some 0.1 ms."""
+
+READ_BYTES_MIN = 65_536
+"""Less may have gone into the system's buffers and to nobody."""
 
 SWEEP_INTERVAL_MAX_S = 1.0
 """Deadlines fire at most this much late. One sweep over 10,000 connections takes about 10 ms."""
@@ -129,7 +136,8 @@ class Wire:
         self.room = Room(self.bounds.requests_bytes_max, partial(self.count, Reason.BODIES_FULL, "of one tenant"))
         self._let_go_bytes = 0
         self._unread: dict[asyncio.WriteTransport, int] = {}
-        """Of each connection whose peer reads slowly, bytes that it has not read; who waits longest comes first."""
+        """Of each connection whose peer reads slowly, bytes that it had not read when it was noted; who has read
+        nothing for longest comes first."""
         self.unread_bytes = 0
         self.gone_log = _GoneLog(self)
         self.default_head = DefaultHead()
@@ -166,15 +174,28 @@ class Wire:
             loop.call_soon(gc.collect)
 
     def note_unread(self, transport: asyncio.WriteTransport) -> None:
-        """Its peer has left so much unread that it takes no more. Past the bound who waits longest is cut."""
+        """Its peer has left so much unread that it takes no more. Past the bound who has read nothing for
+        longest is cut."""
         self.note_read(transport)
         self._unread[transport] = unread_bytes = transport.get_write_buffer_size()
         self.unread_bytes += unread_bytes
+        if self.unread_bytes > self.bounds.responses_bytes_max:
+            self._look_who_reads(transport)
         while self.unread_bytes > self.bounds.responses_bytes_max and len(self._unread) > 1:
-            slowest = next(iter(self._unread))
+            slowest = next(one for one in self._unread if one is not transport)
             self.note_read(slowest)
             self.count(Reason.ANSWERS_FULL)
             slowest.abort()
+
+    def _look_who_reads(self, newest: asyncio.WriteTransport) -> None:
+        """Whoever has read on since it was noted waits from now on, with what is left: a slow reader is not cut for
+        those who do not read at all."""
+        for transport in list(islice(self._unread, LOOKED_AT_MAX)):
+            unread_bytes = transport.get_write_buffer_size()
+            if transport is not newest and unread_bytes <= self._unread[transport] - READ_BYTES_MIN:
+                self.note_read(transport)
+                self._unread[transport] = unread_bytes
+                self.unread_bytes += unread_bytes
 
     def note_read(self, transport: asyncio.WriteTransport) -> None:
         """Or it is gone."""

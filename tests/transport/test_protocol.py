@@ -672,6 +672,30 @@ def test_of_answers_that_nobody_reads_the_oldest_are_cut_past_the_room_for_all(l
         assert served.wire.refused[Reason.ANSWERS_FULL] == 2
 
 
+def test_who_reads_its_answer_slowly_is_not_cut_for_those_who_read_nothing(loop: str) -> None:
+    with serving(Wire(HttpBounds(responses_bytes_max=20_000_000)), loop, send_buffer_bytes=4096) as served:
+        peers = [served.connect(receive_buffer_bytes=4096) for _ in range(3)]
+
+        def ask(peer: Peer, count: int) -> None:
+            peer.send(GET % b"bytes/%d" % count)
+            assert served.app.seen.get(timeout=WAIT_S) == "sent"
+
+        slow, deaf, late = peers
+        ask(slow, 12_000_000)
+        read = len(slow.file.read(6_000_000))
+        ask(deaf, 9_000_000)
+        eventually(lambda: served.wire.unread_bytes > 13_000_000)
+        assert served.wire.refused[Reason.ANSWERS_FULL] == 0, "what was read is unread no more"
+        read += len(slow.file.read(1_000_000))
+        ask(late, 9_000_000)
+        eventually(lambda: served.wire.refused[Reason.ANSWERS_FULL] == 1)
+        read += len(slow.file.read(12_000_000 - read))
+        assert read == 12_000_000
+        with contextlib.suppress(ConnectionResetError):
+            assert len(deaf.response().body) < 9_000_000
+        assert len(late.response().body) == 9_000_000
+
+
 @pytest.mark.parametrize("size", [50_000, 8_000_000], ids=["under the high-water mark", "over it"])
 def test_a_closed_connection_that_cannot_flush_is_cut(loop: str, size: int) -> None:
     with serving(Wire(SHORT), loop, send_buffer_bytes=4096) as served:
