@@ -71,8 +71,9 @@ def agent_of(context: RequestContext, given: str | None) -> str | None:
 def with_key(call: ToolCall, given: str) -> ToolCall:
     """With the key of the header, which may stand in quotes: a draft of the IETF says so and few clients do it."""
     key = given[1:-1] if len(given) > 1 and given[0] == given[-1] == '"' else given
-    if not 0 < len(key) <= shapes.LABEL_CHARACTERS_MAX or not key.isprintable():
-        raise InvalidParams.at("Idempotency-Key", f"Holds 1 to {shapes.LABEL_CHARACTERS_MAX} printable characters")
+    if not 0 < len(key) <= shapes.IDEMPOTENCY_KEY_CHARACTERS_MAX or not key.isprintable():
+        wrong = f"Holds 1 to {shapes.IDEMPOTENCY_KEY_CHARACTERS_MAX} printable characters"
+        raise InvalidParams.at("Idempotency-Key", wrong)
     if call.idempotency_key not in (None, key):
         raise InvalidParams.at("Idempotency-Key", "Differs from idempotency_key; give one of the two")
     return replace(call, idempotency_key=key)

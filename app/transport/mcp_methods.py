@@ -47,6 +47,7 @@ from app.transport.mcp_protocol import (
 )
 from app.transport.mcp_results import SERVER_INFO, advice, definition, failed, finished, refused, rendered
 from app.transport.mcp_stream import HangUp
+from app.transport.shapes import IDEMPOTENCY_KEY_CHARACTERS_MAX
 
 SCOPES = {LIST: SCOPE_READ, CALL: SCOPE_EXECUTE}
 """What a method needs; those that are not here only describe the service."""
@@ -59,8 +60,6 @@ PAGE_TOOLS = 250
 
 TTL_MS = 60_000
 """How long a client may keep a list. Tools change with a rollout, or with what a key allows."""
-
-IDEMPOTENCY_KEY_CHARACTERS_MAX = 256
 
 _EVERY_TOOL = ToolFilter()
 

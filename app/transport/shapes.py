@@ -18,6 +18,7 @@ from app.tools.registry import LIST_LIMIT_DEFAULT, LIST_LIMIT_MAX, SEARCH_LIMIT_
 from app.tools.tool import CATEGORIES
 
 LABEL_CHARACTERS_MAX = 256
+IDEMPOTENCY_KEY_CHARACTERS_MAX = 256
 PLAN_CONCURRENCY_MAX = 100
 
 Label = Annotated[str, Field(max_length=LABEL_CHARACTERS_MAX)]
@@ -84,7 +85,7 @@ CallId = Annotated[
     Field(description="Your name for this call, for tools.cancel; unique among your running calls"),
 ]
 IdempotencyKey = Annotated[
-    Annotated[str, Field(min_length=1, max_length=LABEL_CHARACTERS_MAX)] | None,
+    Annotated[str, Field(min_length=1, max_length=IDEMPOTENCY_KEY_CHARACTERS_MAX)] | None,
     Field(description="A repeat with the same key is not run: it gets the first call's Execution, for 24 h"),
 ]
 
