@@ -14,14 +14,13 @@ from typing import Any
 from app.calls import Caller, Execution, ToolCall, new_execution_id
 from app.errors import RESULT_TOO_LARGE, InvalidParams, PermissionDenied, failure
 from app.execution_log.commit import Commit
+from app.telemetry.metrics import Metrics
 from app.transport import shapes
-from app.transport.jsonrpc import Ended, RequestContext
+from app.transport.jsonrpc import AnswerBudget, Ended, RequestContext
 
 SCOPE_EXECUTE = "tools:execute"
 SCOPE_READ = "tools:read"
 SCOPE_HISTORY = "executions:read"
-
-NO_ROOM = failure(RESULT_TOO_LARGE, "The results of one request have no room for this one; ask for fewer at once")
 
 _TRACE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -146,6 +145,18 @@ def settle(context: RequestContext, execution: Execution) -> Commit | None:
         context.allowance = aside.grant.tightest()
     commit: Commit | None = None if aside is None else aside.commit
     return None if commit is None or commit.done else commit
+
+
+def within_budget(budget: AnswerBudget, execution: Execution, metrics: Metrics) -> Execution:
+    """The same, or a failure where the answer that it shares with others has no room for its result."""
+    if execution.result is None or budget.take(len(execution.result)):
+        return execution
+    dropped = replace(execution, status="failed", result=None, error=_NO_ROOM)
+    metrics.count_outcome(dropped)
+    return dropped
+
+
+_NO_ROOM = failure(RESULT_TOO_LARGE, "The results of one request have no room for this one; ask for fewer at once")
 
 
 def kept_trace(execution: Execution) -> str | None:

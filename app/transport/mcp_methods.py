@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -23,7 +22,6 @@ from app.telemetry.tracing import OFF, Tracing
 from app.tools.registry import Registry, ToolFilter, decode_cursor, encode_cursor
 from app.tools.tool import Tool
 from app.transport.calling import (
-    NO_ROOM,
     SCOPE_EXECUTE,
     SCOPE_READ,
     Ending,
@@ -31,6 +29,7 @@ from app.transport.calling import (
     require_scope,
     settle,
     with_key,
+    within_budget,
 )
 from app.transport.jsonrpc import Ended, RequestContext
 from app.transport.mcp_protocol import (
@@ -191,13 +190,8 @@ class McpMethods:
         """Once its row is kept."""
         if execution.refusal is not None:
             return refused(execution.refusal, modern=modern)
-        if (
-            context.budget is not None
-            and execution.result is not None
-            and not context.budget.take(len(execution.result))
-        ):
-            execution = replace(execution, status="failed", result=None, error=NO_ROOM)
-            self._metrics.count_outcome(execution)
+        if context.budget is not None:
+            execution = within_budget(context.budget, execution, self._metrics)
         written = rendered(execution, tool, modern=modern)
         overhead_s = time.perf_counter() - context.received_at - execution.run_s
         self._metrics.observe_overhead(overhead_s, kept_trace(execution))

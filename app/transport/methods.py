@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -27,7 +27,6 @@ from app.tools.registry import Registry, ToolFilter
 from app.tools.schema import ERRORS_BUILT_MAX, violations, whole_floats_as_integers
 from app.transport import shapes
 from app.transport.calling import (
-    NO_ROOM,
     SCOPE_EXECUTE,
     SCOPE_HISTORY,
     SCOPE_READ,
@@ -38,6 +37,7 @@ from app.transport.calling import (
     settle,
     tool_call,
     with_key,
+    within_budget,
 )
 from app.transport.jsonrpc import AnswerBudget, Ended, Method, RequestContext
 
@@ -206,7 +206,7 @@ class Methods:
         if execution.refusal is not None:
             raise execution.refusal
         if context.budget is not None:
-            execution = self._within_budget(context.budget, execution)
+            execution = within_budget(context.budget, execution, self._metrics)
         written = execution.as_json()
         overhead_s = time.perf_counter() - context.received_at - execution.run_s
         self._metrics.observe_overhead(overhead_s, kept_trace(execution))
@@ -302,16 +302,9 @@ class Methods:
             execution = await self._executor.execute(call)
             if execution.aside is not None:
                 context.hold_for(execution.aside.commit)
-            return self._within_budget(budget, execution)
+            return within_budget(budget, execution, self._metrics)
 
         return execute
-
-    def _within_budget(self, budget: AnswerBudget, execution: Execution) -> Execution:
-        if execution.result is None or budget.take(len(execution.result)):
-            return execution
-        dropped = replace(execution, status="failed", result=None, error=NO_ROOM)
-        self._metrics.count_outcome(dropped)
-        return dropped
 
     def _item(self, execution: Execution) -> dict[str, Any]:
         """An Execution among several, or the error of one that was refused."""
