@@ -17,11 +17,9 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -30,6 +28,7 @@ import httpx
 import orjson
 
 from load.echo import BODY, PATH
+from load.harness import collector
 from load.run import ROOT, CannotRun, own_service
 from load.svg import Line, Panel, picture
 
@@ -129,31 +128,6 @@ def watched_service() -> Iterator[tuple[str, str]]:
                 check=True,
             )
             yield service.url, orjson.loads(made.stdout)["key"]
-
-
-@contextlib.contextmanager
-def collector() -> Iterator[str]:
-    """Takes spans and forgets them."""
-
-    class Collector(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            """Says nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
-    threading.Thread(target=server.serve_forever, name="collector", daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 async def record(url: str, key: str, steps: list[int], seconds: float) -> Recording:
