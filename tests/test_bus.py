@@ -13,10 +13,10 @@ import pytest
 
 from app.bus import Bus
 from app.bus.redis_bus import CHANNEL, MESSAGE_BYTES_MAX, RedisBus
-from tests.cache.stores import SOON_S, until
 from tests.proxy import FaultProxy
 from tests.redis_groups import start_cluster
 from tests.servers import HOST, RedisAt, RedisServer, free_port
+from tests.waiting import SOON_S, until
 
 pytestmark = pytest.mark.anyio
 

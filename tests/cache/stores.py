@@ -12,14 +12,12 @@ from app.cache.redis_store import RedisStore
 from app.cache.store import CacheStore, Claim
 from app.clients import create_redis
 from tests.servers import RedisAt
+from tests.waiting import SOON_S
 
 PATIENT_S = 10.0
 """A budget for tests that are not about it."""
 
 BUDGET_S = 0.05
-
-SOON_S = 60.0
-"""Not a claim about speed: past it a test fails instead of hanging."""
 
 LEASE_MS = 60_000
 SHORT_MS = 50
@@ -94,10 +92,3 @@ async def in_file(path: Path) -> AsyncIterator[Store]:
 def redis_ms(redis: RedisAt) -> int:
     seconds, micros = redis.cli("TIME").split("\n")
     return int(seconds) * 1_000 + int(micros) // 1_000
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait for a condition, bounded."""
-    async with asyncio.timeout(SOON_S):
-        while not holds():
-            await asyncio.sleep(0.005)

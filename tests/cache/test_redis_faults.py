@@ -14,10 +14,11 @@ import pytest
 from app.cache import redis_store as room
 from app.cache.redis_store import EPOCHS_KEY
 from app.cache.store import StoreAway, key_of
-from tests.cache.stores import BUDGET_S, LEASE_MS, PATIENT_S, SOON_S, redis_store, until
+from tests.cache.stores import BUDGET_S, LEASE_MS, PATIENT_S, redis_store
 from tests.proxy import FaultProxy
 from tests.redis_groups import start_cluster
 from tests.servers import HOST, RedisAt, RedisServer
+from tests.waiting import SOON_S, until
 
 pytestmark = pytest.mark.anyio
 

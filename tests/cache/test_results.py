@@ -27,8 +27,9 @@ from app.cache.results import (
     ResultCache,
     Write,
 )
-from tests.cache.stores import SOON_S, redis_store, until
+from tests.cache.stores import redis_store
 from tests.servers import RedisAt
+from tests.waiting import SOON_S, until
 
 pytestmark = pytest.mark.anyio
 

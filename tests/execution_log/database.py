@@ -17,9 +17,6 @@ from app.clients import create_engine
 from app.execution_log.columns import COLUMNS
 from app.execution_log.store import ExecutionStore
 
-SOON_S = 30.0
-"""Not a claim about speed: past it a test fails instead of hanging."""
-
 
 @contextlib.asynccontextmanager
 async def database(url: str, pool_size: int = 5) -> AsyncIterator[AsyncEngine]:

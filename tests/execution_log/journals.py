@@ -15,7 +15,7 @@ from typing import Any
 
 from app.execution_log.journal import BufferedLog, Journal
 from tests.conftest import ROOT, service_environ
-from tests.executor.in_process import SOON_S, until
+from tests.waiting import SOON_S, until
 
 MIB = 1_048_576
 

@@ -20,8 +20,9 @@ from app.calls import rfc3339
 from app.errors import DependencyUnavailable, InvalidParams
 from app.execution_log import history as module
 from app.execution_log.history import LIMIT_MAX, ExecutionHistory, Filters
-from tests.execution_log.database import SOON_S, database, fill, id_at, record, rows
+from tests.execution_log.database import database, fill, id_at, record, rows
 from tests.servers import PostgresAt, PostgresServer
+from tests.waiting import SOON_S
 
 pytestmark = pytest.mark.anyio
 

@@ -30,7 +30,7 @@ from tests.execution_log.journals import (
     segments,
     write,
 )
-from tests.executor.in_process import SOON_S, until
+from tests.waiting import SOON_S, until
 
 pytestmark = pytest.mark.anyio
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import orjson
@@ -23,7 +23,8 @@ from app.execution_log.record import Recorder
 from app.execution_log.store import ExecutionStore
 from app.execution_log.writer import LogWriter
 from tests.conftest import ROOT
-from tests.execution_log.database import SOON_S, database, logged, run
+from tests.execution_log.database import database, logged, run
+from tests.waiting import SOON_S, until
 
 pytestmark = pytest.mark.anyio
 
@@ -38,12 +39,6 @@ def a_call() -> ToolCall:
 
 def ended(call: ToolCall) -> Execution:
     return Execution(call.execution_id, "echo", "success", b'"a"', None, None, 0.001, 0.001, time.time(), 1, "trace")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SOON_S):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 class Opened:

@@ -20,8 +20,9 @@ from app.execution_log.columns import COLUMNS
 from app.execution_log.connections import StoreAway, opened
 from app.execution_log.partitions import Month, Upkeep, drop_partitions, ensure_partitions
 from app.execution_log.store import ExecutionStore, Stored
-from tests.execution_log.database import SOON_S, database, id_at, ids, logged, record, rows, run
+from tests.execution_log.database import database, id_at, ids, logged, record, rows, run
 from tests.servers import PostgresAt, PostgresServer
+from tests.waiting import SOON_S
 
 pytestmark = pytest.mark.anyio
 

@@ -14,8 +14,9 @@ import pytest
 from app.execution_log.connections import StoreAway
 from app.execution_log.store import ExecutionStore, Stored
 from app.execution_log.writer import AGE_S, BACKOFF_S_MAX, BACKOFF_S_MIN, ROWS_MAX, Batch, LogWriter, Store
-from tests.execution_log.database import SOON_S, database, ids, logged, record
+from tests.execution_log.database import database, ids, logged, record
 from tests.servers import PostgresServer
+from tests.waiting import SOON_S, until
 
 pytestmark = pytest.mark.anyio
 
@@ -97,12 +98,6 @@ async def running(writer: LogWriter) -> AsyncIterator[asyncio.Task[None]]:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SOON_S):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def impatient(source: Memory, store: Store, now: Callable[[], float] = time.time) -> LogWriter:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +33,7 @@ from app.limits.store import LimitStore
 from app.telemetry.metrics import Metrics
 from app.tools.registry import Registry
 from app.tools.tool import FunctionTool
-
-SOON_S = 60.0
-"""Not a claim about speed: past it a test fails instead of hanging."""
+from tests.waiting import SOON_S
 
 
 @dataclass
@@ -117,13 +115,6 @@ async def opened(
     threads.close()
     await http.aclose()
     await own_keys.close()
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait for a condition, bounded."""
-    async with asyncio.timeout(SOON_S):
-        while not holds():
-            await asyncio.sleep(0.001)
 
 
 SEEN: ContextVar[str] = ContextVar("SEEN", default="nothing")

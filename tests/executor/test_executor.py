@@ -23,7 +23,8 @@ from app.executor.run import LONG_IN_PLACE_MAX, LONG_IN_PLACE_S
 from app.executor.threads import ThreadPool
 from app.limits.concurrency import Slots
 from app.tools.tool import FunctionTool, ToolContext, tool
-from tests.executor.in_process import Rig, opened, until
+from tests.executor.in_process import Rig, opened
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -17,7 +17,8 @@ from app.calls import LOCAL_CALLER, ToolCall, new_execution_id
 from app.executor.forgetting import ERRORS_MAX, forget_frames
 from app.executor.plans import Plan, PlanTask
 from app.tools.tool import FunctionTool, ToolError, tool
-from tests.executor.in_process import SOON_S, Rig, opened, until
+from tests.executor.in_process import Rig, opened
+from tests.waiting import SOON_S, until
 
 pytestmark = pytest.mark.anyio
 

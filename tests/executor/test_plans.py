@@ -29,7 +29,8 @@ from app.executor.plans import (
 )
 from app.limits.concurrency import Slots
 from app.tools.tool import tool
-from tests.executor.in_process import Rig, leave_a_mark, opened, until
+from tests.executor.in_process import Rig, leave_a_mark, opened
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -22,8 +22,9 @@ from app.clients import create_redis
 from app.errors import DependencyUnavailable, IdempotencyConflict, RateLimited
 from app.limits.policy import tool_policies
 from app.tools.tool import FunctionTool, ToolContext, ToolError, tool
-from tests.executor.in_process import Rig, opened, until
+from tests.executor.in_process import Rig, opened
 from tests.servers import RedisServer, free_port
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -22,7 +22,8 @@ from app.executor.plans import run_batch
 from app.executor.runner import ABANDONED_PER_TENANT_MAX, ABANDONED_PER_TOOL_MAX, RETRY_AFTER_MS_MAX
 from app.executor.threads import ThreadPool
 from app.tools.tool import FunctionTool, ToolContext, tool
-from tests.executor.in_process import SOON_S, opened, until
+from tests.executor.in_process import opened
+from tests.waiting import SOON_S, until
 
 pytestmark = pytest.mark.anyio
 

@@ -20,7 +20,8 @@ from app.limits.memory_store import MemoryStore
 from app.limits.policy import Policy, parse_rate
 from app.limits.store import Ask, StoreAway, Verdict, Waiter
 from app.tools.tool import FunctionTool, tool
-from tests.executor.in_process import SEEN, Rig, leave_a_mark, opened, until
+from tests.executor.in_process import SEEN, Rig, leave_a_mark, opened
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 

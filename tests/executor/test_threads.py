@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from app.executor.threads import CALLED_OFF_MAX, Job, ThreadPool
-from tests.executor.in_process import SOON_S, until
+from tests.waiting import SOON_S, until
 
 pytestmark = pytest.mark.anyio
 

@@ -15,6 +15,7 @@ from app.limits.memory_store import MemoryStore
 from app.limits.redis_store import RedisStore
 from app.limits.store import Ask, LimitStore, StoreAway, Verdict
 from tests.servers import RedisAt
+from tests.waiting import SOON_S
 
 SECOND_US = 1_000_000
 MINUTE_US = 60 * SECOND_US
@@ -23,9 +24,6 @@ DAY_US = 24 * HOUR_US
 
 PATIENT_S = 10.0
 """A budget for tests that are not about it."""
-
-SOON_S = 60.0
-"""Not a claim about speed: past it a test fails instead of hanging."""
 
 PASSED, REFUSED, WOULD_BE_REFUSED = 0, 1, 2
 

@@ -20,9 +20,10 @@ from app.limits.limit import KEY_PREFIX
 from app.limits.redis_link import RedisLink
 from app.limits.redis_store import RedisStore
 from app.limits.store import Ask, StoreAway
-from tests.limits.stores import SOON_S, answer, daily, rate, running, until_answered, until_away, until_up
+from tests.limits.stores import answer, daily, rate, running, until_answered, until_away, until_up
 from tests.proxy import FaultProxy
 from tests.servers import HOST, RedisServer, free_port
+from tests.waiting import SOON_S, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quiet")]
 
@@ -262,12 +263,6 @@ async def test_a_store_that_is_closed_while_it_connects_leaves_nothing_behind(si
     await until(lambda: not links())
     site.proxy.heal()
     await until(lambda: not site.proxy.connections)
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SOON_S):
-        while not holds():
-            await asyncio.sleep(0.001)
 
 
 def links() -> int:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -16,18 +16,10 @@ from app.clients import redis_locator
 from app.limits.redis_store import BATCH_ASKS_MAX, BATCH_COUNTERS_MAX, PENDING_MAX
 from app.limits.store import Ask, StoreAway, Verdict
 from tests.certificates import make_certificate
-from tests.limits.stores import (
-    SOON_S,
-    answer,
-    commands_used,
-    daily,
-    monthly,
-    rate,
-    running,
-    script_calls,
-)
+from tests.limits.stores import answer, commands_used, daily, monthly, rate, running, script_calls
 from tests.proxy import FaultProxy
 from tests.servers import HOST, RedisServer
+from tests.waiting import SOON_S, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quiet")]
 
@@ -302,12 +294,6 @@ async def test_so_is_one_that_answers_and_cannot_count(own_redis: RedisServer) -
         await until(lambda: not store.up)
         own_redis.cli("CONFIG", "SET", "maxmemory", "0")
         await until(lambda: store.up)
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SOON_S):
-        while not holds():
-            await asyncio.sleep(0.001)
 
 
 # The connection

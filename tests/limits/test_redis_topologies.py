@@ -9,9 +9,10 @@ from redis import RedisError
 
 from app.limits.limit import KEY_PREFIX
 from app.limits.store import Ask
-from tests.limits.stores import SOON_S, answer, daily, rate, running, until_answered, until_away
+from tests.limits.stores import answer, daily, rate, running, until_answered, until_away
 from tests.redis_groups import Cluster, start_cluster, start_sentinel_group
 from tests.servers import RedisServer
+from tests.waiting import SOON_S
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quiet")]
 

@@ -18,8 +18,8 @@ import pytest
 import redis
 
 from tests.conftest import Running, end, start_service
-from tests.limits.stores import SOON_S
 from tests.servers import RedisServer
+from tests.waiting import SOON_S
 
 pytestmark = pytest.mark.anyio
 

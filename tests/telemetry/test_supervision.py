@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from app.telemetry.supervision import BLOCKED_AFTER_S, LAG_SAMPLE_S, LoopWatch, Supervisor, ignore_result
-from tests.executor.in_process import SOON_S, until
+from tests.waiting import SOON_S, until
 
 pytestmark = pytest.mark.anyio
 

@@ -11,7 +11,7 @@ import pytest
 
 from app.calls import LOCAL_CALLER
 from app.transport.jsonrpc import BATCH_AT_ONCE, Dispatcher, Ended, Method, RequestContext
-from tests.executor.in_process import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 

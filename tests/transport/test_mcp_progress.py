@@ -17,7 +17,6 @@ import pytest
 
 from app.transport.mcp_stream import HangUp, ProgressStream
 from tests.conftest import START_S_MAX, Running
-from tests.executor.in_process import until as soon
 from tests.transport.mcp_wire import (
     Answer,
     call,
@@ -28,6 +27,7 @@ from tests.transport.mcp_wire import (
     routing,
     send,
 )
+from tests.waiting import until as soon
 
 EVENTS = ("Accept", "application/json, text/event-stream")
 

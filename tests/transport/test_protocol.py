@@ -34,6 +34,7 @@ from tests.transport.raw_http import (
     SHORT_S,
     WAIT_S,
     Echo,
+    Peer,
     Served,
     assert_refused,
     eventually,
