@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from app.settings import read_settings
 from app.transport.app import create_app
 from app.transport.server import Server
 from tests.conftest import places_in
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -160,11 +161,6 @@ async def test_an_agent_has_its_own_place_however_its_name_came(tmp_path: Path) 
             service.executor.calls.cancel(LOCAL_CALLER, None, call_id)
         assert {(await each)["result"]["status"] for each in running} == {"cancelled"}
         assert (await asked)["result"]["status"] == "success"
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    while not holds():
-        await asyncio.sleep(0)
 
 
 @pytest.fixture(params=["true", "false"], ids=["lane", "asgi"])
