@@ -8,7 +8,6 @@ import contextlib
 import errno
 import io
 import os
-import signal
 import sys
 import threading
 import time
@@ -61,15 +60,11 @@ FLUSH_S = 1.0
 
 ENDED_BY_INTERRUPT = 130
 ENDED_BY_PIPE = 141
-ENDED_BY_TERM = 143
-"""What a shell shows for a program that SIGINT, SIGPIPE or SIGTERM ended."""
+"""What a shell shows for a program that SIGINT or SIGPIPE ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `agentcore-tools`."""
-    # Process 1 of a container is not ended by a signal that it does not handle: before `serve` can drain, and in every
-    # other command, SIGTERM would be lost and the engine would wait for its grace.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(ENDED_BY_TERM))
+    """Parse, run, end the process."""
     _open_standard_files()
     options = _parser().parse_args(arguments)
     try:

@@ -188,6 +188,30 @@ def test_an_interrupt_ends_a_call_of_a_tool_that_swallows_its_cancellation() -> 
         process.communicate()
 
 
+IMPORTING = "import sys; print('importing', flush=True); sys.stdin.read()"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_it_imports_ends_it_in_silence(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    (tmp_path / "uvloop.py").write_text(IMPORTING)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app", "tools", "list"],
+        cwd=ROOT,
+        env={**service_environ(), "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"importing\n"
+        process.send_signal(number)
+        assert process.wait(timeout=60) == code
+        assert process.stderr is not None and process.stderr.read() == b""
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize("command", [["tools", "list"], ["tools", "list", "--json"], ["tools", "call", "echo"]])
 def test_a_reader_that_has_seen_enough_is_no_error(command: list[str]) -> None:
     process = subprocess.Popen(
