@@ -360,7 +360,8 @@ def _written(ask: Ask) -> Sent:
             token = ask.spent.now_us if limit.kind == RATE else period
         keys.append(limit.key)
         one += (0, *limit.counter, *limit.spending(ask.cost), token, limit.shadow)
-    ask.sent = tuple(keys), orjson.dumps(one)
+    # Copied: what orjson returns holds up to 8 KB for as long as it lives, and tens of thousands of asks are kept.
+    ask.sent = tuple(keys), bytes(memoryview(orjson.dumps(one)))
     return ask.sent
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import ssl
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -38,6 +39,23 @@ def used(verdict: Verdict) -> int:
 
 
 # Batches
+
+
+async def test_what_was_sent_of_an_ask_takes_little_more_memory_than_its_bytes(one_redis: RedisServer) -> None:
+    """An ask is kept for each caller and tool: tens of thousands."""
+    limits = (rate(1_000), daily(10_000))
+    asks = [Ask(limits, 1) for _ in range(500)]
+    async with running(one_redis.url) as store:
+        await answer(store, asks.pop())
+        tracemalloc.start()
+        try:
+            for ask in asks:
+                await answer(store, ask)
+            kept_bytes, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert all(ask.sent is not None for ask in asks)
+    assert kept_bytes < 1_000 * len(asks)
 
 
 async def test_all_that_is_asked_in_one_turn_of_the_loop_is_one_command(each_redis: RedisServer) -> None:
