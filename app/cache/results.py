@@ -39,6 +39,9 @@ ENTRIES_MAX = 10_000
 ENTRY_OVERHEAD_BYTES = 400
 """What an entry takes beside its result."""
 
+COPIED_BYTES_MAX = 65_536
+"""What orjson returns holds up to 8 KB more than its bytes for as long as it lives: to larger ones that adds little."""
+
 WRITES_WAITING_MAX = 1_000
 WRITES_BYTES_MAX = 33_554_432
 """Results on their way to Redis; past either they are kept in this process alone."""
@@ -182,6 +185,8 @@ class ResultCache:
 
     def keep(self, key: str, tool: CachedTool, result: bytes) -> None:
         """A result that was made just now."""
+        if len(result) < COPIED_BYTES_MAX:
+            result = bytes(memoryview(result))
         life_s = tool.ttl_s * (1 + self._jitter(-JITTER, JITTER))
         self._keep(key, tool.tool_id, result, life_s, _stale_s(life_s))
         if self._store is not None and self._writes_bytes + len(result) <= WRITES_BYTES_MAX:

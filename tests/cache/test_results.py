@@ -8,10 +8,12 @@ import json
 import pickle
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,6 +106,19 @@ def test_a_short_life_is_stale_for_as_long_again() -> None:
         seen.append(None if found is None else found.stale)
     assert seen == [False, True, True, None]
     assert STALE_S_MAX < 100
+
+
+def test_what_is_kept_takes_little_more_memory_than_is_counted() -> None:
+    cache, keys = alone(), [f"key {number}" for number in range(1_000)]
+    tracemalloc.start()
+    try:
+        for key in keys:
+            cache.keep(key, TOOL, orjson.dumps({"text": key}))
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(cache) == 1_000
+    assert kept_bytes < 2 * cache.bytes
 
 
 def test_lives_are_drawn_a_tenth_more_or_less() -> None:
