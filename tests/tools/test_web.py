@@ -246,7 +246,7 @@ async def test_links_come_only_when_asked_for() -> None:
 
 
 async def test_links_follow_the_base_of_the_page_and_its_last_url() -> None:
-    based = html('<base href="/docs/"><base href="/no/"><a href="x">x</a>')
+    based = html('<base target=_blank><base href="/docs/"><base href="/no/"><a href="x">x</a>')
     pages = {"/": redirect("/a/b"), "/a/b": html('<a href="x">x</a>'), "/c": based}
     async with origin({**pages}) as server, tool_context() as context:
         moved = await run(web_scrape, context, url=server.url(), include_links=True)
@@ -288,6 +288,28 @@ def test_a_declaration_that_is_all_blanks_is_read_once() -> None:
 async def test_charset_is_found_where_the_page_declares_it(content_type: str, markup: str, charset: str) -> None:
     async with origin({"/": html(markup, content_type, charset)}) as server, tool_context() as context:
         assert (await run(web_scrape, context, url=server.url()))["text"] in ("Привет", "h\xe9llo")
+
+
+@pytest.mark.parametrize(
+    ("declared", "text", "charset"),
+    [
+        ("iso-8859-1", "\u201cquoted\u201d \u2013 5 \u20ac", "cp1252"),
+        ("us-ascii", "caf\xe9 \u2019", "cp1252"),
+        ("iso-8859-9", "\u0130stanbul \u2026", "cp1254"),
+        ("gb2312", "\u9555 and \u20ac", "gb18030"),
+        ("shift_jis", "\u2460 \u2116", "cp932"),
+        ("x-sjis", "\u9ad9", "cp932"),
+        ("euc-kr", "\ub620\ubc29\uac01\ud558", "cp949"),
+        ("ks_c_5601-1987", "\ud55c\uae00", "cp949"),
+        ("big5", "\u9999\u6e2f\u5605", "big5hkscs"),
+        ("tis-620", "\u0e44\u0e17\u0e22 \u201cx\u201d", "cp874"),
+        ("windows-874", "\u0e44\u0e17\u0e22", "cp874"),
+    ],
+)
+async def test_a_page_is_read_as_browsers_read_its_charset(declared: str, text: str, charset: str) -> None:
+    page = html(f"<meta charset={declared}><p>{text}", "text/html", charset)
+    async with origin({"/": page}) as server, tool_context() as context:
+        assert (await run(web_scrape, context, url=server.url()))["text"] == text
 
 
 @pytest.mark.parametrize(("status", "retryable"), [("404 Not Found", False), ("429 Slow", True), ("503 Busy", True)])

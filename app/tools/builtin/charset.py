@@ -13,8 +13,26 @@ _CHARSET = re.compile(r"charset\s*+=\s*+[\"']?+\s*+([A-Za-z0-9_:.-]{2,40})", re.
 _PROLOG = re.compile(r"<\?xml\s[^>]*?\bencoding\s*+=\s*+[\"']\s*+([A-Za-z0-9_:.-]{2,40})")
 _KNOWN = re.compile(
     r"utf-?8|utf-16(le|be)?|us-ascii|ascii|latin-?1|iso-?8859-?(1[0-6]?|[2-9])|(windows-|cp)125[0-8]|koi8-[ru]"
-    r"|gb2312|gbk|gb18030|big5|euc-jp|euc-kr|shift[_-]jis|sjis|iso-2022-jp|macintosh|tis-620"
+    r"|gb2312|gbk|gb18030|big5(-hkscs)?|euc-jp|euc-kr|ks_c_5601-1987|shift[_-]jis|sjis|windows-31j|iso-2022-jp"
+    r"|macintosh|tis-620|(ibm|cp)866"
 )
+_ALSO = {"x-sjis": "cp932", "x-gbk": "gbk", "windows-874": "cp874", "windows-949": "cp949", "iso-8859-8-i": "iso8859-8"}
+"""Labels of the web that Python does not know."""
+
+_AS_BROWSERS = {
+    "ascii": "cp1252",
+    "iso8859-1": "cp1252",
+    "iso8859-9": "cp1254",
+    "iso8859-11": "cp874",
+    "tis-620": "cp874",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "big5": "big5hkscs",
+    "euc_kr": "cp949",
+    "shift_jis": "cp932",
+}
+"""What a page is written in that declares the first of two: the larger one (Encoding Standard, section 4.2). Else curly
+quotes of every other page in "iso-8859-1" are control characters, and rarer characters of Asian ones are lost."""
 
 META_BYTES_MAX = 1024
 """Where the HTML Standard stops looking for a declaration (section 13.2.3.2)."""
@@ -27,6 +45,8 @@ def declared_codec(text: str) -> str | None:
 
 def _codec(match: re.Match[str] | None) -> str | None:
     label = match[1].lower() if match else ""
+    if label in _ALSO:
+        return _ALSO[label]
     if not _KNOWN.fullmatch(label):
         return None
     try:
@@ -48,7 +68,7 @@ def decoded_page(body: bytes, content_type: str) -> str:
         if codec is not None and codec.startswith("utf-16"):
             codec = "utf-8"  # what could be read byte by byte is not UTF-16; the HTML Standard says the same
     if codec is not None:
-        return body.decode(codec, errors="replace")
+        return body.decode(_AS_BROWSERS.get(codec, codec), errors="replace")
     try:
         return body.decode()
     except UnicodeDecodeError:

@@ -122,9 +122,9 @@ class _Reader:
         match name:
             case "a":
                 self._add_link(attributes.get("href", ""))
-            case "base" if not self._base_given:  # the first one counts
+            case "base" if not self._base_given and "href" in attributes:  # the first one counts
                 self._base_given = True
-                self.base_url = _joined(self.base_url, attributes.get("href", "")) or self.base_url
+                self.base_url = _joined(self.base_url, attributes["href"]) or self.base_url
             case "html":
                 self._add_metadata("language", attributes.get("lang") or attributes.get("xml:lang", ""))
             case "link" if "canonical" in attributes.get("rel", "").lower().split():
