@@ -7,8 +7,6 @@ HTTP or of the run. What is accepted as parameters is `schema.py`'s.
 from __future__ import annotations
 
 import dataclasses
-import enum
-import math
 import typing
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sized
@@ -25,6 +23,7 @@ from pydantic_core.core_schema import CoreSchema, chain_schema, is_instance_sche
 
 from app.errors import RESULT_INVALID, RunFailed, failure
 from app.tools.content import are_contents
+from app.tools.non_finite import ARRAYS, attributes, hides_non_finite
 from app.tools.schema import PlainJsonSchema
 
 
@@ -85,7 +84,7 @@ class ResultSchema:
             # Both libraries write NaN and infinities as null, so only a null can hide one.
             if self._may_hold_floats and encoded.find(b"null") >= 0:
                 given = valid if self._native else self._dumped(valid, "python")
-                if _hides_non_finite(given, form):
+                if hides_non_finite(given, form):
                     raise ValueError("NaN or infinity")
         except Exception as error:  # serialisers and validators of the tool's own types run here
             raise RunFailed(failure(RESULT_INVALID, "The tool returned an invalid result")) from error
@@ -229,7 +228,7 @@ def _json_form(value: Any) -> Any:
     if isinstance(value, BaseModel):
         _refuse_unwritable(value)
         form: Any = value.model_dump(mode="json", by_alias=True)
-        if _hides_non_finite(value.model_dump(by_alias=True), form):
+        if hides_non_finite(value.model_dump(by_alias=True), form):
             raise ValueError("NaN or infinity")
         return form
     if isinstance(value, set | frozenset):
@@ -268,8 +267,8 @@ def _parts_of(kind: type) -> Callable[[Any], Iterable[Any]] | None:
     if issubclass(kind, BaseModel):
         return _model_parts
     if dataclasses.is_dataclass(kind):
-        return lambda value: _attributes(value).values()
-    return iter if issubclass(kind, _ARRAYS) else None
+        return lambda value: attributes(value).values()
+    return iter if issubclass(kind, ARRAYS) else None
 
 
 def _refuse(value: Any) -> Never:
@@ -279,30 +278,3 @@ def _refuse(value: Any) -> Never:
 def _model_parts(value: BaseModel) -> Iterable[Any]:
     own, extra = vars(value).values(), value.__pydantic_extra__
     return (*own, *extra.values()) if extra else own
-
-
-def _hides_non_finite(value: Any, form: Any) -> bool:
-    """Whether a NaN or an infinity in the value is null in its JSON form, and no text that the author chose.
-
-    Only called on what was written already, so it ends.
-    """
-    if isinstance(value, float):
-        return not (math.isfinite(value) or isinstance(form, str))
-    if isinstance(value, dict) and isinstance(form, dict):
-        return any(map(_hides_non_finite, value.values(), form.values()))
-    if isinstance(value, _ARRAYS) and isinstance(form, _ARRAYS):
-        return any(map(_hides_non_finite, value, form))
-    if isinstance(value, enum.Enum):
-        return _hides_non_finite(value.value, form.value if isinstance(form, enum.Enum) else form)
-    if dataclasses.is_dataclass(value):  # only orjson takes one as it is, so what it holds is its own form
-        return any(_hides_non_finite(held, held) for name, held in _attributes(value).items() if name[0] != "_")
-    return False
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    """All that a dataclass has, though it be no field. orjson writes what is not private, pydantic the fields."""
-    fields = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-    return fields | getattr(value, "__dict__", {})
-
-
-_ARRAYS = (list, tuple, set, frozenset, deque)

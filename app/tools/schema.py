@@ -14,11 +14,12 @@ import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import ErrorDetails, PydanticKnownError, SchemaValidator
+from pydantic_core import ErrorDetails, PydanticKnownError, PydanticSerializationError, SchemaValidator
 from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
 
 from app.errors import InvalidParams, clean_text
 from app.tools.mirrored import mirrored
+from app.tools.non_finite import hides_non_finite
 
 ERRORS_REPORTED_MAX = 20
 """An agent mends a call from the first few; a list of 100,000 wrong items must not cost a megabyte of answer."""
@@ -49,6 +50,20 @@ class PlainJsonSchema(GenerateJsonSchema):
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
+
+    def ser_schema(self, schema: Any) -> dict[str, Any] | None:
+        """What a serializer of the author's makes, which without a return type can be anything."""
+        if schema["type"] == "function-plain" and schema.get("return_schema") is None:
+            theirs = str(getattr(schema["function"], "__module__", "")).startswith("pydantic.")
+            return super().ser_schema(schema) if theirs else {}
+        return super().ser_schema(schema)
+
+    def encode_default(self, dft: Any) -> Any:
+        """Left out where it is NaN or infinite, which JSON would show as null."""
+        encoded = super().encode_default(dft)
+        if hides_non_finite(dft, encoded):
+            raise PydanticSerializationError("not JSON")
+        return encoded
 
 
 class ParameterSchema:

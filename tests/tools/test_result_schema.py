@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -17,7 +18,8 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field, computed_field, field_serializer
+from jsonschema import Draft202012Validator
+from pydantic import BaseModel, Field, computed_field, field_serializer, model_serializer
 from typing_extensions import TypedDict
 
 from app.errors import RESULT_INVALID, RunFailed
@@ -374,3 +376,30 @@ class Counted:
 
 def test_a_dataclass_that_cannot_be_made_again_from_its_fields_is_taken_as_it_is() -> None:
     assert encoded(Counted, Counted(2, 3)) == {"value": 2, "more": 5}
+
+
+class Untold(BaseModel):
+    at: int
+    where: Path = Path("/")
+
+    @field_serializer("at")
+    def shown(self, at):  # type: ignore[no-untyped-def]
+        return f"at {at}"
+
+
+class Sentence(BaseModel):
+    word: str
+
+    @model_serializer
+    def whole(self):  # type: ignore[no-untyped-def]
+        return self.word
+
+
+@pytest.mark.parametrize("result", [Untold(at=1), Sentence(word="a")])
+def test_a_serializer_that_does_not_say_what_it_makes_is_not_published_as_the_field_is(result: BaseModel) -> None:
+    schema = ResultSchema(type(result))
+    written = orjson.loads(schema.encode(result))
+    assert schema.json_schema is not None
+    assert Draft202012Validator(schema.json_schema).is_valid(written)
+    assert schema.is_object == isinstance(written, dict)
+    assert not schema.is_object or schema.json_schema["properties"]["where"]["type"] == "string"

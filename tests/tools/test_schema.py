@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -398,3 +399,10 @@ def test_the_published_schema_is_small_and_closed() -> None:
         "additionalProperties": False,
     }
     assert schema().json_schema["properties"] == {}
+
+
+def test_a_default_that_json_cannot_hold_is_not_published() -> None:
+    parameters = schema(most=(float, math.inf), steps=(list[float], [1.0, math.nan]), least=(float, 0.5))
+    assert parameters.validate({})["most"] == math.inf
+    assert [one.get("default") for one in parameters.json_schema["properties"].values()] == [None, None, 0.5]
+    assert "default" not in parameters.json_schema["properties"]["most"]
