@@ -222,7 +222,7 @@ class LogWriter:
 
     def _note_away(self, error: StoreAway) -> None:
         if self._away is None:
-            self._away_since = self._now()
+            self._away_since = time.monotonic()
         if self._due("away"):
             logger.warning(
                 "log database away, rows wait",
@@ -234,7 +234,7 @@ class LogWriter:
         if self._away is not None:
             self._away = None
             del self._said_at["away"]  # the next time is news again
-            logger.info("log database back", extra={"away_s": round(self._now() - self._away_since, 1)})
+            logger.info("log database back", extra={"away_s": round(time.monotonic() - self._away_since, 1)})
 
     def _made_at(self, record: bytes) -> float:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -177,6 +178,21 @@ async def test_a_database_that_is_away_keeps_one_batch_waiting_and_says_so_once_
         assert not writer.away and writer.reason == "" and writer.lag_s() == 0
     assert caplog.records[-1].message == "log database back"
     assert len(caplog.records) == 3
+
+
+async def test_a_clock_that_is_set_back_does_not_make_the_database_away_for_less_than_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    now, store = [1_800_000_000.0], Scripted(away=math.inf)
+    source = Memory(record(at=now[0]))
+    async with running(impatient(source, store, lambda: now[0])):
+        await until(lambda: store.tries > 1)
+        now[0] -= 3_600
+        store.away = 0
+        await until(lambda: len(source.released) == 1)
+    assert caplog.records[-1].message == "log database back"
+    assert vars(caplog.records[-1])["away_s"] >= 0
 
 
 async def test_rows_that_are_refused_by_the_thousand_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
