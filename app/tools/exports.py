@@ -31,6 +31,10 @@ STRICT_KEYWORDS = frozenset(
 (openai-node pull request 1988, 2026-07)."""
 
 
+STRICT_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"})
+"""Another one and the whole request is refused (OpenAI's guide to structured outputs, "Supported schemas")."""
+
+
 class Report(NamedTuple):
     """What an exporter has to say of one tool. `left_out`: it is not among the tools."""
 
@@ -99,7 +103,9 @@ def inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
             return value
         reference = value.get("$ref")
         if reference is None:
-            return {name: put_in(item, inside) for name, item in value.items() if name != "$defs"}
+            return {
+                name: put_in(item, inside) for name, item in value.items() if not _only_with_references(name, value)
+            }
         name = str(reference).removeprefix("#/$defs/")
         if name not in definitions:
             raise Inexpressible(f"it refers to {reference}")
@@ -112,9 +118,19 @@ def inlined(schema: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def _only_with_references(name: str, schema: Mapping[str, Any]) -> bool:
+    """The definitions, and the hint of OpenAPI which of them a value is: the choices themselves say it too."""
+    told = schema[name]
+    return name == "$defs" or (
+        name == "discriminator" and "oneOf" in schema and isinstance(told, dict) and "mapping" in told
+    )
+
+
 def is_strict(schema: Any) -> bool:
     """Whether OpenAI's strict mode takes it as it is: closed objects, everything required, known keywords alone."""
     if not isinstance(schema, dict) or not schema.keys() <= STRICT_KEYWORDS:
+        return False
+    if schema.get("format", "uuid") not in STRICT_FORMATS or (schema.get("type") == "array" and "items" not in schema):
         return False
     if schema.get("type") == "object":
         properties = schema.get("properties", {})

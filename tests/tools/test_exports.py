@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Annotated, Any, Literal
 
+import orjson
 import pytest
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, Field
@@ -47,6 +48,21 @@ async def pick(
     count: Annotated[int, Field(ge=1, description="How many")],
 ) -> str:
     """Pick some."""
+    return ""
+
+
+class Dot(BaseModel):
+    kind: Literal["dot"]
+
+
+class Line(BaseModel):
+    kind: Literal["line"]
+    length: int
+
+
+@tool
+async def draw(shape: Annotated[Dot | Line, Field(discriminator="kind", description="What")]) -> str:
+    """Draw it."""
     return ""
 
 
@@ -109,6 +125,14 @@ def test_a_schema_that_contains_itself_is_left_out_and_named(target: Format) -> 
     assert [definition.get("name", "") for definition in definitions([grow, place], target)] in (["place"], [""])
 
 
+@pytest.mark.parametrize("target", FORMATS)
+def test_a_union_told_apart_by_a_field_refers_to_nothing_that_is_not_there(target: Format) -> None:
+    (definition,) = definitions([draw], target)
+    parameters = parameters_of(definition, target)
+    assert "#/$defs" not in orjson.dumps(parameters).decode()
+    assert [one["properties"]["kind"]["const"] for one in parameters["properties"]["shape"]["oneOf"]] == ["dot", "line"]
+
+
 def test_strict_is_said_only_where_every_rule_of_it_holds() -> None:
     (picked,) = definitions([pick], "openai")
     assert picked["strict"] is True
@@ -126,6 +150,9 @@ def test_strict_is_said_only_where_every_rule_of_it_holds() -> None:
         {"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": False},
         {"type": "object", "properties": {}, "required": []},
         {"type": "string", "maxLength": 5},
+        {"type": "string", "format": "binary"},
+        {"type": "string", "format": "uri"},
+        {"type": "array"},
         {"type": "array", "items": {"type": "object"}},
         {"anyOf": [{"type": "string"}, {}]},
         {},
