@@ -85,6 +85,17 @@ def square_root(value: Number) -> float:
     return math.sqrt(value)
 
 
+def logarithm(value: Number, base: Number = math.e) -> float:
+    """Exact for whole powers of whole bases: as a quotient of two logarithms, log(1000, 10) is 2.9999999999999996."""
+    if base in (2, 10):
+        return math.log2(value) if base == 2 else math.log10(value)
+    quotient = math.log(value) if base == math.e else math.log(value, base)
+    exponent = round(abs(quotient))
+    if isinstance(value, int) and isinstance(base, int) and base > 1 and base**exponent == value:
+        return float(exponent)
+    return quotient
+
+
 def factorial(value: Number) -> int:
     if value > FACTORIAL_MAX:
         _too_large()
@@ -141,7 +152,7 @@ FUNCTIONS = {
     "sinh": Function(math.sinh),
     "cosh": Function(math.cosh),
     "tanh": Function(math.tanh),
-    "log": Function(math.log, 1, 2),
+    "log": Function(logarithm, 1, 2),
     "ln": Function(math.log),
     "log2": Function(math.log2),
     "log10": Function(math.log10),
