@@ -49,7 +49,8 @@ def test_a_short_run_fills_every_table_beside_the_origins_figures(tmp_path: Path
     for row in [*latency[1:], *stages[1:], *registry[1:]]:
         assert all(re.fullmatch(r"[\d.,e-]+ ms", cell) for cell in row[1:]), row
     capacity = {row[0]: row[1:] for row in rows_of(text, "Capacity")[1:]}
-    assert capacity["calls under way at once, at most"] == ["1,500+", "8"]
+    origin, most = capacity["calls under way at once, at most"]
+    assert origin == "1,500+" and int(most) >= 8  # of the level; the mix of 20 users may have more where they are slow
     assert capacity["success"] == ["98.7 %", "100.00%"], text
     database = {row[0]: row[1:] for row in rows_of(text, "Database")[1:]}
     assert [origin for origin, _ in database.values()] == ["8.5 ms", "12.3 ms", "65 %", "98.5 %"]
