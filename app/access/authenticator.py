@@ -1,8 +1,8 @@
 """From a credential to its Caller: known ones at once, new ones by one look-up however many wait for it.
 
 Known keys are confirmed in the database every 2 s, so that a revocation takes effect everywhere within 5 s without any
-message between replicas. While the database is away they stay good for KEYS_STALE_S. Knows no HTTP but the headers;
-the doors ask it.
+message between replicas; one that was not, since the process stood still, is looked up. While the database is away they
+stay good for KEYS_STALE_S. Knows no HTTP but the headers; the doors ask it.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class Authenticator:
             self._refuse_for_a_while(digest)
             return CredentialRefused
         except DependencyUnavailable:
-            return _away
+            return self._keys.believed(digest) or _away
 
     async def _by_key(self, credential: bytes, digest: bytes) -> Caller:
         parts = split(credential)
@@ -226,8 +226,8 @@ class Authenticator:
             self._found_keys()
         if key is None or not key.is_good(self._wall()):
             raise CredentialRefused
-        stale_at = asked_at + self._good_for_s
-        self._keys.keep(key_id, digest, Known(key.caller, key.good_until, stale_at, row))
+        known = Known(key.caller, key.good_until, asked_at + EFFECTIVE_WITHIN_S, asked_at + self._good_for_s, row)
+        self._keys.keep(key_id, digest, known)
         return key.caller
 
     async def _row_in_turn(self, key_id: str) -> tuple[Row | None, float]:
@@ -251,7 +251,7 @@ class Authenticator:
         generation = self._verifier.generation
         caller, expires_at = await self._verifier.verify(credential.decode("ascii"))
         if generation == self._verifier.generation:
-            self._fresh_tokens().keep(digest.hex(), digest, Known(caller, expires_at, math.inf))
+            self._fresh_tokens().keep(digest.hex(), digest, Known(caller, expires_at, math.inf, math.inf))
         return caller
 
     def _refuse_for_a_while(self, digest: bytes) -> None:
@@ -290,7 +290,8 @@ class Authenticator:
                 continue
             row = rows.get(key_id)
             if row == known.row or self._take_over(known, row):
-                known.stale_at = asked_at + self._good_for_s
+                known.stale_at = asked_at + EFFECTIVE_WITHIN_S
+                known.believed_until = asked_at + self._good_for_s
             else:
                 self._keys.forget(key_id)
 
@@ -332,6 +333,7 @@ class Authenticator:
             why = reason(cause) if isinstance(cause, Exception) else "no answer in time"
             logger.error("keys cannot be read; known ones stay good for a while", extra={"reason": why})
         self.lacks_tables = lacks
+        self._keys.believe()
         if self._away_since is None:
             self._away_since = self._clock()
 

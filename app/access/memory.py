@@ -15,17 +15,21 @@ KNOWN_MAX = 10_000
 
 
 class Known:
-    """Whose credential, until when it is good (Unix), and until when that need not be confirmed (clock).
+    """Whose credential, until when it is good (Unix), and until when that need not be confirmed (clock); where nobody
+    can say, until `believed_until`.
 
     `row` is what the database said, to be compared with what it says next.
     """
 
-    __slots__ = ("caller", "expires_at", "row", "stale_at")
+    __slots__ = ("believed_until", "caller", "expires_at", "row", "stale_at")
 
-    def __init__(self, caller: Caller, expires_at: float, stale_at: float, row: Any = None) -> None:
+    def __init__(
+        self, caller: Caller, expires_at: float, stale_at: float, believed_until: float, row: Any = None
+    ) -> None:
         self.caller = caller
         self.expires_at = expires_at
         self.stale_at = stale_at
+        self.believed_until = believed_until
         self.row = row
 
 
@@ -44,6 +48,18 @@ class Memory:
         if known is None or self._wall() >= known.expires_at or self._clock() >= known.stale_at:
             return None
         return known.caller
+
+    def believed(self, digest: bytes) -> Caller | None:
+        """The caller of a credential that nobody can confirm now."""
+        known = self._by_digest.get(digest)
+        if known is None or self._wall() >= known.expires_at or self._clock() >= known.believed_until:
+            return None
+        return known.caller
+
+    def believe(self) -> None:
+        """Nobody can confirm any of them for now."""
+        for known in self._by_digest.values():
+            known.stale_at = known.believed_until
 
     def keep(self, name: str, digest: bytes, known: Known) -> None:
         self.forget(name)

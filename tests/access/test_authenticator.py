@@ -148,7 +148,7 @@ async def test_known_credentials_are_kept_within_a_bound_by_their_whole_digest()
     caller = Caller("acme", "planner")
     for number in range(KNOWN_MAX + 1):
         name = str(number)
-        memory.keep(name, hashlib.sha256(name.encode()).digest(), Known(caller, clock() + 1, clock() + 1))
+        memory.keep(name, hashlib.sha256(name.encode()).digest(), Known(caller, clock() + 1, clock() + 1, clock() + 1))
     assert len(memory) == KNOWN_MAX
     assert memory.caller(hashlib.sha256(b"0").digest()) is None, "the one kept longest went"
     digest = hashlib.sha256(b"1").digest()
@@ -290,6 +290,33 @@ async def test_a_failed_look_up_is_not_remembered_as_a_refusal(database_url: str
         await away(ring, credential)
         await ring.run_sql("ALTER TABLE elsewhere RENAME TO api_keys")
         assert await ring.identify(credential) == key.caller
+
+
+async def test_a_key_that_was_not_confirmed_in_time_is_looked_up(database_url: str) -> None:
+    """As after a process stood still: its requests come before its next round of questions."""
+    async with opened_keyring(database_url) as ring:
+        (key, good), (other, revoked) = await ring.make(), await ring.make()
+        await ring.identify(good)
+        await ring.identify(revoked)
+        await ring.run_sql("UPDATE api_keys SET revoked_at = created_at WHERE id = :id", id=other.id)
+        ring.clock.now_s += EFFECTIVE_WITHIN_S - 0.001
+        assert ring.access.known(good) == key.caller
+        ring.clock.now_s += 0.001
+        assert ring.access.known(good) is ring.access.known(revoked) is None
+        assert await ring.identify(good) == key.caller
+        await refused(ring, revoked)
+
+
+async def test_a_key_that_was_not_confirmed_in_time_is_good_where_nobody_can_look_it_up(database_url: str) -> None:
+    async with opened_keyring(database_url, stale_s=60) as ring:
+        key, credential = await ring.make()
+        await ring.identify(credential)
+        await ring.run_sql("ALTER TABLE api_keys RENAME TO elsewhere")
+        ring.clock.now_s += 59.9
+        assert ring.access.known(credential) is None
+        assert await ring.identify(credential) == key.caller
+        ring.clock.now_s += 0.1
+        await away(ring, credential)
 
 
 async def test_the_time_of_day_may_jump_an_hour_and_known_keys_stay_known(database_url: str) -> None:
