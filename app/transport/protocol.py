@@ -339,7 +339,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _begin_large_body(self) -> None:
         if not self.wire.room.fits(max(0, self._declared_bytes)):
             self._reject(BODIES_FULL)
-        if self._share is None:
+        if self._share is None or not self._share.bytes:  # anew: behind a proxy the next body is another tenant's
             self._share = Share(self.wire.room)
         self._share.declared_bytes = self._declared_bytes
         self.scope[SHARE] = self._share  # type: ignore[literal-required]  # of our own

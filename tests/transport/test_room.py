@@ -113,15 +113,19 @@ def test_large_requests_of_one_tenant_leave_room_for_anothers(serve: Serve, fram
     }
     running.http.headers["authorization"] = bearer["other"]
 
-    def large(tenant: str) -> bytes:
-        return framed(execute("held", gate="here").ljust(100_000), b"Authorization: " + bearer[tenant].encode())
+    def large(tenant: str, gate: str = "here") -> bytes:
+        return framed(execute("held", gate=gate).ljust(100_000), b"Authorization: " + bearer[tenant].encode())
 
+    proxy = door.connect().send(large("many", "before"))  # its connections are everybody's
+    door.come("before", 1)
+    door.open("before")
+    assert proxy.response().status == 200
     held = [door.connect().send(large("many")) for _ in range(7)]
     door.come("here", 7)
     refused: Response = door.connect().send(large("many")).response()
     assert (refused.status, refused.headers["retry-after"]) == (503, "1")
     assert refused.json["error"]["code"] == -32006 and "this tenant" in refused.json["error"]["message"]
-    held += [door.connect().send(large("other")) for _ in range(2)]
+    held += [peer.send(large("other")) for peer in (proxy, door.connect())]
     door.come("here", 9)
     door.open("here")
     assert [peer.response().json["result"]["status"] for peer in held] == ["success"] * 9
