@@ -20,7 +20,7 @@ from app.egress.body import read_body
 from app.egress.message import Message, checked_message
 from app.egress.network import ConnectionPool
 from app.egress.rules import EgressAllow, EgressRules, as_addresses, egress_refused
-from app.egress.targets import Address, QueryValue, Target, invalid_request, parse_target
+from app.egress.targets import Address, Origin, QueryValue, Target, invalid_request, parse_target
 from app.errors import Overloaded, ToolError, UpstreamFailed
 from app.names import Resolver, ThreadedResolver, nobody
 
@@ -48,7 +48,6 @@ SLOW_S = 1.0
 SAME_TIME_S = 0.02
 """A tool gives its request what is left of its own time: both end together, and either may come first."""
 
-Origin = tuple[str, str, int]
 OriginBreakers = BreakerTable[tuple[str, Origin]]
 """By tenant and origin."""
 

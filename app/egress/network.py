@@ -13,7 +13,7 @@ from typing import Any
 
 import httpcore
 
-from app.egress.targets import Address, Target
+from app.egress.targets import Address, Origin, Target
 from app.fairness import FairSemaphore
 
 CONNECT_ATTEMPTS_MAX = 4
@@ -26,6 +26,10 @@ KEEPALIVE_S = 4.0
 EXPIRED_DROPPED_MAX = 4
 """Idle connections that one request looks at, oldest first, and dead ones of its own origin that it passes over. To
 look polls the socket; a request leaves at most one idle connection behind, so they go faster than they come."""
+
+
+_Kept = tuple[str, Origin]
+"""Tenant and origin that an idle connection is for."""
 
 
 class _Stream(httpcore.AsyncNetworkStream):
@@ -91,7 +95,9 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
 
 
 class ConnectionPool:
-    """At most `size` connections, busy and idle together, kept by origin. Tenants that wait for one get it in turn.
+    """At most `size` connections, busy and idle together, kept by tenant and origin: what one tenant left unread on a
+    connection, or proved there of itself (NTLM), must not meet another's request. Tenants that wait for one get it in
+    turn.
 
     httpcore's own pool gives away a new connection before it closes an old one; a request cancelled in between
     leaves the new one in the pool, unconnected, for ever. Here nothing is handed on until it was connected.
@@ -101,7 +107,7 @@ class ConnectionPool:
         self._size = size
         self._ssl_context = ssl_context
         self._slots = FairSemaphore(size)
-        self._idle: list[tuple[tuple[str, str, int], httpcore.AsyncHTTPConnection]] = []
+        self._idle: list[tuple[_Kept, httpcore.AsyncHTTPConnection]] = []
         self.busy = 0
         self._closed = False
 
@@ -113,28 +119,29 @@ class ConnectionPool:
     async def connection(
         self, target: Target, addresses: Sequence[Address], tenant: str
     ) -> AsyncIterator[httpcore.AsyncHTTPConnection]:
-        """A connection for one exchange: an idle one of the same origin, else a new one to `addresses`."""
+        """A connection for one exchange: an idle one of the same tenant and origin, else a new one to `addresses`."""
+        kept_by = tenant, target.origin
         await self._slots.acquire(tenant)
         self.busy += 1
         connection = None
         try:
-            connection, surplus = self._take(target, addresses)
+            connection, surplus = self._take(kept_by, addresses)
             await _close_all(surplus)
             yield connection
         finally:
             self.busy -= 1
             try:
-                if connection is not None and not self._keep(target, connection):
+                if connection is not None and not self._keep(kept_by, connection):
                     await connection.aclose()
             finally:
                 self._slots.release()
 
     def _take(
-        self, target: Target, addresses: Sequence[Address]
+        self, kept_by: _Kept, addresses: Sequence[Address]
     ) -> tuple[httpcore.AsyncHTTPConnection, list[httpcore.AsyncHTTPConnection]]:
         """The connection to use and those to close: expired ones, and the oldest where there is no room."""
         surplus = self._drop_oldest_expired()
-        connection = self._take_idle(target, surplus) or self._connect_to(target, addresses)
+        connection = self._take_idle(kept_by, surplus) or self._connect_to(kept_by[1], addresses)
         while self.busy + len(self._idle) > self._size:
             surplus.append(self._idle.pop(0)[1])
         return connection, surplus
@@ -146,10 +153,10 @@ class ConnectionPool:
         return expired
 
     def _take_idle(
-        self, target: Target, surplus: list[httpcore.AsyncHTTPConnection]
+        self, kept_by: _Kept, surplus: list[httpcore.AsyncHTTPConnection]
     ) -> httpcore.AsyncHTTPConnection | None:
-        """The connection of this origin used last, unless it and those before it are dead."""
-        mine = [position for position, (origin, _) in enumerate(self._idle) if origin == target.origin]
+        """The connection of this tenant and origin used last, unless it and those before it are dead."""
+        mine = [position for position, (whose, _) in enumerate(self._idle) if whose == kept_by]
         for position in reversed(mine[-EXPIRED_DROPPED_MAX:]):
             _, connection = self._idle.pop(position)
             if not connection.has_expired():
@@ -157,14 +164,14 @@ class ConnectionPool:
             surplus.append(connection)
         return None
 
-    def _keep(self, target: Target, connection: httpcore.AsyncHTTPConnection) -> bool:
+    def _keep(self, kept_by: _Kept, connection: httpcore.AsyncHTTPConnection) -> bool:
         if self._closed or not connection.is_available() or _holds_more(connection):
             return False
-        self._idle.append((target.origin, connection))
+        self._idle.append((kept_by, connection))
         return True
 
-    def _connect_to(self, target: Target, addresses: Sequence[Address]) -> httpcore.AsyncHTTPConnection:
-        scheme, host, port = target.origin
+    def _connect_to(self, origin: Origin, addresses: Sequence[Address]) -> httpcore.AsyncHTTPConnection:
+        scheme, host, port = origin
         return httpcore.AsyncHTTPConnection(
             # the name stays: certificate and SNI are checked against it, and connections are kept apart by it
             origin=httpcore.Origin(scheme.encode(), host.encode(), port),

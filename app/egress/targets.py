@@ -16,6 +16,9 @@ from app.errors import ToolError
 Address = IPv4Address | IPv6Address
 QueryValue = str | int | float | bool
 
+Origin = tuple[str, str, int]
+"""Scheme, host and port (RFC 6454, section 4)."""
+
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 URL_CHARACTERS_MAX = 8_192
@@ -39,8 +42,7 @@ class Target:
     """Set when the host is an address; nothing is resolved then."""
 
     @property
-    def origin(self) -> tuple[str, str, int]:
-        """RFC 6454, section 4."""
+    def origin(self) -> Origin:
         return self.scheme, self.host, self.port
 
     @property

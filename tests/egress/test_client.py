@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import os
 import shutil
@@ -568,6 +569,27 @@ async def test_what_comes_after_a_response_is_no_answer_to_the_next_request(aske
         await client.request(method, server.url(path), timeout_s=WAIT_S_MAX)
         assert (await get(client, server.url())).body == b"honest"
         assert (client.pool.idle, server.accepted) == (1, 2)
+
+
+async def test_what_a_tenant_left_on_a_connection_does_not_swallow_the_request_of_another() -> None:
+    """The server reads no body after a GET, and so takes it for the begin of the next request."""
+    tenant = ContextVar("tenant", default="one")
+    received: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                received.append(await reader.readuntil(b"\r\n\r\n"))
+                writer.write(response())
+        writer.close()
+
+    server = await asyncio.start_server(serve, LOOPBACK, 0)
+    url = f"http://{LOOPBACK}:{server.sockets[0].getsockname()[1]}/"
+    async with server, egress(whose=tenant.get) as client:
+        await get(client, url, body=b"GET /planted HTTP/1.1\r\nHost: x\r\nX-Swallows: ")
+        tenant.set("other")
+        await get(client, f"{url}own", headers={"Authorization": "Bearer others"})
+    assert received[-1].startswith(b"GET /own ")
 
 
 async def test_connection_that_the_server_closed_is_not_used_again() -> None:
