@@ -94,7 +94,7 @@ def test_settings_are_read_by_the_service_and_the_command_line_alone() -> None:
 
 
 def test_codec_and_dispatcher_know_no_web_framework() -> None:
-    for name in ("jsonrpc.py", "methods.py", "calling.py", "shapes.py", "openrpc.py"):
+    for name in ("request.py", "jsonrpc.py", "methods.py", "calling.py", "shapes.py", "openrpc.py"):
         tree = parsed(APP / "transport" / name)
         imported = {
             (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name.split(".")[0]

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.calls import CurrentCall, current_call
 from app.telemetry.logging import ACCESS_LINE, call_facts
-from app.transport.jsonrpc import RequestContext
+from app.transport.request import RequestContext
 
 NAME, MESSAGE = ACCESS_LINE
 logger = logging.getLogger(NAME)

@@ -16,7 +16,8 @@ from app.errors import RESULT_TOO_LARGE, InvalidParams, PermissionDenied, failur
 from app.execution_log.commit import Commit
 from app.telemetry.metrics import Metrics
 from app.transport import shapes
-from app.transport.jsonrpc import AnswerBudget, Ended, RequestContext
+from app.transport.jsonrpc import Ended
+from app.transport.request import AnswerBudget, RequestContext
 
 SCOPE_EXECUTE = "tools:execute"
 SCOPE_READ = "tools:read"

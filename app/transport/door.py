@@ -25,7 +25,7 @@ from app.telemetry.tracing import OFF, Tracing
 from app.transport.access_log import LINE
 from app.transport.allowance import limit_lines, retry_after_s
 from app.transport.exchange import EXTENSION, Exchange
-from app.transport.jsonrpc import RequestContext
+from app.transport.request import RequestContext
 from app.transport.room import SHARE, Share
 from app.transport.turns import LARGE_BODY_BYTES, Turns
 

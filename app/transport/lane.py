@@ -25,8 +25,8 @@ from app.errors import ToolServiceError
 from app.stepping import Stepper
 from app.transport.access_log import ms_since, tell, told_call
 from app.transport.door import CLOSE_LINE, Door, Reply, Scope
-from app.transport.jsonrpc import RequestContext
 from app.transport.protocol import IDLE, BoundedHttpProtocol, is_open
+from app.transport.request import RequestContext
 from app.transport.turns import LARGE_BODY_BYTES
 from app.transport.wire import Wire
 

@@ -30,11 +30,11 @@ from app.transport.door import (
     json_reply,
     respond,
 )
-from app.transport.jsonrpc import RequestContext
 from app.transport.mcp_dispatcher import Answer, McpDispatcher
 from app.transport.mcp_protocol import Routing
 from app.transport.mcp_resource import ProtectedResource
 from app.transport.mcp_stream import ProgressStream
+from app.transport.request import RequestContext
 
 MCP_PATH = "/mcp"
 

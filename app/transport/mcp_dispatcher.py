@@ -25,7 +25,7 @@ from app.errors import (
     ToolServiceError,
 )
 from app.stepping import IN_TASK
-from app.transport.jsonrpc import BATCH_AT_ONCE, AnswerBudget, RequestContext, decode
+from app.transport.jsonrpc import BATCH_AT_ONCE, decode
 from app.transport.mcp_methods import SCOPES, McpMethods
 from app.transport.mcp_protocol import (
     BATCH_VERSIONS,
@@ -41,6 +41,7 @@ from app.transport.mcp_protocol import (
     readable_id,
     request_of,
 )
+from app.transport.request import AnswerBudget, RequestContext
 
 logger = logging.getLogger("app.mcp")
 

@@ -31,7 +31,7 @@ from app.transport.calling import (
     with_key,
     within_budget,
 )
-from app.transport.jsonrpc import Ended, RequestContext
+from app.transport.jsonrpc import Ended
 from app.transport.mcp_protocol import (
     CALL,
     LEGACY_VERSIONS,
@@ -46,6 +46,7 @@ from app.transport.mcp_protocol import (
 )
 from app.transport.mcp_results import SERVER_INFO, advice, definition, failed, finished, refused, rendered
 from app.transport.mcp_stream import HangUp
+from app.transport.request import RequestContext
 from app.transport.shapes import IDEMPOTENCY_KEY_CHARACTERS_MAX
 
 SCOPES = {LIST: SCOPE_READ, CALL: SCOPE_EXECUTE}

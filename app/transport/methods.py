@@ -39,7 +39,8 @@ from app.transport.calling import (
     with_key,
     within_budget,
 )
-from app.transport.jsonrpc import AnswerBudget, Ended, Method, RequestContext
+from app.transport.jsonrpc import Ended, Method
+from app.transport.request import AnswerBudget, RequestContext
 
 SERVICE_NAME = "agentcore-tools"
 

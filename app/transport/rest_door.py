@@ -29,8 +29,9 @@ from app.transport.door import (
     json_reply,
     respond,
 )
-from app.transport.jsonrpc import RequestContext, decode
+from app.transport.jsonrpc import decode
 from app.transport.methods import Methods, PlainExecute
+from app.transport.request import RequestContext
 from app.transport.rest import read_query, validated, wrong_method
 from app.transport.shapes import NoParams, RestExecuteBody
 

@@ -17,7 +17,8 @@ from app.transport.door import (
     header_key,
     json_reply,
 )
-from app.transport.jsonrpc import Dispatcher, RequestContext
+from app.transport.jsonrpc import Dispatcher
+from app.transport.request import RequestContext
 
 RPC_PATH = "/api/v1/jsonrpc"
 

@@ -36,7 +36,7 @@ from app.telemetry.span_encoding import Encoder, NotedSpan, whole
 from app.telemetry.span_export import LastWords
 from app.telemetry.spans import HeadSampler, SpanNote, sampler_of
 from app.telemetry.tracing import Tracing
-from app.transport.jsonrpc import RequestContext
+from app.transport.request import RequestContext
 from tests.conftest import ROOT, Running, Serve, end, service_environ, start_service
 from tests.otlp import OtlpReceiver, Span, partly_taken, spans_in
 

@@ -10,7 +10,8 @@ import orjson
 import pytest
 
 from app.calls import LOCAL_CALLER
-from app.transport.jsonrpc import BATCH_AT_ONCE, Dispatcher, Ended, Method, RequestContext
+from app.transport.jsonrpc import BATCH_AT_ONCE, Dispatcher, Ended, Method
+from app.transport.request import RequestContext
 from tests.waiting import until
 
 pytestmark = pytest.mark.anyio

@@ -31,9 +31,9 @@ from app.telemetry.histogram import Histogram
 from app.transport import exchange, lane, protocol
 from app.transport.app import Guard, create_app
 from app.transport.door import Door, Replied, Reply, Scope, Steps
-from app.transport.jsonrpc import RequestContext
 from app.transport.lane import HEADS_BYTES_MAX, Lane, LaneProtocol, LaneRequest, lane_class
 from app.transport.protocol import BoundedHttpProtocol
+from app.transport.request import RequestContext
 from app.transport.server import Server, protocol_for
 from app.transport.wire import Wire
 from tests.conftest import places_in

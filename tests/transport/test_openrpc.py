@@ -10,9 +10,9 @@ from jsonschema import Draft7Validator, Draft202012Validator
 
 from app.errors import REFUSALS
 from app.transport import shapes
-from app.transport.jsonrpc import RequestContext
 from app.transport.methods import MethodSpec
 from app.transport.openrpc import openrpc_document
+from app.transport.request import RequestContext
 from tests.conftest import Running
 
 METHODS = (
