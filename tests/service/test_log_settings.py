@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import pytest
 from app.execution_log.partitions import first_id
 from load.durability import Service, logged_rows
 from tests.conftest import ROOT, Running, Serve, service_environ
+from tests.prometheus import RULE_FILES
 from tests.servers import PostgresAt, wait_until
 
 TOOLS = "tests.tools_for_tests"
@@ -275,6 +277,23 @@ def test_database_pool_size_and_database_max_overflow_bound_the_connections(
     drained(running)
     wait_until(lambda: in_use() == 0 and connections() <= size, "what was beyond the size is closed")
     assert connections() >= min(size, busy)
+
+
+@pytest.mark.parametrize(("size", "overflow"), [(10, 10), (20, 20), (5, 5), (4, 4)])
+def test_pages_that_the_database_does_not_answer_hold_what_the_alert_waits_for(
+    database: str, serve: Serve, size: int, overflow: int
+) -> None:
+    part, most = re.findall(r"clamp_max\(([\d.]+) \* .*_pool_size\), (\d+)\)", RULE_FILES[1].read_text())[0]
+    threshold = min(float(part) * (size + overflow), int(most))
+    running = serve(DATABASE_URL=database, DATABASE_POOL_SIZE=str(size), DATABASE_MAX_OVERFLOW=str(overflow))
+    with ThreadPoolExecutor(12) as threads:
+        with locked_table(database):
+            asked = [threads.submit(read_history, running) for _ in range(12)]
+            wait_until(
+                lambda: running.metric("database_connection_pool_size", state="in_use") >= threshold,
+                f"{threshold:g} connections in use",
+            )
+        assert all(one.result() in (200, 503) for one in asked)
 
 
 def read_history(running: Running) -> int:
