@@ -54,8 +54,9 @@ A call that ran is answered with an Execution and HTTP status 200, whatever its 
 a result. A call that was refused is an error, `{"error": {"code", "message", "data"}}`, on every REST path.
 
 Any path can also answer before a route is reached: 400 or 505 to what is not HTTP/1.1, 403 to a foreign `Origin` or
-`Host`, 408 to what comes too slowly, 413, 414 or 431 to a body, a URL or headers that are too large, 503 when too many
-requests wait on one connection; and 405 with `Allow` to another method. A connection too many is closed unanswered.
+`Host`, 408 to what comes too slowly, 413, 414 or 431 to a body, a URL or headers that are too large, 503 when large
+bodies take the room for them or too many requests wait on one connection; and 405 with `Allow` to another method. A
+connection too many is closed unanswered.
 """
 
 ANSWERS = {
