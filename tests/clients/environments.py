@@ -20,9 +20,12 @@ from tests.conftest import ROOT
 
 ENVIRONMENTS = Path(sys.prefix) / "clients"
 LOCKS = ROOT / "requirements" / "clients"
+PROGRAMS = Path(__file__).parent / "programs"
 NODE_PACKAGES = ("@modelcontextprotocol/sdk@1.32.2", "@modelcontextprotocol/client@2.4.0")
 NODE_MAJOR_MIN = 20
 NODE_FOLDER = ROOT / "var" / "clients"
+MODULES = [["sdk1.mjs"], ["sdk2.mjs"], ["sdk2.mjs", "auto"]]
+"""Of TypeScript: a program, and the mode that it is given."""
 
 RUN_S_MAX = 120
 """Not a claim about speed: past it a test fails instead of hanging."""
@@ -40,6 +43,11 @@ def python_of(name: str) -> str:
     if not (ENVIRONMENTS / name / ".ready").exists():
         pytest.skip(f"NOT TESTED: no environment of {name} here. `make clients` makes it")
     return str(python)
+
+
+def python_program(name: str) -> list[str]:
+    # -I: the folder of a program is not where imports are looked for; programs are named after libraries
+    return [python_of(name), "-I", str(PROGRAMS / f"{name.replace('-', '_')}.py")]
 
 
 def run(command: list[str], **environ: str) -> subprocess.CompletedProcess[str]:

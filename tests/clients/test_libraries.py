@@ -7,27 +7,18 @@ echo gave it, and, where the library can be told of progress, what it heard.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from tests.clients import environments
 from tests.clients.conftest import Guarded
-
-PROGRAMS = Path(__file__).parent / "programs"
+from tests.clients.environments import MODULES, PROGRAMS, python_program
 
 HEAR_PROGRESS = {"fastmcp", "google-adk", "langchain", "mcp1", "pydantic-ai"}
 """The others offer their users no way to be told."""
 
 WAIT_FOR_EVER = {"smolagents"}
 """Its adapter loses the error of a thread, and tells of a timeout after 30 s."""
-
-MODULES = [["sdk1.mjs"], ["sdk2.mjs"], ["sdk2.mjs", "auto"]]
-
-
-def python_program(name: str) -> list[str]:
-    # -I: the folder of a program is not where imports are looked for; programs are named after libraries
-    return [environments.python_of(name), "-I", str(PROGRAMS / f"{name.replace('-', '_')}.py")]
 
 
 def test_every_environment_has_a_program() -> None:

@@ -15,11 +15,11 @@ from mcp.client.streamable_http import streamable_http_client
 
 from tests.access.keyring import make_key
 from tests.clients import environments
-from tests.clients.test_libraries import MODULES, PROGRAMS, python_program
+from tests.clients.environments import MODULES, PROGRAMS, python_program
 from tests.conftest import Running, end, places_in, start_service
 from tests.haproxy import Haproxy, needs_haproxy
 from tests.servers import make_folder, remove_folder
-from tests.transport.test_mcp_lane import BODIES, CHANGING, HEADS, Line, body_of, head_of
+from tests.transport.mcp_requests import BODIES, CHANGING, HEADS, Line, body_of, head_of
 
 CALLS = 30
 

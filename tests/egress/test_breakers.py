@@ -13,7 +13,7 @@ from app.breaker import OPEN_S_MIN, PROBES_TO_CLOSE, STREAK, BreakerTable
 from app.egress import EgressClient, OriginBreakers
 from app.egress.client import SLOW_S
 from app.errors import ToolError, UpstreamFailed
-from tests.egress.test_client import answering, egress, failure_of, get
+from tests.egress.asking import answering, egress, failure_of, get
 from tests.origin import Origin, Received, Reply, origin, redirect, response
 
 pytestmark = pytest.mark.anyio

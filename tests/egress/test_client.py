@@ -20,53 +20,21 @@ from typing import Any
 
 import pytest
 
-from app.egress import EgressClient, EgressResponse, parse_egress_allow
+from app.egress import EgressClient
 from app.egress.body import CHUNKS_IN_A_TURN, read_body
 from app.egress.network import EXPIRED_DROPPED_MAX
 from app.errors import ToolError
 from app.names import LOOKUPS_MAX
-from tests.egress.test_rules import ODD_URLS, REFUSED_ADDRESSES, words
+from tests.egress.addresses import ODD_URLS, REFUSED_ADDRESSES, words
+from tests.egress.asking import LOOPBACK, answering, egress, failure_of, get
 from tests.origin import WAIT_S_MAX, Origin, Received, Reply, origin, redirect, response
 
 pytestmark = pytest.mark.anyio
-
-LOOPBACK = "127.0.0.1"
 
 
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-@asynccontextmanager
-async def egress(allow: str = LOOPBACK, pool_size: int = 4, **options: Any) -> AsyncIterator[EgressClient]:
-    client = EgressClient(parse_egress_allow(allow), pool_size, **options)
-    try:
-        yield client
-    finally:
-        await client.aclose()
-
-
-async def get(client: EgressClient, url: str, **options: Any) -> EgressResponse:
-    return await client.request("GET", url, **{"timeout_s": WAIT_S_MAX, **options})
-
-
-async def failure_of(call: Awaitable[object]) -> ToolError:
-    with pytest.raises(ToolError) as caught:
-        await call
-    return caught.value
-
-
-def answering(*answers: Sequence[str]) -> Callable[[str, int], Awaitable[Sequence[str]]]:
-    """A resolver that gives these answers one after another, the last one for ever; counts in `asked`."""
-    asked: list[str] = []
-
-    async def resolve(host: str, port: int) -> Sequence[str]:
-        asked.append(host)
-        return answers[min(len(asked), len(answers)) - 1]
-
-    resolve.asked = asked  # type: ignore[attr-defined]
-    return resolve
 
 
 @pytest.mark.parametrize("address", REFUSED_ADDRESSES)

@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler
 from itertools import islice
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import psutil
 import pytest
 
 from load.calls import Call, Request, WrongAnswer, deal, echo, execute, execute_batch, execute_parallel
-from load.pages import HOST, PageServer
 from load.run import print_figures
 from load.scenarios import Bounds, seconds
-from tests.conftest import ROOT, Serve, service_environ
-from tests.servers import make_folder
-
-RUN_S_MAX = 180.0
-"""Not a claim about speed: past it the test fails instead of hanging."""
-
-RUN_TIME = "6s"
-"""In which every kind of request is sent, though the machine stands still for some of it."""
-
-P95_MS_MAX = "60000"
-"""What is asked here is whether it answers right, on whatever machine; how a p95 is judged has tests of its own."""
+from tests.conftest import Serve
+from tests.load.runs import RUN_S_MAX, RUN_TIME, Limited, run_load, serving, start_load
 
 KINDS = {
     "echo",
@@ -43,83 +26,6 @@ KINDS = {
     "execute_parallel",
     "execute_with_fallback",
 }
-
-
-@dataclass
-class Run:
-    """What a load run said."""
-
-    code: int
-    output: str
-
-    @property
-    def rows(self) -> dict[str, tuple[int, int]]:
-        """Requests and failures by name."""
-        found = re.findall(r"^(\w[\w ()]*?) +(\d+) +(\d+) +\d+ +\d+ +\d+ +\d+ +[\d.]+$", self.output, re.MULTILINE)
-        return {name: (int(requests), int(failures)) for name, requests, failures in found}
-
-
-def start_load(*arguments: str, **environ: str) -> subprocess.Popen[str]:
-    out = () if "--out" in arguments else ("--out", str(make_folder("agentcore-load-")))
-    return subprocess.Popen(
-        [sys.executable, "-m", "load.run", "--p95-max", P95_MS_MAX, *arguments, *out],
-        cwd=ROOT,
-        env=service_environ(**environ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def run_load(*arguments: str, **environ: str) -> Run:
-    return finished(start_load(*arguments, **environ))
-
-
-def finished(process: subprocess.Popen[str]) -> Run:
-    """Once it has ended by itself."""
-    try:
-        output, _ = process.communicate(timeout=RUN_S_MAX)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # not kill: it has processes of its own to end
-        output, _ = process.communicate(timeout=RUN_S_MAX)
-        raise AssertionError(f"did not end by itself: {output}") from None
-    return Run(process.returncode, output)
-
-
-class _Limited(BaseHTTPRequestHandler):
-    """Ready, and out of its limit: HTTP 200 with a JSON-RPC error for everybody."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_GET(self) -> None:
-        self._answer(b"ok")
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        error = {"code": -32001, "message": "…", "data": {"error_type": "rate_limit", "retry_after_ms": 100}}
-        self._answer(json.dumps({"jsonrpc": "2.0", "id": request["id"], "error": error}).encode())
-
-    def _answer(self, body: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@contextmanager
-def serving(answers: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    with PageServer((HOST, 0), answers) as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield f"http://{HOST}:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def test_a_run_with_its_own_service_ends_by_itself_without_a_failure_and_sends_every_kind_of_request() -> None:
@@ -140,7 +46,7 @@ def test_a_tool_that_fails_counts_as_failure_and_fails_the_run(serve: Serve) -> 
 
 
 def test_a_json_rpc_error_in_http_200_counts_as_failure() -> None:
-    with serving(_Limited) as url:
+    with serving(Limited) as url:
         run = run_load("--users", "2", "--run-time", RUN_TIME, "--pages-port", "0", "--host", url, "PlainUser")
     assert run.code == 1, run.output
     requests, failures = run.rows["all"]
@@ -149,7 +55,7 @@ def test_a_json_rpc_error_in_http_200_counts_as_failure() -> None:
 
 
 def test_being_limited_is_what_the_quota_user_expects_and_counts_apart() -> None:
-    with serving(_Limited) as url:
+    with serving(Limited) as url:
         run = run_load("--users", "2", "--run-time", RUN_TIME, "--pages-port", "0", "--host", url, "QuotaUser")
     assert run.code == 0, run.output
     requests, failures = run.rows["echo hammered (limited)"]
@@ -165,7 +71,7 @@ def test_a_service_that_does_not_start_is_said_and_exits_2() -> None:
 def test_a_run_that_is_terminated_ends_what_it_started() -> None:
     scraped = Event()
 
-    class Page(_Limited):
+    class Page(Limited):
         def do_GET(self) -> None:
             scraped.set()
             super().do_GET()

@@ -23,7 +23,7 @@ from load.pages import PAGES
 from load.run import parse
 from load.scenarios import ALL_KINDS, SCENARIOS, UNNAMED, Scenario
 from tests.conftest import ROOT, Running, Serve, service_environ
-from tests.load.test_load import RUN_TIME, Run, _Limited, finished, run_load, serving, start_load
+from tests.load.runs import RUN_TIME, Limited, Run, finished, run_load, serving, start_load
 
 README = ROOT / "load" / "README.md"
 BLOCKS = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
@@ -54,7 +54,7 @@ def locust(command: str, *more: str, **environ: str) -> Run:
 
 @pytest.fixture(scope="module")
 def pages() -> Iterator[str]:
-    class Page(_Limited):
+    class Page(Limited):
         def do_GET(self) -> None:
             self._answer(PAGES[self.path].html)
 
@@ -125,7 +125,7 @@ def test_shapes_end_where_the_run_ends_and_never_leave_it_empty() -> None:
 def test_a_slow_tool_breaks_the_bound_on_p95_though_every_call_succeeds(service: Running, tmp_path: Path) -> None:
     never = Event()
 
-    class Slow(_Limited):
+    class Slow(Limited):
         def do_GET(self) -> None:
             never.wait(0.8)
             self._answer(PAGES[self.path].html)

@@ -21,8 +21,8 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Running, end, start_service
+from tests.documents import DOCS, table_rows
 from tests.prometheus import MONITORING, RULE_FILES, Prometheus, hastened, needs_prometheus
-from tests.test_docs import DOCS, table_rows
 
 DASHBOARDS = sorted((MONITORING / "dashboards").glob("*.json"))
 PAGE = DOCS / "operations" / "monitoring.md"

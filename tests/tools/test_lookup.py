@@ -12,7 +12,7 @@ from app.errors import InvalidParams, ToolError
 from app.tools.builtin.lookup import lookup_tools
 from app.tools.tool import FunctionTool
 from tests.origin import origin, response
-from tests.tools.test_web import failure_of, run, tool_context
+from tests.tools.invoking import failure_of, run, tool_context
 
 pytestmark = pytest.mark.anyio
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
@@ -14,15 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.calls import LOCAL_CALLER
-from app.egress import EgressClient, parse_egress_allow
-from app.errors import InvalidParams, ToolError
+from app.errors import InvalidParams
 from app.tools.builtin.charset import declared_codec
 from app.tools.builtin.page import LINKS_MAX, METADATA_MAX, TITLE_CHARACTERS_MAX, read_page
 from app.tools.builtin.web import graphql_query, http_request, web_scrape
-from app.tools.tool import FunctionTool, ToolContext
 from tests.executor.in_process import opened
 from tests.origin import WAIT_S_MAX, Received, origin, redirect, response
+from tests.tools.invoking import failure_of, run, tool_context
 
 pytestmark = pytest.mark.anyio
 
@@ -30,27 +25,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-@asynccontextmanager
-async def tool_context(allow: str = "127.0.0.1", within_s: float = WAIT_S_MAX) -> AsyncIterator[ToolContext]:
-    client = EgressClient(parse_egress_allow(allow), 4)
-    try:
-        yield ToolContext("execution", LOCAL_CALLER, time.perf_counter() + within_s, client)
-    finally:
-        await client.aclose()
-
-
-async def run(tool: FunctionTool, context: ToolContext, **parameters: Any) -> Any:
-    """What an agent would get: parameters and result go through the tool's schemas."""
-    value = await tool.invoke(tool.parameters.validate(parameters), context)
-    return orjson.loads(tool.result.encode(value))
-
-
-async def failure_of(tool: FunctionTool, context: ToolContext, **parameters: Any) -> ToolError:
-    with pytest.raises(ToolError) as caught:
-        await run(tool, context, **parameters)
-    return caught.value
 
 
 def html(markup: str, content_type: str = "text/html; charset=utf-8", charset: str = "utf-8") -> bytes:

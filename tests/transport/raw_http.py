@@ -239,3 +239,11 @@ def assert_refused(peer: Peer, status: int) -> Response:
     assert error["message"]
     assert peer.is_at_end()
     return response
+
+
+async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> bytes:
+    """The body of the answer."""
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    return await reader.readexactly(length)

@@ -12,19 +12,8 @@ import pytest
 from tests.access.keyring import make_key
 from tests.conftest import Serve, end, places_in, start_service
 from tests.servers import make_folder, remove_folder, wait_until
+from tests.transport.doors import DOORS, MCP, RPC, Door, chunked, execute, http, mcp_call, rpc, which
 from tests.transport.mcp_wire import META, MODERN
-from tests.transport.test_lane import (
-    DOORS,
-    MCP,
-    RPC,
-    Door,
-    chunked,
-    execute,
-    http,
-    mcp_call,
-    rpc,
-    which,
-)
 
 CANARY = "canary5b1fcanary5b1f"
 TOOLS = "tests.tools_for_tests,tests.transport.lane_tools,tests.mcp_fixtures"

@@ -14,31 +14,20 @@ from app.settings import read_settings
 from app.transport.app import create_app
 from app.transport.server import Server
 from tests.conftest import places_in
+from tests.transport.doors import execute, http, rpc
+from tests.transport.raw_http import answered
 
 REQUESTS = 200
-CALL = b'{"jsonrpc":"2.0","id":1,"method":"tools.execute","params":{"tool_id":"%b","parameters":%b}}'
-
-
-def http(body: bytes) -> bytes:
-    head = b"POST /api/v1/jsonrpc HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-    return head % len(body) + body
-
-
-async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> bytes:
-    writer.write(request)
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-    return await reader.readexactly(length)
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        CALL % (b"echo", b'{"message":"x"}'),
-        CALL % (b"no_such_tool", b"{}"),
-        CALL % (b"echo", b'{"message":1}'),
-        CALL % (b"calculator", b'{"expression":"1/0"}'),
-        b'{"jsonrpc":"2.0","id":1,"method":"nope"}',
+        execute("echo", message="x"),
+        execute("no_such_tool"),
+        execute("echo", message=1),
+        execute("calculator", expression="1/0"),
+        rpc("nope"),
         b"{",
     ],
     ids=["success", "not found", "invalid", "failed", "no method", "no JSON"],

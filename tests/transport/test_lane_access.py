@@ -14,9 +14,9 @@ from tests.access.keyring import change_keys, make_key
 from tests.access.tokens import AUDIENCE, ISSUER, SECRET, signed
 from tests.conftest import end, places_in
 from tests.servers import make_folder, remove_folder, wait_until
+from tests.transport.doors import DOORS, MCP, Door, execute, http, start_door, which
 from tests.transport.mcp_wire import META, MODERN
 from tests.transport.raw_http import Peer, Response
-from tests.transport.test_lane import DOORS, MCP, Door, execute, http, start_door, which
 
 pytestmark = pytest.mark.parametrize("guarded", DOORS, indirect=True)
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import end
+from tests.transport.doors import DOORS, MCP, RPC, Door, execute, http, rpc, start_door
 from tests.transport.mcp_wire import META, MODERN
 from tests.transport.raw_http import Peer
-from tests.transport.test_lane import DOORS, MCP, RPC, Door, execute, http, rpc, start_door
 
 SEED = 20261121
 REQUESTS = 10_000

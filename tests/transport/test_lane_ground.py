@@ -37,8 +37,8 @@ from app.transport.request import RequestContext
 from app.transport.server import Server, protocol_for
 from app.transport.wire import Wire
 from tests.conftest import places_in
-from tests.transport.raw_http import WAIT_S, Peer
-from tests.transport.test_garbage import CALL, answered, http
+from tests.transport.doors import execute, http
+from tests.transport.raw_http import WAIT_S, Peer, answered
 
 RPC = "/api/v1/jsonrpc"
 DOORS = pytest.mark.parametrize("by_lane", [True, False], ids=["lane", "asgi"])
@@ -193,14 +193,14 @@ def test_large_heads_are_not_remembered() -> None:
 # Garbage
 
 
-@pytest.mark.parametrize("tool", [b"which_door", b"held"])
+@pytest.mark.parametrize("tool", ["which_door", "held"])
 @pytest.mark.parametrize("ways", ["one connection", "a connection each"])
 @DOORS
 def test_neither_a_request_nor_its_connection_is_left_for_the_collector(
-    by_lane: bool, ways: str, tool: bytes, tmp_path: Path
+    by_lane: bool, ways: str, tool: str, tmp_path: Path
 ) -> None:
-    request = http(CALL % (tool, b'{"gate":"garbage"}' if tool == b"held" else b"{}"))
-    opens = http(CALL % (b"open_gate", b'{"gate":"garbage"}'))
+    request = http(execute(tool, **({"gate": "garbage"} if tool == "held" else {})))
+    opens = http(execute("open_gate", gate="garbage"))
     count = 100
 
     async def circles() -> int:

@@ -10,8 +10,8 @@ import pytest
 
 from app.telemetry.http_requests import HttpRequests
 from tests.conftest import Running, Serve, end
+from tests.transport.doors import DOORS, Door, http, start_door
 from tests.transport.raw_http import Response
-from tests.transport.test_lane import DOORS, Door, http, start_door
 
 PATH = b"/api/v1/tools/%b/execute"
 

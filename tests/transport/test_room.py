@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from app.transport.room import PART, Room, Share
 from tests.access.tokens import AUDIENCE, ISSUER, SECRET, signed
 from tests.conftest import Serve
+from tests.transport.doors import RPC, TOOLS, Door, execute, http
 from tests.transport.raw_http import Response
-from tests.transport.test_lane import RPC, TOOLS, Door, execute, http
 
 MEBIBYTE = 1_048_576
 
