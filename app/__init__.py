@@ -5,6 +5,9 @@ import sys
 
 __version__ = "0.1.0"
 
+SERVICE = "agentcore-tools"
+"""What it calls itself, to clients and in traces."""
+
 PROPAGATORS = os.environ.pop("OTEL_PROPAGATORS", "")
 """What was asked for, before anything else is imported: FastAPI brings OpenTelemetry's propagators, and those raise for
 one that is not installed. The service itself passes W3C Trace Context on and nothing else."""

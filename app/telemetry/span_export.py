@@ -30,6 +30,7 @@ from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult
 from opentelemetry.trace import Link, SpanKind, TraceState
 from opentelemetry.trace import get_current_span as current_span
 
+from app import SERVICE
 from app.telemetry.logging import stdout_lines
 from app.telemetry.metrics import SPAN_OUTCOMES
 from app.telemetry.otel_variables import count_in
@@ -39,8 +40,6 @@ from app.telemetry.spans import HeadSampler, SpanNote
 from app.telemetry.supervision import ignore_result
 
 logger = logging.getLogger("app.tracing")
-
-SERVICE = "agentcore-tools"
 
 CLOSE_S = 2.0
 """For the last spans at shutdown; a receiver that is away must not hold up a rollout."""

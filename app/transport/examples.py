@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from app import __version__
-from app.transport.methods import SERVICE_NAME
+from app import SERVICE, __version__
 
 Json = dict[str, Any]
 
@@ -121,6 +120,6 @@ EXAMPLES: dict[str, tuple[Json, Json]] = {
         {"tool_id": "echo", "cost": 1, "rate_limit": None, "quota": None, "policies": []},
     ),
     "rpc.ping": ({}, {"pong": True}),
-    "rpc.version": ({}, {"name": SERVICE_NAME, "version": __version__}),
+    "rpc.version": ({}, {"name": SERVICE, "version": __version__}),
 }
 """Params and result by method. Ids and times of a result differ from run to run."""

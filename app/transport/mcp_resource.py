@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
+from app import SERVICE
 from app.transport.calling import SCOPE_EXECUTE, SCOPE_READ
 from app.transport.door import CHALLENGE
-from app.transport.methods import SERVICE_NAME
 
 RESOURCE = "/mcp"
 WELL_KNOWN = "/.well-known/oauth-protected-resource"
@@ -39,7 +39,7 @@ class ProtectedResource:
                 "authorization_servers": [self._issuer],
                 "scopes_supported": SCOPES.split(),
                 "bearer_methods_supported": ["header"],
-                "resource_name": SERVICE_NAME,
+                "resource_name": SERVICE,
             }
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from app import __version__
+from app import SERVICE, __version__
 from app.calls import Execution
 from app.errors import (
     DEPENDENCY_UNAVAILABLE,
@@ -22,14 +22,13 @@ from app.errors import (
     ToolServiceError,
 )
 from app.tools.tool import Tool
-from app.transport.methods import SERVICE_NAME
 
 META_EXECUTION_ID = "io.agentcore/execution_id"
 
 FOR_THE_AGENT = frozenset({RATE_LIMIT, QUOTA, OVERLOADED, DEPENDENCY_UNAVAILABLE, IDEMPOTENCY_CONFLICT})
 """Refusals of a call that its agent can wait out: results for it to read, where an error would go to its client."""
 
-SERVER_INFO = orjson.dumps({"name": SERVICE_NAME, "version": __version__})
+SERVER_INFO = orjson.dumps({"name": SERVICE, "version": __version__})
 _META = b'"_meta":{"io.modelcontextprotocol/serverInfo":%b' % SERVER_INFO
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from app import __version__
+from app import SERVICE, __version__
 from app.access.keys import SCOPE_ADMIN
 from app.calls import Caller, Execution, ToolCall
 from app.errors import InvalidParams
@@ -41,8 +41,6 @@ from app.transport.calling import (
 )
 from app.transport.jsonrpc import Ended, Method
 from app.transport.request import AnswerBudget, RequestContext
-
-SERVICE_NAME = "agentcore-tools"
 
 Work = Callable[[RequestContext, Any], Awaitable[bytes]]
 
@@ -287,7 +285,7 @@ class Methods:
         return b'{"pong":true}'
 
     async def _version(self, context: RequestContext, params: shapes.NoParams) -> bytes:
-        return orjson.dumps({"name": SERVICE_NAME, "version": __version__})
+        return orjson.dumps({"name": SERVICE, "version": __version__})
 
     async def _names(self, context: RequestContext, params: shapes.NoParams) -> bytes:
         return orjson.dumps({"methods": [spec.name for spec in self.table()]})
