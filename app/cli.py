@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
-import errno
-import io
 import os
 import sys
-import threading
 import time
-import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import asyncpg
 import orjson
-import uvloop
 from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -28,11 +22,10 @@ from app.access.store import KeyStore
 from app.calls import DEFAULT_SCOPES, LOCAL_CALLER, ToolCall, new_execution_id
 from app.clients import close_engine, create_engine, reason
 from app.doctor import Finding, examine, examine_refused
-from app.errors import ToolServiceError
 from app.execution_log.connections import StoreAway
 from app.execution_log.partitions import ensure_partitions
-from app.executor.containment import LastingLoop
 from app.migration import NEWEST, MigrationError, is_current, migrate, version
+from app.process import ENDED_BY_INTERRUPT, NOWHERE, flush_briefly, is_somewhere, open_standard_files, run, said
 from app.reload import serve_reloading, watched_folders
 from app.service import Service, open_service
 from app.settings import Settings, SettingsError, check_bind, otel_variables, read_settings
@@ -40,7 +33,7 @@ from app.telemetry.logging import log_to_stdout
 from app.tools.exports import FORMATS, export
 from app.tools.registry import summary
 from app.transport.app import create_app
-from app.transport.server import CannotListen, Server
+from app.transport.server import Server
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8001
@@ -50,22 +43,10 @@ DOTENV = Path(".env")
 MIGRATION_TIMEOUT_S = 3600.0
 """For one statement: to write a large table anew takes its time, and half of it is worth nothing."""
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-"""Where the answer was to go, most likely."""
-
-NOWHERE = "the working directory was removed; change to one that is there, or give absolute paths"
-
-FLUSH_S = 1.0
-"""At the end of `serve`, for each of stdout and stderr."""
-
-ENDED_BY_INTERRUPT = 130
-ENDED_BY_PIPE = 141
-"""What a shell shows for a program that SIGINT or SIGPIPE ended."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, end the process."""
-    _open_standard_files()
+    open_standard_files()
     options = _parser().parse_args(arguments)
     try:
         settings = read_settings(os.environ, DOTENV, profile=options.profile)
@@ -74,41 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 os.environ.setdefault(name, value)
         sys.exit(options.run(settings, options))
     except SettingsError as error:
-        sys.exit(_doctor_refused(error, options) if options.run is _doctor else _said(error))
+        sys.exit(_doctor_refused(error, options) if options.run is _doctor else said(error))
     except KeyboardInterrupt:
         sys.exit(ENDED_BY_INTERRUPT)
     except FileNotFoundError:
-        if _is_somewhere():
+        if is_somewhere():
             raise
-        sys.exit(_said(FileNotFoundError(NOWHERE)))
-
-
-def _is_somewhere() -> bool:
-    """Whether there is a working directory: a shell keeps one that was removed, and relative paths lead nowhere."""
-    try:
-        os.getcwd()  # noqa: PTH109 - what Path.cwd would ask
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _open_standard_files() -> None:
-    """Those that were closed: their numbers would go to a journal or a database, and what is logged goes to 1."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is told as stderr tells it
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _said(error: Exception) -> int:
-    """Tell the operator what is wrong; the code to end with."""
-    print(f"agentcore-tools: {error}", file=sys.stderr)
-    return 2 if isinstance(error, SettingsError) else 1
+        sys.exit(said(FileNotFoundError(NOWHERE)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -220,19 +173,7 @@ def _serve_once(settings: Settings, options: argparse.Namespace) -> NoReturn:
         finally:
             writer.end()
 
-    _run(serve(), flush=_flush_briefly)
-
-
-def _flush_briefly(stream: TextIO) -> None:
-    """What tools printed. Not for as long as nobody reads it: a print that hangs holds the stream's lock."""
-
-    def flush() -> None:
-        with contextlib.suppress(OSError):
-            stream.flush()
-
-    flushing = threading.Thread(target=flush, name="flush", daemon=True)
-    flushing.start()
-    flushing.join(FLUSH_S)
+    run(serve(), flush=flush_briefly)
 
 
 def check_start(service: Service, host: str) -> None:
@@ -240,42 +181,6 @@ def check_start(service: Service, host: str) -> None:
     check_bind(service.settings, host, service.access.keys_exist)
     if service.database.problem is not None and service.settings.auth_mode != "none":
         raise SettingsError(f"DATABASE_URL: {service.database.problem}")
-
-
-def _flush(stream: TextIO) -> None:
-    stream.flush()
-
-
-def _run(command: Coroutine[Any, Any, int], flush: Callable[[TextIO], None] = _flush) -> NoReturn:
-    """Run a command and end the process with its code: the one way out.
-
-    From inside the loop, because leaving it waits for all its tasks and threads: one hung tool would keep the process.
-    """
-
-    async def whole() -> NoReturn:
-        try:
-            code = await command
-            flush(sys.stdout)
-        except (SettingsError, CannotListen, MigrationError, ToolServiceError) as error:
-            code = _said(error)
-        except BrokenPipeError:  # whoever read the answer has seen enough
-            code = ENDED_BY_PIPE
-        except asyncio.CancelledError:
-            code = ENDED_BY_INTERRUPT
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in NO_ROOM:
-                _said(error)
-            elif isinstance(error, FileNotFoundError) and not _is_somewhere():
-                _said(FileNotFoundError(NOWHERE))
-            else:
-                traceback.print_exc()
-            code = 1
-        with contextlib.suppress(OSError):
-            flush(sys.stderr)
-        os._exit(code)
-
-    uvloop.run(whole(), loop_factory=LastingLoop)
-    raise AssertionError("the process has ended")
 
 
 def _tools_list(settings: Settings, options: argparse.Namespace) -> int:
@@ -290,7 +195,7 @@ def _tools_list(settings: Settings, options: argparse.Namespace) -> int:
             print(f"{tool['tool_id']:<20} {tool['category']:<16} {tool['description'].splitlines()[0]}")
         return 0
 
-    _run(listed())
+    run(listed())
 
 
 def _tools_export(settings: Settings, options: argparse.Namespace) -> int:
@@ -305,15 +210,14 @@ def _tools_export(settings: Settings, options: argparse.Namespace) -> int:
         _print_json(found.tools)
         return 1 if any(report.left_out for report in found.reports) else 0
 
-    _run(exported())
+    run(exported())
 
 
 def _tools_call(settings: Settings, options: argparse.Namespace) -> int:
     try:
         parameters = orjson.loads(options.parameters)
     except orjson.JSONDecodeError:
-        print("agentcore-tools: the parameters are not valid JSON", file=sys.stderr)
-        return 2
+        raise SettingsError("the parameters are not valid JSON") from None
 
     async def called() -> int:
         async with open_service(settings) as service:
@@ -324,7 +228,7 @@ def _tools_call(settings: Settings, options: argparse.Namespace) -> int:
             _print_json(execution.as_dict() if refusal is None else {"error": refusal.as_error()})
         return 0 if execution.status == "success" and refusal is None else 1
 
-    _run(called())
+    run(called())
 
 
 def _tools_invalidate(settings: Settings, options: argparse.Namespace) -> int:
@@ -344,7 +248,7 @@ def _tools_invalidate(settings: Settings, options: argparse.Namespace) -> int:
         print(f"the kept results of {options.tool} are forgotten")
         return 0
 
-    _run(invalidated())
+    run(invalidated())
 
 
 def _migrate(settings: Settings, options: argparse.Namespace) -> int:
@@ -356,7 +260,7 @@ def _migrate(settings: Settings, options: argparse.Namespace) -> int:
             print(f"tables at {await version(engine)}")
         return 0
 
-    _run(migrated())
+    run(migrated())
 
 
 async def _make_months(engine: AsyncEngine) -> None:
@@ -390,7 +294,7 @@ def _keys_create(settings: Settings, options: argparse.Namespace) -> int:
             print(f"id   {key.id}\nkey  {credential}\nThe key is shown this once; send it as Authorization: Bearer.")
         return 0
 
-    _run(created())
+    run(created())
 
 
 def _argument_problem(detail: Any) -> str:
@@ -411,7 +315,7 @@ def _keys_list(settings: Settings, options: argparse.Namespace) -> int:
             print(f"{key.id}  {key.state(time.time()):<8} {who:<32} {may}")
         return 0
 
-    _run(listed())
+    run(listed())
 
 
 def _keys_revoke(settings: Settings, options: argparse.Namespace) -> int:
@@ -427,7 +331,7 @@ def _keys_revoke(settings: Settings, options: argparse.Namespace) -> int:
             print(f"{key.id} is revoked; every replica refuses it within 5 s")
         return 0
 
-    _run(revoked())
+    run(revoked())
 
 
 @contextlib.asynccontextmanager
@@ -459,7 +363,7 @@ def _doctor(settings: Settings, options: argparse.Namespace) -> int:
             return _doctor_refused(error, options)
         return _print_findings(findings, options)
 
-    _run(examined())
+    run(examined())
 
 
 def _doctor_refused(error: SettingsError, options: argparse.Namespace) -> int:

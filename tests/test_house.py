@@ -15,7 +15,7 @@ APP = ROOT / "app"
 
 FLOORS = (
     {"cli"},
-    {"doctor"},
+    {"doctor", "process"},
     {"transport"},
     {"service"},
     {"opening"},
@@ -32,7 +32,9 @@ FLOORS = (
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-MAY_READ_SETTINGS = {"service.py", "opening.py", "cli.py", "doctor.py", "transport/app.py", "transport/server.py"}
+MAY_READ_SETTINGS = {"transport/app.py", "transport/server.py"} | {
+    *("service.py", "opening.py", "cli.py", "doctor.py", "process.py"),
+}
 """Those of transport have them from the open service, and only ask what an address is."""
 
 MAY_TOUCH_THE_SERVICE = {"transport/app.py", "transport/server.py", "transport/ops.py"}
