@@ -2,12 +2,14 @@
 machine share them. Results of tools are kept in memory alone then.
 
 Every step is one transaction of some 50 µs in the page cache, made where it is called: a thread would cost more.
+A tenant has at most three times what is left free of the file (`app/transport/room.py`).
 Survives SIGKILL; a power cut may lose the last ones.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import sqlite3
@@ -38,6 +40,21 @@ MEMORY = Path(":memory:")
 FILE_BYTES_MAX = 268_435_456
 PAGE_BYTES = 4_096
 
+KEYS_PART = 3
+OUTCOMES_PART = 7
+"""Of what is left free of the file: what a tenant may have before one more key, and with one more outcome. Alone three
+quarters and seven eighths: keys are refused before they run, so that what came of those that ran finds room."""
+
+LOOKED_EVERY = 16
+"""Steps between two looks at how full the file is, of 8 us each, while it is not half full."""
+
+COUNTED_EVERY_S = 30.0
+"""Between two counts of what each tenant has, while it is half full: half a second in a thread for its 250,000 records.
+What is added meanwhile is added to the count."""
+
+RECORD_BYTES = 1_024
+"""What one takes beside its outcome, with its place in the index and what its page leaves unused."""
+
 SWEEP_EVERY = 100
 SWEPT_MAX = 500
 """Claims between two removals of what is past its day, and how much one removes: some 2 ms on the loop, and more than
@@ -56,6 +73,8 @@ CREATE INDEX IF NOT EXISTS records_ends ON records (ends_ms);
 """
 
 _SWEEP = "DELETE FROM records WHERE key IN (SELECT key FROM records WHERE ends_ms <= ? ORDER BY ends_ms LIMIT ?)"
+
+_COUNT = "SELECT substr(key, 1, instr(key, '}')), sum(? + coalesce(length(body), 0)) FROM records GROUP BY 1"
 
 _FINISH = """
 INSERT INTO records (key, fp, token, lease_ms, ends_ms, body) VALUES (?, ?, ?, 0, ?, ?)
@@ -79,15 +98,26 @@ class FileStore:
         self._opening: asyncio.Future[sqlite3.Connection] | None = None
         self._closed = False
         self._claims = 0
+        self._steps = 0
+        self._half_full = False
+        self._count_due = 0.0
+        self._of_tenants: dict[str, int] = {}
+        """Bytes, by the part of the keys that is the tenant's; counted only while the file is half full."""
         self._said_until = 0.0
         self._epochs: dict[str, int] = {}
 
     async def begin(self, key: str, fingerprint: str, token: str, lease_ms: int, *, take_over: bool) -> Claim:
-        return await self._transaction(lambda file: self._begin(file, key, fingerprint, token, lease_ms, take_over))
+        if self._half_full and monotonic() >= self._count_due:
+            await self._count()
+        claim = await self._transaction(lambda file: self._begin(file, key, fingerprint, token, lease_ms, take_over))
+        if claim is None:
+            raise StoreFull("the tenant's part of the file is taken")
+        return claim
 
     def _begin(
         self, file: sqlite3.Connection, key: str, fingerprint: str, token: str, lease_ms: int, take_over: bool
-    ) -> Claim:
+    ) -> Claim | None:
+        """None: no room, and what was swept stays swept."""
         now_ms = self._clock_ms()
         self._claims += 1
         if self._claims % SWEEP_EVERY == 1:
@@ -103,6 +133,8 @@ class FileStore:
                 return Claim("running", first, lease_ends_ms - now_ms)
             if not take_over:
                 return Claim("unknown", first)
+        if not self._has_room(file, key, RECORD_BYTES, KEYS_PART):
+            return None
         file.execute(
             "INSERT OR REPLACE INTO records (key, fp, token, lease_ms, ends_ms) VALUES (?, ?, ?, ?, ?)",
             (key, fingerprint, token, now_ms + lease_ms, now_ms + max(KEPT_MS, lease_ms)),
@@ -111,7 +143,13 @@ class FileStore:
 
     async def finish(self, key: str, fingerprint: str, token: str, body: bytes) -> bool:
         asked = (key, fingerprint, token, self._clock_ms() + KEPT_MS, body)
-        return await self._transaction(lambda file: file.execute(_FINISH, asked).rowcount > 0)
+
+        def finished(file: sqlite3.Connection) -> bool:
+            if not self._has_room(file, key, len(body), OUTCOMES_PART):
+                raise StoreFull("the tenant's part of the file is taken")
+            return file.execute(_FINISH, asked).rowcount > 0
+
+        return await self._transaction(finished)
 
     async def release(self, key: str, token: str) -> None:
         statement = "DELETE FROM records WHERE key = ? AND token = ? AND body IS NULL"
@@ -138,6 +176,39 @@ class FileStore:
         if self._opened is not None:
             self._opened.close()
             self._opened = None
+
+    def _has_room(self, file: sqlite3.Connection, key: str, more_bytes: int, part: int) -> bool:
+        """Whether the key's tenant may have so much more, which is counted as had."""
+        self._steps += 1
+        if not self._half_full and self._steps % LOOKED_EVERY:
+            return True
+        (pages,) = file.execute("PRAGMA page_count").fetchone()
+        (unused,) = file.execute("PRAGMA freelist_count").fetchone()
+        free_pages = self._pages_max - pages + unused
+        self._half_full = 2 * free_pages < self._pages_max
+        if not self._half_full:
+            return True
+        tenant = key[: key.find("}") + 1]
+        had_bytes = self._of_tenants.get(tenant, 0) + more_bytes
+        if had_bytes > part * (free_pages * PAGE_BYTES - more_bytes):
+            return False
+        self._of_tenants[tenant] = had_bytes
+        return True
+
+    async def _count(self) -> None:
+        """Who comes meanwhile goes by the last count."""
+        self._count_due = monotonic() + COUNTED_EVERY_S
+        try:
+            self._of_tenants = await off_loop(self._counted)
+        except asyncio.CancelledError:
+            self._count_due = 0.0
+            raise
+        except (OSError, sqlite3.Error) as error:
+            self._say(str(error))
+
+    def _counted(self) -> dict[str, int]:
+        with contextlib.closing(sqlite3.connect(self._path)) as file:
+            return dict(file.execute(_COUNT, (RECORD_BYTES,)).fetchall())
 
     async def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cache.file_store import SWEEP_EVERY, SWEPT_MAX, FileStore
+from app.cache.file_store import LOOKED_EVERY, SWEEP_EVERY, SWEPT_MAX, FileStore
 from app.cache.store import KEPT_MS, StoreAway, StoreFull
 from app.off_loop import THREADS_MAX, off_loop
 from tests.cache.stores import LEASE_MS, Clock
@@ -99,6 +99,33 @@ async def test_a_full_file_says_so_keeps_what_it_has_and_goes_on_when_there_is_r
             continue
     assert begun
     await store.close()
+
+
+async def filled(store: FileStore, tenant: str, from_number: int = 0) -> int:
+    """Keys that the tenant got until one was refused; each outcome was kept."""
+    for number in range(from_number, 10_000):
+        try:
+            await store.begin(f"{{{tenant}}}{number}", "fp", "token", LEASE_MS, take_over=False)
+        except StoreFull:
+            return number - from_number
+        await store.finish(f"{{{tenant}}}{number}", "fp", "token", b"x" * 5_000)
+    raise AssertionError("never refused")
+
+
+async def test_one_tenant_leaves_room_in_the_file_for_others_keys_and_for_what_came_of_its_own(tmp_path: Path) -> None:
+    path, bytes_max = tmp_path / "keys.db", 4_000_000
+    store = FileStore(path, Clock(), bytes_max)
+    await store.begin("{one}first", "fp", "token", LEASE_MS, take_over=False)
+    first = await filled(store, "one")
+    assert first * 5_000 > bytes_max / 2, "alone it has most of it"
+    assert await store.finish("{one}first", "fp", "token", b"x" * 50_000), "this one was let in before"
+    assert await filled(store, "two") > 20
+    assert await filled(store, "three") > 5
+    assert (await store.begin("{one}0", "fp", "later", LEASE_MS, take_over=False)).state == "done"
+    await store.close()
+    again = FileStore(path, Clock(), bytes_max)  # it counts what others wrote
+    assert await filled(again, "one", first) < LOOKED_EVERY
+    await again.close()
 
 
 async def test_a_sweep_removes_a_bounded_part_at_a_time(tmp_path: Path) -> None:
