@@ -1,5 +1,5 @@
 """Whether a failed run is tried again, and when: what is safe to repeat, what says that it may help, within the call's
-deadline and a budget of the tool's.
+deadline and a budget of the tool's, of which a tenant has what its own calls put in.
 
 Decides and never waits; knows no breaker and no run. The executor asks after each failure, and only for tools that
 declare `retries`.
@@ -8,6 +8,7 @@ declare `retries`.
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from time import perf_counter
 
@@ -38,6 +39,9 @@ RESERVE_S = 10.0
 SAVED_MAX = 10
 """Retries that calls without failures can save up: a good hour must not pay for a storm."""
 
+TENANTS_MAX = 1_000
+"""Whose own part is counted: tenants whose calls were tried again lately."""
+
 
 class RetryBudget:
     """A bucket, counted in calls: each call puts one in, each retry takes as many out as there must be for it."""
@@ -49,17 +53,26 @@ class RetryBudget:
         self._calls = RESERVE * CALLS_PER_RETRY
         self._refilled_at = clock()
 
+    def part(self) -> RetryBudget:
+        """One more that holds as much."""
+        part = RetryBudget(self._clock)
+        part._calls, part._refilled_at = self._calls, self._refilled_at
+        return part
+
+    @property
+    def is_full(self) -> bool:
+        return self._calls >= SAVED_MAX * CALLS_PER_RETRY
+
     def deposit(self) -> None:
-        if self._calls < SAVED_MAX * CALLS_PER_RETRY:
+        if not self.is_full:
             self._calls += 1
 
-    def withdraw(self) -> bool:
-        """Take one retry out, if there is one."""
+    def has_one(self) -> bool:
         self._refill()
-        if self._calls < CALLS_PER_RETRY:
-            return False
+        return self._calls >= CALLS_PER_RETRY
+
+    def take_one(self) -> None:
         self._calls -= CALLS_PER_RETRY
-        return True
 
     def _refill(self) -> None:
         """Up to the reserve, as time has passed since it was last below."""
@@ -77,7 +90,7 @@ class RetryBudget:
 class Retries:
     """One tool's. `begin` at each call, `wait_s` after each failed run of it. All methods are synchronous."""
 
-    __slots__ = ("_always", "_budget", "_chance", "_clock", "_retries_max", "begin")
+    __slots__ = ("_always", "_budget", "_chance", "_clock", "_of_tenants", "_retries_max")
 
     def __init__(
         self,
@@ -93,14 +106,25 @@ class Retries:
         self._clock = clock
         self._chance = chance
         self._budget = RetryBudget(clock)
-        self.begin = self._budget.deposit
+        self._of_tenants: OrderedDict[str, RetryBudget] = OrderedDict()
+        """A tenant without one has all that the tool has."""
 
     @classmethod
     def of(cls, spec: ToolSpec) -> Retries | None:
         """None for a tool that declares none, which then costs nothing."""
         return cls(spec.retries, always=spec.idempotent or spec.read_only) if spec.retries > 0 else None
 
-    def wait_s(self, failure: Failure, *, attempts: int, deadline: float, has_key: bool = False) -> float | None:
+    def begin(self, tenant: str) -> None:
+        self._budget.deposit()
+        if tenant in self._of_tenants:
+            own = self._of_tenants[tenant]
+            own.deposit()
+            if own.is_full:
+                del self._of_tenants[tenant]
+
+    def wait_s(
+        self, failure: Failure, tenant: str, *, attempts: int, deadline: float, has_key: bool = False
+    ) -> float | None:
         """Seconds to wait before the next run, already taken out of the budget; None: the failure stands.
 
         `attempts`: runs so far. `deadline`: of the call as a whole, seconds of the clock. `has_key`: it has an
@@ -113,7 +137,20 @@ class Retries:
             wait_s += failure.retry_after_ms / 1e3  # not before; after it, spread as always
         if self._clock() + wait_s + RUN_S_MIN > deadline:
             return None
-        return wait_s if self._budget.withdraw() else None
+        return wait_s if self._withdraw(tenant) else None
+
+    def _withdraw(self, tenant: str) -> bool:
+        """One retry, if the tool has one and the tenant's own calls put it in."""
+        own = self._of_tenants.get(tenant) or self._budget.part()
+        if not (own.has_one() and self._budget.has_one()):
+            return False
+        self._budget.take_one()
+        own.take_one()
+        self._of_tenants[tenant] = own
+        self._of_tenants.move_to_end(tenant)
+        if len(self._of_tenants) > TENANTS_MAX:
+            self._of_tenants.popitem(last=False)
+        return True
 
     def _backoff_s(self, attempts: int) -> float:
         """Full jitter: the whole of the time is drawn, which spreads those who failed together the most

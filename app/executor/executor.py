@@ -332,7 +332,7 @@ class Executor:
         assert retries is not None
         if call.deadline is not None and call.deadline < deadline:
             deadline = call.deadline
-        retries.begin()
+        retries.begin(call.caller.tenant)
         last: RunFailed | None = None
         while True:
             try:
@@ -348,6 +348,7 @@ class Executor:
             except RunFailed as failed:
                 wait_s = retries.wait_s(
                     failed.cause,
+                    call.caller.tenant,
                     attempts=run.attempts,
                     deadline=deadline,
                     has_key=run.claimed is not None,
