@@ -288,11 +288,19 @@ def _keys_create(settings: Settings, options: argparse.Namespace) -> int:
     async def created() -> int:
         async with opened_keys(settings) as keys:
             key, credential = await keys.create(new)
-        if options.json:
-            _print_json({"id": key.id, "key": credential})
-        else:
-            print(f"id   {key.id}\nkey  {credential}\nThe key is shown this once; send it as Authorization: Bearer.")
+            try:
+                show(key.id, credential)
+            except OSError as error:  # nobody has seen it
+                await keys.revoke(key.id)
+                raise OSError(error.errno, f"{error.strerror}; the key {key.id} is revoked") from error
         return 0
+
+    def show(key_id: str, credential: str) -> None:
+        if options.json:
+            _print_json({"id": key_id, "key": credential})
+        else:
+            text = f"id   {key_id}\nkey  {credential}\nThe key is shown this once; send it as Authorization: Bearer."
+            print(text, flush=True)
 
     run(created())
 

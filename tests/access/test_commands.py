@@ -42,6 +42,23 @@ def url(database_url: str) -> str:
     return database_url
 
 
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_a_key_that_could_not_be_shown_is_revoked(url: str, options: str) -> None:
+    command = f"keys create --tenant acme --subject planner {options} >/dev/full"
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m app {command}', sys.executable],
+        cwd=ROOT,
+        env=service_environ(DATABASE_URL=url),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (listed,) = json.loads(run(url, "keys", "list", "--json").stdout)
+    assert listed["revoked_at"] is not None
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.endswith(f"; the key {listed['id']} is revoked")
+
+
 def test_a_key_is_made_listed_and_revoked(url: str) -> None:
     made = json.loads(run(url, "keys", "create", "--tenant", "acme", "--subject", "planner", "--json").stdout)
     assert made.keys() == {"id", "key"} and made["key"].startswith(f"act_{made['id']}_")
