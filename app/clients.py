@@ -104,6 +104,8 @@ def _create_sqlite(url: URL) -> AsyncEngine:
     if (file := url.database) and file != ":memory:":
         with contextlib.suppress(OSError):  # the first statement says what is wrong
             Path(file).parent.mkdir(parents=True, exist_ok=True)
+            if not url.query:  # else it is a URI
+                Path(file).touch(mode=0o600)  # payloads are in it; SQLite gives its other files the same mode
     engine = create_async_engine(url, connect_args={"timeout": SQLITE_BUSY_S})
 
     @event.listens_for(engine.sync_engine, "connect")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -68,6 +69,12 @@ async def test_an_empty_database_gets_its_tables_and_knows_it(database_url: str)
         await migrate(engine)
         assert await version(engine) == versions()[-1] and await is_current(engine)
         assert {"api_keys", "tool_executions"} <= await tables(engine)
+
+
+async def test_a_sqlite_file_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+    async with opened(f"sqlite+aiosqlite:///{tmp_path / 'new' / 'agentcore.db'}") as engine:
+        await migrate(engine)
+        assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "new").iterdir()} == {0o600}
 
 
 def test_ten_processes_at_once_migrate_once(database_url: str) -> None:
