@@ -23,6 +23,8 @@ import orjson
 from app.calls import CurrentCall, current_call, rfc3339
 from app.telemetry.redaction import redact, redact_text
 
+own_logger = logging.getLogger("app.telemetry")
+
 QUEUE_LINES_MAX = 10_000
 """About a second of the worst flood; past it a line is dropped and counted."""
 
@@ -200,7 +202,26 @@ def log_to_stdout(level: str) -> LineWriter:
         logger.propagate = True
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(max(root.level, logging.WARNING))
+    _hear_of_crashes()
     return writer
+
+
+def _hear_of_crashes() -> None:
+    """What Python would write to stderr, many lines for one event and whatever secrets are in them: exceptions of
+    threads and of finalisers, warnings."""
+
+    def in_thread(crash: threading.ExceptHookArgs) -> None:
+        if crash.exc_type is not SystemExit:  # which ends a thread, and is no crash
+            own_logger.error("thread crashed", exc_info=crash.exc_value)
+
+    def ignored(crash: sys.UnraisableHookArgs) -> None:
+        # The object by name alone: it is about to go, and its `repr` may fail.
+        within = getattr(crash.object, "__qualname__", type(crash.object).__name__)
+        own_logger.error("exception ignored", exc_info=crash.exc_value, extra={"within": within})
+
+    threading.excepthook = in_thread
+    sys.unraisablehook = ignored
+    logging.captureWarnings(True)
 
 
 @contextlib.contextmanager

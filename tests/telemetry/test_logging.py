@@ -441,3 +441,35 @@ def test_the_log_level_holds_for_every_logger(level: str) -> None:
     ):
         expected = [one for one in levels if getattr(logging, one) >= max(least, logging.WARNING)]
         assert [one[1] for one in seen if one[0] == noisy] == expected
+
+
+CRASHES = """
+import os, sys, threading, warnings
+from app.telemetry.logging import log_to_stdout
+writer = log_to_stdout("INFO")
+
+def crash(kind=ValueError):
+    raise kind("password=" + os.environ["CANARY"])
+
+class Finalised:
+    __del__ = lambda self: crash()
+
+for thread in (threading.Thread(target=crash), threading.Thread(target=crash, args=(SystemExit,))):
+    thread.start()
+    thread.join()
+Finalised()
+warnings.warn("password=" + os.environ["CANARY"])
+writer.end()
+"""
+
+
+def test_what_python_would_write_to_stderr_is_an_event_without_secrets() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CRASHES], cwd=ROOT, env=service_environ(CANARY=CANARY), capture_output=True
+    )
+    assert done.stderr == b""
+    assert CANARY.encode() not in done.stdout
+    crashed, ignored, warned = [json.loads(one) for one in io.BytesIO(done.stdout)]
+    assert crashed["message"] == "thread crashed" and crashed["exception"].endswith(f"ValueError: password={REDACTED}")
+    assert ignored["message"] == "exception ignored" and "<lambda>" in ignored["within"]
+    assert warned["logger"] == "py.warnings" and f"UserWarning: password={REDACTED}" in warned["message"]
