@@ -35,7 +35,7 @@ KEY_BYTES_MAX = 256
 
 _SECRET_NAME = re.compile(
     r"(?i)passw|passphrase|passcode|pwd|secret|token|authorization|cookie|credential|^(?:x[-_])?auth$"
-    r"|(?:api|access|private|secret|signing|encryption|account|shared|master|session|ssh)[-_ .]?key"
+    rf"|(?:{'|'.join(resembling.KEYS_OF)})[-_ .]?key"
 )
 _COUNT_NAME = re.compile(r"(?i)tokens|token[-_ ]?(?:count|limit|budget|usage)")
 """`max_tokens` is no secret as long as it is a number."""
@@ -64,10 +64,7 @@ _PEM = (
     rb"(?:-----END [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----|(?![A-Za-z0-9+/=\s:,.()-]|\\{1,8}[nrt]))"
 )
 
-_KEY_OF = (
-    rb"(?:(?<=api)|(?<=api[-_ .])|(?<=access)|(?<=access[-_ ])|(?<=account)|(?<=account[-_])|(?<=private[-_])"
-    rb"|(?<=secret[-_])|(?<=signing[-_])|(?<=shared[-_])|(?<=ssh[-_]))key"
-)
+_KEY_OF = "(?:{})key".format("|".join(f"(?<={word})|(?<={word}[-_ .])" for word in resembling.KEYS_OF)).encode()
 
 _PLAIN_FORMS = (
     Form("act_", re.compile(rb"act_[0-9a-f]{20}_[0-9a-f]{64}|" + _BEGIN + rb"act_[A-Za-z0-9]+_[A-Za-z0-9_-]{16,}")),

@@ -12,7 +12,15 @@ from pydantic_core import SchemaValidator, core_schema
 _BLANK = r"[ \t\n\r\f\v]"
 """As `\\s` is of bytes; of text it would be more, and a class that excludes it less."""
 
-_KEY = r"(?:api|access|account|encryption|master|private|secret|session|shared|signing|ssh)[-_ .]?key"
+# fmt: off
+KEYS_OF = (
+    "access", "account", "api", "app", "application", "auth", "consumer", "encryption", "functions", "master",
+    "private", "secret", "session", "shared", "signing", "ssh", "subscription",
+)
+# fmt: on
+"""Words before `key` that make it a secret's; of some vendors' headers among them, as X-Auth-Key."""
+
+_KEY = rf"(?:{'|'.join(KEYS_OF)})[-_ .]?key"
 _NAMES = rf"passw|passphrase|passcode|pwd|secret|authorization|cookie|credential|{_KEY}"
 _MORE = r"[0-9a-z_.-]{0,40}"
 _EQUALS = rf"""[\\"']*{_BLANK}{{0,8}}[:=]"""

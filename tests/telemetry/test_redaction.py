@@ -65,6 +65,10 @@ FORMS = [
     f"Cookie: sid={CANARY}; theme=dark{CANARY}",
     f"Set-Cookie: sid={CANARY}; Path=/",
     f"X-Api-Key: {CANARY}",
+    f"X-Auth-Key: {CANARY}",
+    f"Ocp-Apim-Subscription-Key: {CANARY}",
+    f"https://example.org/?app_key={CANARY}&code=1",
+    '{"encryptionKey": "' + CANARY + '"}',
     f"host=a password={CANARY} user=b",
     f"password: {CANARY}",
     f'password="two {CANARY} words"',
@@ -94,6 +98,14 @@ def test_a_secret_is_known_by_its_form_in_texts_and_in_json_of_any_depth(secret:
 NAMES = ["password", "passwd", "PASSWORD", "client_secret", "access_token", "api_key", "x-api-key", "apikey", "token"]
 NAMES += ["Authorization", "Set-Cookie", "cookies", "credentials", "private_key", "private-key", "pwd", "access key"]
 NAMES += ["auth", "x-auth", "passphrase", "passcode", "AWS_SECRET_ACCESS_KEY", "sshKey", "refreshToken", "signing.key"]
+NAMES += [
+    "X-Auth-Key",
+    "Ocp-Apim-Subscription-Key",
+    "x-functions-key",
+    "DD-APPLICATION-KEY",
+    "consumer_key",
+    "masterKey",
+]
 
 VALUES: list[Any] = [CANARY, {"any": [CANARY, {"deep": CANARY}]}, [CANARY, 1], {"}": '"]' + CANARY}, f'"{CANARY}\\']
 
