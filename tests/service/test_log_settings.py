@@ -234,6 +234,22 @@ def test_database_url_names_where_the_rows_are(
         assert dict(found)[execution_id] == "success"
 
 
+def test_no_row_goes_to_a_sqlite_file_that_was_taken_away(serve: Serve, tmp_path: Path) -> None:
+    settings = {"DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path / 'log.db'}", "JOURNAL_DIR": str(tmp_path / "journal")}
+    running = serve(**settings)
+    running.execute("echo", {"message": "a"})
+    drained(running)
+    for file in tmp_path.glob("log.db*"):
+        file.unlink()
+    execution_id = running.execute("echo", {"message": "b"})["execution_id"]
+    wait_until(lambda: "run agentcore-tools migrate" in running.http.get("/readyz").text, "it is told")
+    assert running.metric("execution_log_journal_bytes") > 0
+    subprocess.run([sys.executable, "-m", "app", "migrate"], cwd=ROOT, env=service_environ(**settings), check=True)
+    drained(running)
+    assert running.stop() == 0
+    assert dict(logged_rows(tmp_path / "log.db")) == {execution_id: "success"}
+
+
 # The pool
 
 
