@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -95,6 +96,7 @@ class FileStore:
         self._clock_ms = clock_ms
         self._pages_max = bytes_max // PAGE_BYTES
         self._opened: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
         self._opening: asyncio.Future[sqlite3.Connection] | None = None
         self._closed = False
         self._claims = 0
@@ -213,6 +215,9 @@ class FileStore:
     async def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
             file = self._opened
+            if file is not None and self._file_now() != self._file:
+                self._lose(file)
+                file = None
             if file is None:  # the one step that touches the disk for long: 20 ms and more
                 file = await self._open()
             try:
@@ -232,6 +237,22 @@ class FileStore:
             reason = error.strerror or str(error)
         self._say(reason)
         raise StoreAway(reason)
+
+    def _file_now(self) -> tuple[int, int] | None:
+        """Which file it is that has the name now. Looked at each time, in 2 µs: SQLite would go on writing to one that
+        was removed, and keys would have no outcome after the next start."""
+        if self._path == MEMORY:
+            return None
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 - a third of the time of Path's
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _lose(self, file: sqlite3.Connection) -> None:
+        logger.error("the file of idempotency keys was taken away and is made again", extra={"file": str(self._path)})
+        self._opened = None
+        file.close()
 
     def _say(self, reason: str) -> None:
         now_s = monotonic()
@@ -271,6 +292,7 @@ class FileStore:
             file.execute(f"PRAGMA max_page_count={self._pages_max}")
             file.executescript(_SCHEMA)
             file.execute(f"PRAGMA busy_timeout={BUSY_MS}")
+            self._file = self._file_now()
         except BaseException:
             file.close()
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sqlite3
 import stat
@@ -220,3 +221,17 @@ async def test_the_file_is_made_with_the_first_claim_and_for_its_owner_alone(tmp
     await store.close()
     with pytest.raises(StoreAway, match="closed"):
         await store.begin("late", "fp", "token", LEASE_MS, take_over=False)
+
+
+async def test_a_file_that_was_taken_away_is_made_again_for_what_comes_and_for_what_runs(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "keys.db"
+    store = FileStore(path)
+    await store.begin("running", "fp", "token", LEASE_MS, take_over=False)
+    shutil.rmtree(path.parent)
+    assert await store.finish("running", "fp", "token", b"x")
+    await store.begin("later", "fp", "token", LEASE_MS, take_over=False)
+    await store.close()
+    store = FileStore(path)
+    states = [(await store.begin(key, "fp", "other", LEASE_MS, take_over=False)).state for key in ("running", "later")]
+    assert states == ["done", "running"]
+    await store.close()
