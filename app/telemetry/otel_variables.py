@@ -23,6 +23,9 @@ COUNTS = {
 }
 """With the defaults that OpenTelemetry has for them."""
 
+COUNT_MAX = 2**31 - 1
+"""More fits neither a queue nor a timer, and OpenTelemetry fails of it."""
+
 PROPAGATORS = frozenset({"tracecontext", "baggage"})
 COMPRESSIONS = ("gzip", "deflate", "none")
 OTLP = ("OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OTLP_TRACES_")
@@ -45,7 +48,7 @@ def count_in(environ: Mapping[str, str], name: str) -> int:
 
 
 def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and int(text) > 0
+    return text.isascii() and text.isdigit() and len(text) <= len(str(COUNT_MAX)) and 0 < int(text) <= COUNT_MAX
 
 
 def foreign_propagators(text: str) -> bool:
@@ -67,7 +70,7 @@ def odd_variables(environ: Mapping[str, str]) -> Iterator[str]:
 def _odd_for_export(environ: Mapping[str, str]) -> Iterator[str]:
     for name, otherwise in COUNTS.items():
         if (text := environ.get(name)) and not _is_count(text):
-            yield f"{name}: must be a whole number above 0; {otherwise} holds"
+            yield f"{name}: must be a whole number from 1 to {COUNT_MAX}; {otherwise} holds"
     by_grpc = _otlp(environ, "PROTOCOL").values()
     for name, text in _otlp(environ, "ENDPOINT").items():
         if "grpc" not in by_grpc and not _is_web_url(text):

@@ -856,7 +856,9 @@ def test_propagators_of_a_whole_cluster_break_no_command(serve: Serve, receiver:
         ("OTEL_TRACES_SAMPLER", "bogus"),
         ("OTEL_TRACES_SAMPLER_ARG", "7"),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "abc"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "9" * 5_000),
         ("OTEL_BSP_SCHEDULE_DELAY", "0"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "9" * 30),
         ("OTEL_BSP_EXPORT_TIMEOUT", "x"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "garbage"),
         ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://a:port"),
@@ -898,7 +900,7 @@ def test_what_opentelemetry_logs_is_told_with_names_and_without_values(caplog: p
 
 
 def test_odd_export_variables_do_not_keep_the_service_from_serving(serve: Serve) -> None:
-    odd = {"OTEL_BSP_SCHEDULE_DELAY": "0", "OTEL_BSP_MAX_QUEUE_SIZE": "-1", "OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}
+    odd = {"OTEL_BSP_SCHEDULE_DELAY": "0", "OTEL_BSP_MAX_QUEUE_SIZE": "9" * 30, "OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}
     headers = {"OTEL_EXPORTER_OTLP_HEADERS": "authorization canary-9d0e"}
     running = serve(OTEL_EXPORTER_OTLP_ENDPOINT="nonsense", TRACE_SAMPLE_RATIO="1", **odd, **headers)
     assert running.execute("echo", {"message": "x"})["status"] == "success"
