@@ -309,7 +309,7 @@ class Methods:
         """An Execution among several, or the error of one that was refused."""
         if execution.refusal is not None:
             return {"error": execution.refusal.as_error()}
-        if execution.attempts:
+        if execution.attempts or execution.cached:
             self._metrics.observe_overhead(execution.overhead_s, kept_trace(execution))
         return execution.as_dict()
 

@@ -345,6 +345,20 @@ def test_a_result_is_kept_for_all_replicas_and_its_hits_are_logged_and_counted(s
     } == ids
 
 
+def test_the_overhead_of_a_hit_is_observed_by_each_method(site: Site, name: str) -> None:
+    hit = {"tool_id": "search", "parameters": {"name": name}}
+    site.call(site.one, "search", name=name)
+    for method, params in {
+        "tools.execute": hit,
+        "tools.execute_batch": {"requests": [hit]},
+        "tools.execute_parallel": {"tasks": [{"task_id": "a", **hit}]},
+        "tools.execute_with_fallback": {"primary": hit, "fallback": []},
+    }.items():
+        before = site.one.metric("framework_overhead_seconds_count")
+        assert '"cached": true' in json.dumps(site.rpc(site.one, method, params)["result"])
+        assert site.one.metric("framework_overhead_seconds_count") == before + 1, method
+
+
 def test_tenants_have_results_of_their_own_unless_the_tool_shares(site: Site, name: str) -> None:
     for tool, runs in (("search", 2), ("search_for_all", 1)):
         for who in ("anna", "bob", "anna", "bob"):
