@@ -174,6 +174,14 @@ def test_the_panels_of_a_dashboard_do_not_overlap(path: Any) -> None:
         taken |= cells
 
 
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_bars_are_of_now_for_a_range_has_no_order_and_all_that_were_ever_on_top(path: Any) -> None:
+    for panel in panels(orjson.loads(path.read_bytes())):
+        sorts = any(re.search(r"\b(?:sort|topk|bottomk)", target["expr"]) for target in panel["targets"])
+        if panel["type"] == "bargauge" or sorts:
+            assert all(target["instant"] and not target["range"] for target in panel["targets"]), panel["title"]
+
+
 # With servers
 
 
