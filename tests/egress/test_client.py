@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from app.egress import EgressClient
-from app.egress.body import CHUNKS_IN_A_TURN, read_body
+from app.egress.body import CHUNKS_IN_A_TURN, INFLATE_BYTES, read_body
 from app.egress.network import EXPIRED_DROPPED_MAX
 from app.errors import ToolError
 from app.names import LOOKUPS_MAX
@@ -449,6 +449,13 @@ async def test_headers_without_end_are_a_failure() -> None:
 @pytest.mark.parametrize("size", [0, 1, 100_000, 256 * 1024, 256 * 1024 + 1, 900_000])
 async def test_gzip_is_inflated(size: int) -> None:
     plain = bytes(size // 2) + os.urandom(size - size // 2)
+    async with origin({"/": response(gzip.compress(plain), content_encoding="gzip")}) as server, egress() as client:
+        assert (await get(client, server.url(), response_bytes_max=2**20)).body == plain
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+async def test_gzip_that_ends_where_a_piece_of_it_ends_is_whole(pieces: int) -> None:
+    plain = bytes(pieces * INFLATE_BYTES)  # so little when compressed that all of it comes at once
     async with origin({"/": response(gzip.compress(plain), content_encoding="gzip")}) as server, egress() as client:
         assert (await get(client, server.url(), response_bytes_max=2**20)).body == plain
 

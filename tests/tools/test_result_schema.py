@@ -395,6 +395,20 @@ class Sentence(BaseModel):
         return self.word
 
 
+class Told(BaseModel):
+    at: int
+
+    @field_serializer("at")
+    def shown(self, at: int) -> str:
+        return f"at {at}"
+
+
+def test_a_serializer_that_says_what_it_makes_is_published_so() -> None:
+    schema = ResultSchema(Told)
+    assert schema.json_schema is not None
+    assert schema.json_schema["properties"]["at"] == {"type": "string"}
+
+
 @pytest.mark.parametrize("result", [Untold(at=1), Sentence(word="a")])
 def test_a_serializer_that_does_not_say_what_it_makes_is_not_published_as_the_field_is(result: BaseModel) -> None:
     schema = ResultSchema(type(result))
