@@ -302,6 +302,21 @@ async def test_writes_that_wait_are_bounded_by_number_and_bytes(redis_url: str) 
         assert cache._writes.qsize() == room.WRITES_BYTES_MAX // 1_000_000
 
 
+async def test_room_for_writes_comes_back_as_they_are_written(redis_url: str) -> None:
+    half = b'"%b"' % (b"x" * (room.WRITES_BYTES_MAX // 2 - 2))
+    async with redis_store(redis_url) as store:
+        cache = ResultCache(store, 1, room.WRITES_BYTES_MAX, compress=True)
+        await cache.catch_up()
+        writing = asyncio.create_task(cache.run())
+        for parameters in (b"1", b"2", b"3"):
+            key = key_of(cache, parameters)
+            cache.keep(key, TOOL, half)
+            assert await eventually(cache, key) == half
+        writing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await writing
+
+
 async def test_one_replica_at_a_time_refreshes_and_a_short_life_does_not_wait_for_its_turn(redis_url: str) -> None:
     short = tool(ttl_s=0.1)
     async with together(redis_url) as one, together(redis_url) as two:
