@@ -22,6 +22,9 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as EncodedSpan
 WAIT_S_MAX = 30.0
 """Not a claim about speed: past it the test fails instead of hanging."""
 
+PARENT_TRACE, PARENT_SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+"""Of a caller, in a traceparent."""
+
 KINDS = {1: "internal", 2: "server", 3: "client"}
 
 
