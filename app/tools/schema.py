@@ -89,7 +89,9 @@ class ParameterSchema:
             raise TypeError("two parameters have the same published name; change an alias")
         self._validator = _exact_validator(model)
         self.json_schema.pop("title", None)
-        self.json_schema.setdefault("properties", {})
+        for name, published in self.json_schema.setdefault("properties", {}).items():
+            if "default" in published and not self._takes(name, published["default"]):
+                del published["default"]
         self.mirrored = mirrored(self.json_schema)
 
     def validate(self, parameters: Any) -> dict[str, Any]:
@@ -104,6 +106,16 @@ class ParameterSchema:
         except ValidationError as error:
             model = self._validate_whole_floats(parameters, error)
         return model.__dict__  # type: ignore[no-any-return]  # the validator is untyped
+
+    def _takes(self, name: str, default: Any) -> bool:
+        """Whether a caller may say the default, too: not None where `x: int = None`."""
+        try:
+            self._validator.validate_json(orjson.dumps({name: whole_floats_as_integers(default)}), strict=True)
+        except ValidationError as error:
+            return all(detail["loc"][:1] != (name,) for detail in error.errors(include_url=False, include_input=False))
+        except Exception:  # a validator of the author's, or a number beyond JSON's
+            return False
+        return True
 
     def _validate_whole_floats(self, parameters: Any, first: ValidationError) -> Any:
         if first.error_count() > ERRORS_BUILT_MAX:

@@ -401,6 +401,24 @@ def test_the_published_schema_is_small_and_closed() -> None:
     assert schema().json_schema["properties"] == {}
 
 
+def test_a_default_that_a_caller_could_not_say_is_not_published() -> None:
+    parameters = ParameterSchema(
+        {
+            "needed": (str, ...),
+            "nothing": (int, None),
+            "below": (Annotated[int, Field(ge=1)], 0),
+            "beyond": (int, 2**70),
+            "named": (Annotated[int, Field(alias="published")], "text"),
+            "whole": (int, 1.0),
+            "good": (int | None, None),
+        }
+    )
+    published = parameters.json_schema["properties"]
+    assert [name for name, one in published.items() if "default" in one] == ["whole", "good"]
+    assert parameters.json_schema["required"] == ["needed"]
+    assert parameters.validate({"needed": "a"})["nothing"] is None
+
+
 def test_a_default_that_json_cannot_hold_is_not_published() -> None:
     parameters = schema(most=(float, math.inf), steps=(list[float], [1.0, math.nan]), least=(float, 0.5))
     assert parameters.validate({})["most"] == math.inf
