@@ -13,6 +13,8 @@ from collections.abc import Callable, Hashable
 from time import perf_counter
 from typing import Any, Final, Generic, Literal, TypeVar
 
+import orjson
+
 from app.errors import TOOL_CRASHED, TOOL_ERROR, TOOL_TIMEOUT, Failure, Overloaded, UpstreamFailed
 
 State = Literal[0, 1, 2]
@@ -390,5 +392,13 @@ def outcome_of(failure: Failure, error: BaseException | None, parameters: Any, *
     if failure.category != TOOL_ERROR.category:
         return SAYS_NOTHING
     if isinstance(error, UpstreamFailed):  # retryable or not: a repeat may do harm, and the server is down all the same
-        return FAILED if error.asked and error.host not in repr(parameters).lower() else SAYS_NOTHING
+        return FAILED if error.asked and not _names(parameters, error.host) else SAYS_NOTHING
     return FAILED if failure.retryable else SAYS_NOTHING
+
+
+def _names(parameters: Any, host: str) -> bool:
+    """As JSON, since the `repr` of a megabyte of numbers keeps the loop for 0.1 s."""
+    try:
+        return host.encode() in orjson.dumps(parameters).lower()
+    except TypeError:  # not from a door
+        return host in repr(parameters).lower()

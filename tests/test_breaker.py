@@ -450,6 +450,8 @@ IN_DOUBT = UPSTREAM._replace(retryable=False)
         (IN_DOUBT, UpstreamFailed("", "wiki.test", code="EGRESS_FAILED"), {"query": "x"}, FAILED),
         (IN_DOUBT, UpstreamFailed("", "wiki.test", code="EGRESS_FAILED"), {"url": "http://wiki.test/"}, SAYS_NOTHING),
         (UPSTREAM, UpstreamFailed("", "dead.test", code="EGRESS_FAILED"), {"url": "http://Dead.test/"}, SAYS_NOTHING),
+        (UPSTREAM, UpstreamFailed("", "dead.test", code="X"), {"body": [{"at": "Dead.test", "n": [1]}]}, SAYS_NOTHING),
+        (UPSTREAM, UpstreamFailed("", "dead.test", code="X"), {"of no door": {"Dead.test"}}, SAYS_NOTHING),
         (UPSTREAM, UpstreamFailed("", "wiki.test", code="X", asked=False), {"query": "x"}, SAYS_NOTHING),
     ],
 )
