@@ -61,9 +61,15 @@ async def version(engine: AsyncEngine) -> str | None:
 
 
 def _version(connection: Connection) -> str | None:
-    if not inspect(connection).has_table("alembic_version"):
-        return None
-    found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    found: str | None = None
+    has_tables = inspect(connection).has_table("api_keys")  # asked first: another process may make both meanwhile
+    if inspect(connection).has_table("alembic_version"):
+        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    if found is None and has_tables:
+        raise MigrationError(
+            "the database has a table api_keys, but alembic_version does not say which version the tables have; "
+            "restore that table, too, or give the service a database of its own"
+        )
     if found is not None and not _OURS.fullmatch(found):
         raise MigrationError(
             "another application keeps its version in this database (alembic_version); give the service one of its own"

@@ -154,6 +154,17 @@ async def test_a_database_of_another_application_is_refused(database_url: str, t
     assert done.returncode == 1 and "another application" in line and theirs not in line
 
 
+@pytest.mark.parametrize("lost", ["DROP TABLE alembic_version", "DELETE FROM alembic_version"])
+async def test_tables_restored_without_their_version_are_told(database_url: str, lost: str) -> None:
+    async with opened(database_url) as engine:
+        await migrate(engine)
+        async with engine.begin() as connection:
+            await connection.execute(text(lost))
+        for asked in (migrate, is_current):
+            with pytest.raises(MigrationError, match="alembic_version does not say"):
+                await asked(engine)
+
+
 async def test_alembics_own_way_down_is_refused_in_one_line(database_url: str) -> None:
     async with opened(database_url) as engine:
         await migrate(engine)
