@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import sys
+from types import FrameType
 from typing import Any
 
 import orjson
@@ -12,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.errors import InvalidParams
-from app.tools.builtin.charset import declared_codec
+from app.tools.builtin.charset import _AS_BROWSERS as SUPERSETS
+from app.tools.builtin.charset import PIECE_BYTES, declared_codec, decoded_page
 from app.tools.builtin.page import LINKS_MAX, METADATA_MAX, TITLE_CHARACTERS_MAX, read_page
 from app.tools.builtin.web import graphql_query, http_request, web_scrape
 from tests.executor.in_process import opened
@@ -284,6 +287,38 @@ async def test_a_page_is_read_as_browsers_read_its_charset(declared: str, text: 
     page = html(f"<meta charset={declared}><p>{text}", "text/html", charset)
     async with origin({"/": page}) as server, tool_context() as context:
         assert (await run(web_scrape, context, url=server.url()))["text"] == text
+
+
+CHARSETS = ["utf-8", "utf-16le", "windows-1252", "windows-874", "koi8-r", "gb18030", "big5", "euc-kr", "shift_jis"]
+CHARSETS += ["euc-jp", "iso-2022-jp"]
+
+
+@given(
+    st.sampled_from(CHARSETS), st.lists(st.sampled_from([*b"\x1b$(B\x81\x82\xd8\xe2\xff\x00a"])).map(bytes), st.data()
+)
+def test_what_a_page_says_does_not_depend_on_where_its_pieces_end(
+    charset: str, content: bytes, data: st.DataObject
+) -> None:
+    before = PIECE_BYTES - data.draw(st.integers(0, len(content)))
+    body = b"  " * (before // 2) + content
+    codec = declared_codec(f"charset={charset}") or ""
+    assert decoded_page(body, f"text/html; charset={charset}") == body.decode(SUPERSETS.get(codec, codec), "replace")
+
+
+@pytest.mark.parametrize("body", [b"\x81" * 100_000, b"\xff\xfe" + b"\x00\xd8" * 50_000], ids=["charmap", "utf-16"])
+def test_no_page_is_decoded_in_one_go_that_holds_the_interpreter(body: bytes) -> None:
+    decoded: list[int] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_name == "decode":
+            decoded.append(len(frame.f_locals["input"]))
+
+    sys.setprofile(note)
+    try:
+        decoded_page(body, "text/html; charset=iso-8859-1")
+    finally:
+        sys.setprofile(None)
+    assert max(decoded) == PIECE_BYTES and sum(decoded) == len(body)
 
 
 @pytest.mark.parametrize(("status", "retryable"), [("404 Not Found", False), ("429 Slow", True), ("503 Busy", True)])

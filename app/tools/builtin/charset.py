@@ -34,6 +34,9 @@ _AS_BROWSERS = {
 """What a page is written in that declares the first of two: the larger one (Encoding Standard, section 4.2). Else curly
 quotes of every other page in "iso-8859-1" are control characters, and rarer characters of Asian ones are lost."""
 
+PIECE_BYTES = 16 * 1024
+"""Decoded in one go: a few milliseconds where no byte means anything."""
+
 META_BYTES_MAX = 1024
 """Where the HTML Standard stops looking for a declaration (section 13.2.3.2)."""
 
@@ -68,8 +71,18 @@ def decoded_page(body: bytes, content_type: str) -> str:
         if codec is not None and codec.startswith("utf-16"):
             codec = "utf-8"  # what could be read byte by byte is not UTF-16; the HTML Standard says the same
     if codec is not None:
-        return body.decode(_AS_BROWSERS.get(codec, codec), errors="replace")
+        return _decoded(body, _AS_BROWSERS.get(codec, codec))
     try:
         return body.decode()
     except UnicodeDecodeError:
-        return body.decode("cp1252", errors="replace")
+        return _decoded(body, "cp1252")
+
+
+def _decoded(body: bytes, codec: str) -> str:
+    """With a replacement for each byte that means nothing, piece by piece: a whole page of them would hold the
+    interpreter's lock, and with it the event loop, for most of a second."""
+    if codec == "iso2022_jp":  # is quick, and its decoder of pieces fails at the half of an escape sequence
+        return body.decode(codec, "replace")
+    decoder = codecs.getincrementaldecoder(codec)("replace")
+    pieces = [decoder.decode(body[start : start + PIECE_BYTES]) for start in range(0, len(body), PIECE_BYTES)]
+    return "".join([*pieces, decoder.decode(b"", final=True)])
