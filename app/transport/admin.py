@@ -147,8 +147,7 @@ class CacheRoutes:
 
 
 def _json(value: Any, status: int = 200) -> Response:
-    """Not for any cache: a key may be in it."""
-    return Response(orjson.dumps(value), status, {"Cache-Control": "no-store"}, "application/json")
+    return Response(orjson.dumps(value), status, media_type="application/json")
 
 
 # What the routes say of themselves

@@ -13,7 +13,7 @@ import orjson
 from fastapi.routing import APIRoute, iter_route_contexts
 from starlette.requests import Request
 from starlette.routing import BaseRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.access.authenticator import Authenticator
 from app.access.credential import CredentialMissing
@@ -25,6 +25,8 @@ from app.transport.door import refusal_headers, respond
 
 CALLER = "agentcore.caller"
 """Key in the scope of a request that was let in."""
+
+NO_STORE = (b"cache-control", b"no-store")
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -81,7 +83,18 @@ class Gate:
             await respond(send, error.http_status, refusal_headers(error, body), body)
         else:
             self._authentication.observe(perf_counter() - begin)
-            await self._inner(scope, receive, send)
+            await self._inner(scope, receive, _unkept(send))
+
+
+def _unkept(send: Send) -> Send:
+    """For nobody else: a cache on the way knows Authorization (RFC 9111, section 3.5), and no X-API-Key."""
+
+    async def told(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], NO_STORE]}
+        await send(message)
+
+    return told
 
 
 def caller_with(request: Request, scope: str) -> Caller:

@@ -124,6 +124,14 @@ def test_the_same_key_in_both_headers_is_one(guarded: Guarded) -> None:
     assert "result" in ask(guarded.service, RPC, headers).json()
 
 
+@pytest.mark.parametrize(
+    "path", [TOOLS, f"{TOOLS}/echo", "/api/v1/executions", "/api/v1/executions/export", ADMIN, "/no"]
+)
+def test_no_cache_on_the_way_keeps_what_one_caller_was_told(guarded: Guarded, path: str) -> None:
+    answer = guarded.service.http.get(path, headers={"X-API-Key": guarded.key})
+    assert answer.headers.get_list("cache-control") == ["no-store"]
+
+
 def test_the_agent_id_is_a_label_and_never_who_calls(guarded: Guarded) -> None:
     headers = {"X-API-Key": guarded.key}
     body = {**CALL, "params": {**CALL["params"], "agent_id": "root"}, "a2a_context": {"source_agent": "root"}}
