@@ -6,14 +6,16 @@ A setting is an environment variable of the same name in capitals, or a line in 
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import (
     AfterValidator,
     AnyHttpUrl,
@@ -317,11 +319,29 @@ def otel_variables(dotenv: Path) -> dict[str, str]:
 
 def _lines_of(dotenv: Path) -> Mapping[str, str | None]:
     try:
-        return dotenv_values(dotenv)
+        text = dotenv.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise SettingsError(f"{dotenv.name}: must be text in UTF-8") from None
+    except (FileNotFoundError, IsADirectoryError):  # as some call their virtual environment
+        return {}
     except OSError as error:
         raise SettingsError(f"{dotenv.name}: cannot be read ({error.strerror})") from None
+    if problems := [*_unreadable_lines(dotenv.name, text)]:
+        raise SettingsError("\n".join(problems))
+    return dotenv_values(stream=io.StringIO(text))
+
+
+def _unreadable_lines(file: str, text: str) -> Iterator[str]:
+    """Lines of ours that python-dotenv would leave out, as one without an end of its quotes. Lines for others may be
+    whatever they are."""
+    for line in parse_stream(io.StringIO(text)):
+        found = _NAME_OF_A_LINE.match(line.original.string) if line.error else None
+        if found and (found[1] in _NAMES or found[1].startswith("OTEL_")):
+            where = f"line {line.original.line} of {file} cannot be read"
+            yield f"{found[1]}: {where}; write {found[1]}=value, with quotes around the whole value or none"
+
+
+_NAME_OF_A_LINE = re.compile(r"\s*(?:export\s+)?'?([A-Z][A-Z0-9_]*)")
 
 
 def _problem(detail: Any) -> str:

@@ -474,6 +474,27 @@ def test_a_dotenv_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr == b"agentcore-tools: .env: must be text in UTF-8\n"
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['AUTH_MODE="canary', "AUTH_MODE: canary", "export AUTH_MODE canary", "AUTH_MODE='canary' b", 'AUTH_MODE="a" b'],
+)
+def test_a_line_of_dotenv_that_would_be_left_out_is_refused(tmp_path: Path, line: str) -> None:
+    dotenv = tmp_path / ".env"
+    dotenv.write_text(f"LOG_LEVEL=INFO\n{line}\nMAX_BATCH_SIZE=3\n")
+    with pytest.raises(SettingsError, match=r"^AUTH_MODE: line 2 of \.env cannot be read; ") as caught:
+        read_settings({}, dotenv)
+    assert "canary" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_dotenv_may_be_for_others_too_or_no_file(tmp_path: Path) -> None:
+    dotenv = tmp_path / ".env"
+    assert read_settings({}, dotenv) == read_settings({})
+    dotenv.write_text("set -a\nTHEIRS: 1\nMAX_BATCH_SIZE='3'\n")
+    assert read_settings({}, dotenv).max_batch_size == 3
+    (tmp_path / "folder").mkdir()
+    assert read_settings({}, tmp_path / "folder") == read_settings({})
+
+
 def test_all_bad_values_are_told_at_once() -> None:
     with pytest.raises(SettingsError) as caught:
         read_settings({"DRAIN_SECONDS": "-1", "MAX_BATCH_SIZE": "0"})
