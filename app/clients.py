@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import QueuePool
 
 from app.database_url import parse_database_url
+from app.off_loop import off_loop
 
 # redis-py is imported by whoever opens a client, before anything is served: it takes 9 MB that a service without Redis
 # does without.
@@ -204,11 +205,19 @@ def redis_locator(url: str, key: str, timeout_s: float) -> Locate:
     """
     kind, nodes, service, template, tls = _redis_place(url)
     options = _library_options(max(timeout_s, LOCATE_TIMEOUT_S_MIN), tls)
-    if kind == "sentinel":
-        return lambda: _ask_sentinels(nodes, service, template, options)
-    if kind == "cluster":
-        return lambda: _ask_cluster(nodes, key, template, options)
-    return lambda: _known(template._replace(host=nodes[0][0], port=nodes[0][1]))
+    authorities: str | None = tls.get("ssl_ca_certs")
+
+    async def locate() -> RedisEndpoint:
+        now = template
+        if authorities is not None:  # as the library does: they are renewed while the service runs
+            now = template._replace(ssl=await off_loop(lambda: _tls_context(authorities)))
+        if kind == "sentinel":
+            return await _ask_sentinels(nodes, service, now, options)
+        if kind == "cluster":
+            return await _ask_cluster(nodes, key, now, options)
+        return now._replace(host=nodes[0][0], port=nodes[0][1])
+
+    return locate
 
 
 def create_redis(url: str, pool_size: int, name: str) -> Redis | RedisCluster:
@@ -270,11 +279,14 @@ def _tls(wanted: bool, query: str) -> tuple[ssl.SSLContext | None, dict[str, Any
     if not wanted:
         return None, {}
     authorities = dict(given).get("ca")
+    return _tls_context(authorities), {"ssl": True, "ssl_ca_certs": authorities}
+
+
+def _tls_context(authorities: str | None) -> ssl.SSLContext:
     try:
-        context = ssl.create_default_context(cafile=authorities)
+        return ssl.create_default_context(cafile=authorities)
     except OSError as error:
         raise ValueError(f"ca: cannot be read: {error.strerror or error}") from None
-    return context, {"ssl": True, "ssl_ca_certs": authorities}
 
 
 def _host_and_port(text: str, port: int) -> tuple[str, int]:
@@ -286,10 +298,6 @@ def _host_and_port(text: str, port: int) -> tuple[str, int]:
     if not host:
         raise ValueError("each host is a name or an address, perhaps with :port")
     return host, port
-
-
-async def _known(endpoint: RedisEndpoint) -> RedisEndpoint:
-    return endpoint
 
 
 def _library_options(timeout_s: float, tls: dict[str, Any]) -> dict[str, Any]:

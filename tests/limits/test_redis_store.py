@@ -357,7 +357,7 @@ async def test_redis_behind_tls_is_checked_against_the_authorities_of_the_url(
 ) -> None:
     certificate = make_certificate(tmp_path, "localhost")
     other = make_certificate(tmp_path, "elsewhere")
-    async with behind_tls(one_redis.port, certificate) as port:
+    async with behind_tls(one_redis.port, serving_tls(certificate)) as port:
         async with running(f"rediss://localhost:{port}?ca={certificate}") as store:
             assert store.up, store.reason
             assert (await answer(store, Ask((daily(10),), 1))).passes
@@ -366,11 +366,34 @@ async def test_redis_behind_tls_is_checked_against_the_authorities_of_the_url(
                 assert not store.up and "certificate" in store.reason.lower()
 
 
-@asynccontextmanager
-async def behind_tls(target_port: int, certificate: Path) -> AsyncIterator[int]:
-    """The port of a server that speaks TLS and forwards."""
+async def test_authorities_that_were_renewed_meanwhile_are_taken(one_redis: RedisServer, tmp_path: Path) -> None:
+    authorities = tmp_path / "ca.pem"
+    first = make_certificate(tmp_path, "localhost").rename(tmp_path / "first.pem")
+    authorities.write_bytes(first.read_bytes())
+    server = serving_tls(first)
+    async with (
+        behind_tls(one_redis.port, server) as port,
+        running(f"rediss://localhost:{port}?ca={authorities}") as store,
+    ):
+        assert store.up, store.reason
+        second = make_certificate(tmp_path, "localhost")
+        server.load_cert_chain(second)
+        one_redis.cli("CLIENT", "KILL", "TYPE", "normal")
+        await until(lambda: not store.up)
+        second.replace(authorities)
+        await until(lambda: store.up)
+        assert (await answer(store, Ask((daily(10),), 1))).passes
+
+
+def serving_tls(certificate: Path) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
+    return context
+
+
+@asynccontextmanager
+async def behind_tls(target_port: int, context: ssl.SSLContext) -> AsyncIterator[int]:
+    """The port of a server that speaks TLS and forwards."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
