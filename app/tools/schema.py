@@ -44,6 +44,10 @@ _VALUE_FREE = frozenset(
 # fmt: on
 """Error types whose message pydantic forms from the schema alone. Any other could quote the rejected value."""
 
+_OBJECT = "Input should be an object"
+_IN_JSON = {"model_type": _OBJECT, "dict_type": _OBJECT, "list_type": "Input should be a valid array"}
+"""As pydantic has it for JSON that it parses; of Python values it speaks as Python does, and names a model's class."""
+
 
 class PlainJsonSchema(GenerateJsonSchema):
     """JSON Schema 2020-12 without a `title` for every field: agents pay for each token of it."""
@@ -206,10 +210,11 @@ def violations(error: ValidationError, rejected: Any = None) -> list[dict[str, s
 
 
 def _violation(detail: ErrorDetails, rejected: Any) -> dict[str, str]:
-    message = detail["msg"] if detail["type"] in _VALUE_FREE else "Value is not valid here"
+    kind = detail["type"]
+    message = _IN_JSON.get(kind, detail["msg"]) if kind in _VALUE_FREE else "Value is not valid here"
     location = detail["loc"] if rejected is None else _within(rejected, detail)
     path = ".".join(clean_text(str(part)[:64]) for part in location)
-    return {"path": path, "message": message, "type": detail["type"]}
+    return {"path": path, "message": message, "type": kind}
 
 
 def _within(document: Any, detail: ErrorDetails) -> Iterable[int | str]:

@@ -128,6 +128,22 @@ def test_wrong_params_are_told_by_path_without_their_values(service: Running, me
     assert errors and all(set(error) == {"path", "message", "type"} for error in errors)
 
 
+@pytest.mark.parametrize(
+    "method, params, path, kind",
+    [
+        ("tools.list", {"tags": "text"}, "tags", "a valid array"),
+        ("tools.execute", {"tool_id": "echo", "parameters": 1}, "parameters", "an object"),
+        ("tools.execute", {"tool_id": "echo", "execution_context": 1}, "execution_context", "an object"),
+        ("tools.execute_batch", {"requests": [1]}, "requests.0", "an object"),
+    ],
+)
+def test_what_params_should_be_is_told_in_words_of_json(
+    service: Running, method: str, params: Any, path: str, kind: str
+) -> None:
+    (told,) = error_of(post(service, request(method, params=params, id=1)))["error"]["data"]["errors"]
+    assert (told["path"], told["message"]) == (path, f"Input should be {kind}")
+
+
 @pytest.mark.parametrize("method", ["", "nope", "rpc.x", "rpc.", "tools", "Tools.list", "tools.nothing"])
 def test_an_unknown_method_is_not_found(service: Running, method: str) -> None:
     assert error_of(post(service, request(method, id=1)))["error"]["code"] == -32601
