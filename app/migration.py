@@ -57,7 +57,20 @@ async def version(engine: AsyncEngine) -> str | None:
         async with asyncio.timeout(VERSION_TIMEOUT_S), engine.connect() as connection:
             return await connection.run_sync(_version)
     except DATABASE_ERRORS as error:
-        raise MigrationError(f"the database cannot be read ({reason(error)}); check DATABASE_URL") from error
+        raise MigrationError(f"the database cannot be read ({reason(error)}); {_remedy(error)}") from error
+
+
+def _remedy(error: Exception) -> str:
+    """SQLite needs room to read, too: for the files beside its own that the last process took away when it closed."""
+    import sqlite3  # a service on PostgreSQL does without
+
+    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", sqlite3.SQLITE_OK)
+    is_disk = code & PRIMARY_CODE in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL)
+    return "see whether its disk is full" if is_disk else "check DATABASE_URL"
+
+
+PRIMARY_CODE = 0xFF
+"""What all extended result codes of one kind have in common."""
 
 
 def _version(connection: Connection) -> str | None:

@@ -123,7 +123,7 @@ async def open_database(settings: Settings, stack: contextlib.AsyncExitStack) ->
     try:
         await migrate(engine)
     except MigrationError as error:  # whoever needs no key and no log is served all the same
-        logger.error("the database has no tables", extra={"reason": str(error)})
+        logger.error("the database cannot be used", extra={"reason": str(error)})
         return Database(engine, str(error))
     return Database(engine, None)
 

@@ -133,6 +133,19 @@ async def test_tables_of_a_newer_version_serve_an_older_one(database_url: str) -
         assert await version(engine) == "9999"
 
 
+def test_a_sqlite_database_that_a_full_disk_keeps_from_being_read_is_not_said_to_have_no_tables(tmp_path: Path) -> None:
+    environ = service_environ(tmp_path)
+    assert subprocess.run([sys.executable, "-m", "app", "migrate"], env=environ, capture_output=True).returncode == 0
+    full = "import os, resource, sys; "
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); os.execv(sys.argv[1], sys.argv[1:])"
+    for command in ("migrate", "doctor"):
+        called = [sys.executable, "-c", full, sys.executable, "-m", "app", command]
+        done = subprocess.run(called, env=environ, capture_output=True, text=True)
+        said = done.stdout + done.stderr
+        assert done.returncode in (1, 2) and "cannot be read (disk I/O error); see whether its disk is full" in said
+        assert "no tables" not in said
+
+
 @pytest.mark.parametrize("theirs", ["ae1027a6acf", "0001c2ffa1b3"])
 async def test_a_database_of_another_application_is_refused(database_url: str, theirs: str) -> None:
     async with opened(database_url) as engine:
