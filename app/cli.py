@@ -26,7 +26,7 @@ from app.execution_log.connections import StoreAway
 from app.execution_log.partitions import ensure_partitions
 from app.migration import NEWEST, MigrationError, is_current, migrate, version
 from app.process import ENDED_BY_INTERRUPT, NOWHERE, flush_briefly, is_somewhere, open_standard_files, run, said
-from app.reload import serve_reloading, watched_folders
+from app.reload import Watched, serve_reloading, watched_folders
 from app.service import Service, open_service
 from app.settings import Settings, SettingsError, check_bind, otel_variables, read_settings
 from app.telemetry.logging import log_to_stdout
@@ -154,9 +154,16 @@ def _serve(settings: Settings, options: argparse.Namespace) -> int:
 
 def _serve_reloading(settings: Settings, options: argparse.Namespace) -> int:
     profile = () if options.profile is None else ("--profile", options.profile)
-    files = [DOTENV] if settings.limits_file is None else [DOTENV, settings.limits_file]
     arguments = ("--host", options.host, "--port", str(options.port), *profile)
-    return serve_reloading(arguments, watched_folders(settings.tool_modules), files)
+
+    def watched() -> Watched:
+        nonlocal settings
+        with contextlib.suppress(SettingsError):  # the service says what is wrong
+            settings = read_settings(os.environ, DOTENV, profile=options.profile)
+        files = [DOTENV] if settings.limits_file is None else [DOTENV, settings.limits_file]
+        return Watched(watched_folders(settings.tool_modules), files)
+
+    return serve_reloading(arguments, watched)
 
 
 def _serve_once(settings: Settings, options: argparse.Namespace) -> NoReturn:

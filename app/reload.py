@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 DRAINED_S_MAX = 60.0
 """A run may take as long as its timeout; past this the old process is killed."""
@@ -26,9 +27,20 @@ FILES_LOOKED_AT_MS = 1_000
 """Between two looks at single files: nothing tells of one that is made, or replaced as editors do it."""
 
 
+Stamp = tuple[int, int, int]
+
+
+class Watched(NamedTuple):
+    """Folders by all the sources in them, files each by itself."""
+
+    folders: Sequence[Path]
+    files: Sequence[Path]
+
+
 def watched_folders(tool_modules: Iterable[str]) -> list[Path]:
     """Our own code, and the modules that tools come from."""
     folders = {Path(__file__).parent}
+    importlib.invalidate_caches()  # a module may be new
     for name in tool_modules:
         try:
             # The package at the top is found without running anything of it, so that a broken one is watched too.
@@ -39,20 +51,23 @@ def watched_folders(tool_modules: Iterable[str]) -> list[Path]:
             folders |= {Path(folder) for folder in spec.submodule_search_locations}
         elif spec is not None and spec.has_location and spec.origin is not None:
             folders.add(Path(spec.origin).parent)
-    return sorted(folder.resolve() for folder in folders)
+    return sorted(folder.resolve() for folder in folders if folder.is_dir())
 
 
 def serve_reloading(
-    arguments: Sequence[str], folders: Sequence[Path], files: Sequence[Path], environ: Mapping[str, str] = os.environ
+    arguments: Sequence[str], watched: Callable[[], Watched], environ: Mapping[str, str] = os.environ
 ) -> int:
-    """Run `agentcore-tools serve` with these arguments until a signal, which the service gets too; its exit code."""
+    """Run `agentcore-tools serve` with these arguments until a signal, which the service gets too; its exit code.
+
+    `watched` is asked at each start: settings that changed may name other tools and another file."""
     child_environ = {**environ, DRAIN_ENVIRON: environ.get(DRAIN_ENVIRON) or "0"}
     stop = threading.Event()
 
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, *_as_found(), "serve", *arguments], env=child_environ)  # noqa: S603
 
-    stamps = _stamps(files)
+    found = watched()
+    stamps = _stamps(found.files)
     child = start()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -61,6 +76,17 @@ def serve_reloading(
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
+    while changed := _changes(found.folders, stamps, stop):
+        sys.stderr.write(f"agentcore-tools: {_named(sorted(changed))} changed, restarting\n")
+        found = watched()
+        stamps = _stamps(found.files)
+        _end(child)
+        child = start()
+    return _end(child)
+
+
+def _changes(folders: Iterable[Path], stamps: Mapping[Path, Stamp | None], stop: threading.Event) -> set[str]:
+    """Names of files that were changed; waits for one. Empty when it is to stop."""
     from watchfiles import watch  # nobody else needs it
 
     for changes in watch(
@@ -73,14 +99,10 @@ def serve_reloading(
     ):
         if stop.is_set():
             break
-        before, stamps = stamps, _stamps(files)
-        changed = {Path(path).name for _, path in changes} | {one.name for one in files if stamps[one] != before[one]}
-        if not changed:
-            continue
-        sys.stderr.write(f"agentcore-tools: {_named(sorted(changed))} changed, restarting\n")
-        _end(child)
-        child = start()
-    return _end(child)
+        changed = {Path(path).name for _, path in changes}
+        if changed := changed | {path.name for path, before in stamps.items() if _stamp(path) != before}:
+            return changed
+    return set()
 
 
 def _as_found() -> tuple[str, ...]:
@@ -88,12 +110,12 @@ def _as_found() -> tuple[str, ...]:
     return ("-m", "app") if Path(__file__).parent.parent == Path.cwd() else ("-P", "-m", "app")
 
 
-def _stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
+def _stamps(files: Iterable[Path]) -> dict[Path, Stamp | None]:
     """By which a file that was changed, replaced, made or taken away is told."""
     return {path: _stamp(path) for path in files}
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> Stamp | None:
     try:
         found = path.stat()
     except OSError:

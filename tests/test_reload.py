@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from app.reload import watched_folders
-from tests.conftest import Running, Serve, service_environ
+from tests.conftest import ROOT, Running, Serve, service_environ
 from tests.servers import free_port, wait_until
 
 MODULE = """
@@ -104,10 +104,12 @@ def elsewhere(tmp_path: Path) -> Iterator[Reloading]:
     """In a folder that has an `app` of its own, and run as the console script runs: without that folder's modules."""
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "__init__.py").write_text("raise SystemExit('not ours')")
+    (tmp_path / "modules").mkdir()
+    path = os.pathsep.join((str(ROOT), str(tmp_path / "modules")))
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "app", "serve", "--reload", "--port", "0"],
         cwd=tmp_path,
-        env=service_environ(tmp_path),
+        env=service_environ(tmp_path, PYTHONPATH=path),
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
@@ -146,3 +148,13 @@ def test_an_env_file_that_is_made_or_replaced_is_read_anew_variables_of_opentele
     assert told not in elsewhere.messages_until("serving")
     elsewhere.dotenv.unlink()
     assert told not in elsewhere.messages_until("serving")
+
+
+def test_tools_that_an_env_file_names_later_are_watched_too(elsewhere: Reloading, tmp_path: Path) -> None:
+    elsewhere.messages_until("serving")
+    module = tmp_path / "modules" / "named_later.py"
+    module.write_text("")
+    elsewhere.replace("TOOL_MODULES=named_later\n")
+    assert "tools not loaded" in elsewhere.messages_until("serving")
+    module.write_text(MODULE.format(version=1))
+    assert "tools not loaded" not in elsewhere.messages_until("serving")
