@@ -62,7 +62,7 @@ class ResultSchema:
             self._may_hold_iterators = any(map(_is_roomy, nodes))
             self._may_hold_floats = not self._native or any(map(_takes_floats, nodes))
             self._may_hold_fragments = self._native and self._may_hold_iterators
-            schema = self._adapter.json_schema(mode="serialization", schema_generator=PlainJsonSchema)
+            schema = self._adapter.json_schema(mode="serialization", schema_generator=_ReadAlike)
             self.json_schema = _with_root(schema)
             self.is_object = self.json_schema.get("type") == "object" and not self.are_contents
 
@@ -95,6 +95,32 @@ class ResultSchema:
         if self._may_hold_iterators:
             _refuse_unwritable(valid)
         return self._adapter.dump_python(valid, mode=mode, by_alias=True)
+
+
+class _ReadAlike(PlainJsonSchema):
+    """Without what validators of clients read otherwise than pydantic: they throw away the result of a tool that ran,
+    or the whole list of tools. Patterns are in Rust's dialect, which JavaScript need not take; times may come without
+    an offset and durations with fractions, which RFC 3339 does not know."""
+
+    def str_schema(self, schema: Any) -> dict[str, Any]:
+        return _without("pattern", super().str_schema(schema))
+
+    def datetime_schema(self, schema: Any) -> dict[str, Any]:
+        return _of_time(schema, super().datetime_schema(schema))
+
+    def time_schema(self, schema: Any) -> dict[str, Any]:
+        return _of_time(schema, super().time_schema(schema))
+
+    def timedelta_schema(self, schema: Any) -> dict[str, Any]:
+        return _without("format", super().timedelta_schema(schema))
+
+
+def _of_time(schema: Mapping[str, Any], described: dict[str, Any]) -> dict[str, Any]:
+    return described if schema.get("tz_constraint") == "aware" else _without("format", described)
+
+
+def _without(keyword: str, described: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in described.items() if name != keyword}
 
 
 def _with_root(schema: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from pydantic import BaseModel, Field, computed_field, field_serializer, model_serializer
+from pydantic import AwareDatetime, BaseModel, Field, computed_field, field_serializer, model_serializer
 from typing_extensions import TypedDict
 
 from app.errors import RESULT_INVALID, RunFailed
@@ -334,6 +334,30 @@ def test_the_result_schema_is_published_when_declared() -> None:
         "required": ["lat"],
         "title": "Place",
     }
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "described"),
+    [
+        (datetime, datetime(2026, 1, 1), {"type": "string"}),
+        (AwareDatetime, datetime(2026, 1, 1, tzinfo=UTC), {"type": "string", "format": "date-time"}),
+        (time, time(1, 2), {"type": "string"}),
+        (timedelta, timedelta(seconds=1.5), {"type": "string"}),
+        (date, date(2026, 1, 1), {"type": "string", "format": "date"}),
+        (Annotated[str, Field(pattern=r"(?i)\Aabc\z", max_length=3)], "ABC", {"type": "string", "maxLength": 3}),
+        (Decimal, Decimal("1.50"), {"type": "string"}),
+    ],
+    ids=["naive", "aware", "time", "duration", "date", "pattern", "decimal"],
+)
+def test_what_clients_read_otherwise_is_not_in_the_schema(annotation: Any, value: Any, described: Any) -> None:
+    schema = ResultSchema(dict[str, annotation])
+    assert schema.json_schema == {"type": "object", "additionalProperties": described}
+    assert orjson.loads(schema.encode({"a": value})).keys() == {"a"}
+
+
+def test_patterns_of_keys_are_not_in_the_schema() -> None:
+    schema = ResultSchema(dict[Annotated[str, Field(pattern=r"(?i)\Aabc\z")], int])
+    assert schema.json_schema == {"type": "object", "additionalProperties": {"type": "integer"}}
 
 
 @dataclasses.dataclass
