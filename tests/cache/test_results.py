@@ -197,6 +197,17 @@ def test_an_epoch_that_is_none_is_not_heard(epoch: Any) -> None:
     assert key_of(cache) == before
 
 
+def test_an_older_epoch_that_is_heard_late_brings_nothing_back() -> None:
+    cache = alone()
+    forgotten = key_of(cache)
+    cache.keep(forgotten, TOOL, b"1")
+    cache.hear({"tool_id": "search", "epoch": 3})
+    cache.hear({"tool_id": "search", "epoch": 2})
+    now = key_of(cache)
+    cache.hear({"tool_id": "search", "epoch": 3})
+    assert key_of(cache) == now != forgotten
+
+
 # In Redis
 
 

@@ -24,7 +24,7 @@ from app.limits.policy import tool_policies
 from app.tools.tool import FunctionTool, ToolContext, ToolError, tool
 from tests.executor.in_process import Rig, opened
 from tests.servers import RedisServer, free_port
-from tests.waiting import until
+from tests.waiting import SOON_S, until
 
 pytestmark = pytest.mark.anyio
 
@@ -693,27 +693,38 @@ async def test_a_call_that_is_cancelled_while_it_claims_its_key_never_runs_and_l
     await store.close()
 
 
-async def test_a_request_that_is_cancelled_twice_still_settles_its_key(work: Work, own_redis: RedisServer) -> None:
+class SlowToKeep(FileStore):
+    """Holds each outcome until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(":memory:"))
+        self.offered = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.kept = asyncio.Event()
+
+    async def finish(self, *arguments: Any) -> bool:
+        self.offered.set()
+        await self.go_on.wait()
+        kept = await super().finish(*arguments)
+        self.kept.set()
+        return kept
+
+
+async def test_a_request_that_is_cancelled_twice_still_settles_its_key(work: Work) -> None:
     probe = tool_of(work)
     work.gate.clear()
-    store = RedisStore(create_redis(own_redis.url, 5, "test"), 5, 5.0)
+    store = SlowToKeep()
     async with opened(probe, keys=store) as rig:
         first = rig.start(probe, idempotency_key="k")
         await until(lambda: work.runs == 1)
         first.cancel()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await store.offered.wait()
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
-        work.gate.set()
-
-        async def again() -> Execution:
-            while (execution := await rig.call(probe, idempotency_key="k")).refusal is not None:
-                await asyncio.sleep(0.01)
-            return execution
-
-        execution = await asyncio.wait_for(again(), 20)
+        store.go_on.set()
+        await asyncio.wait_for(store.kept.wait(), SOON_S)
+        execution = await rig.call(probe, idempotency_key="k")
         assert (execution.status, execution.replayed, work.runs) == ("cancelled", True, 1)
     await store.close()
 

@@ -75,6 +75,19 @@ async def test_a_tool_with_too_many_abandoned_runs_is_refused_until_one_of_them_
         assert rig.runs(stubborn) == {"timeout": ABANDONED_PER_TOOL_MAX, "success": 1}, "a refused call is no run"
 
 
+async def test_runs_that_a_replaced_tool_left_behind_count_for_the_new_one() -> None:
+    release = asyncio.Event()
+    async with opened(swallowing(release)) as rig:
+        hung = [rig.start("stubborn", timeout_override_s=0.01) for _ in range(ABANDONED_PER_TOOL_MAX)]
+        assert {(await call).status for call in hung} == {"timeout"}
+        rig.executor.registry.replace([swallowing(release)])
+        refused = await rig.call("stubborn", timeout_override_s=0.01)
+        release.set()
+        await until(lambda: rig.executor.abandoned == 0)
+        assert refused.refusal and refused.refusal.kind is OVERLOADED
+        assert (await rig.call("stubborn")).status == "success"
+
+
 def hanging(release: threading.Event, begun: list[str], timeout_s: float = 30.0) -> FunctionTool:
     """A tool that hangs in its thread until it is released, if it is told to."""
 

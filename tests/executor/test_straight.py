@@ -279,6 +279,28 @@ async def test_cancelled_while_its_limits_are_asked_it_does_not_run_and_spends_n
         assert len(ended) == 1 and rig.runs(echo) == {}
 
 
+class LateForAll(LateStore):
+    """For those too that wait in a coroutine."""
+
+    def ask(self, ask: Ask) -> asyncio.Future[Verdict]:  # type: ignore[override]
+        future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self.ask_for(future, ask)
+        return future
+
+
+async def test_cancelled_in_the_tick_in_which_its_limits_answer_a_call_gives_back_what_they_spent() -> None:
+    store = LateForAll()
+    async with opened(echo, policies=[TWO_A_MINUTE], store=store) as rig:
+        call = rig.start(echo, {"message": "x"})
+        await until(lambda: bool(store.asked))
+        store.answer()
+        assert rig.executor.calls.cancel(LOCAL_CALLER, call.get_name(), None)
+        assert (await call).status == "cancelled" and rig.runs(echo) == {}
+        others = [begun(rig, call_of(echo, message="x")) for _ in range(3)]
+        store.answer()
+        assert [other[0].refusal is None for other in others] == [True, True, False]
+
+
 @pytest.mark.parametrize(("on_failure", "status"), [("local", "success"), ("closed", "failed")])
 async def test_without_its_store_its_policies_say_what_holds(on_failure: Any, status: str) -> None:
     store = LateStore()
@@ -320,6 +342,19 @@ async def test_a_call_that_finds_no_place_to_wait_is_refused_without_a_task() ->
         for task in (running, queued):
             task.cancel()
         await asyncio.wait({running, queued})
+
+
+async def test_what_a_validator_sets_for_a_call_that_is_turned_away_is_seen_by_nobody() -> None:
+    async with opened(marked, wait, slots=Slots(1)) as rig:
+        await known(rig, marked)
+        tasks = {rig.start(wait), rig.start(wait)}
+        await until(lambda: rig.slots.queued == 1)
+        refused = begun(rig, call_of(marked, text="one"))[0]
+        assert refused.refusal is not None and refused.refusal.kind is OVERLOADED
+        assert SEEN.get() == "nothing"
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def test_who_would_find_no_place_is_told_so_before_there_is_a_call() -> None:
@@ -443,3 +478,18 @@ async def test_a_call_that_is_wrong_in_a_full_queue_is_not_counted_as_refused_fo
         for task in (running, queued):
             task.cancel()
         await asyncio.wait({running, queued})
+
+
+async def test_a_tool_that_was_replaced_is_the_new_one_from_the_next_call_on() -> None:
+    @tool(id="echo")
+    async def other(message: str) -> str:
+        """Return something else."""
+        return message.upper()
+
+    async with opened(echo) as rig:
+        await known(rig, echo)
+        assert begun(rig, call_of(echo, message="x"))[0].result == b'"x"'
+        rig.executor.registry.replace([other])
+        assert not rig.executor.begin(call_of(echo, message="x"), lambda execution: None)
+        assert (await rig.call("echo", {"message": "x"})).result == b'"X"'
+        assert begun(rig, call_of(echo, message="x"))[0].result == b'"X"'

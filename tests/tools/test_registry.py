@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import orjson
+import pytest
 from jsonschema import Draft202012Validator
 
 from app.calls import LOCAL_CALLER, Caller
@@ -124,3 +125,15 @@ def test_the_detail_of_a_tool_shows_each_limit_that_it_declares() -> None:
     published = ToolLimits.model_json_schema()
     for each in limits:
         Draft202012Validator(published | {"additionalProperties": False}).validate(each)
+
+
+def test_tools_are_replaced_all_at_once() -> None:
+    registry = registry_of(3)
+    before, snapshot = page(registry, 10), registry.snapshot
+    (gone, *_), kept = snapshot.tools.values(), registry_of(1).snapshot.tools["work_0"]
+    registry.replace([kept])
+    assert page(registry, 10) == page(registry_of(1), 10) != before
+    assert registry.lookup("work_0", LOCAL_CALLER) is kept and registry.holds(kept) and not registry.holds(gone)
+    with pytest.raises(ToolNotFound):
+        registry.lookup("work_1", LOCAL_CALLER)
+    assert len(snapshot.tools) == 3, "whoever reads it goes on with what it was"
