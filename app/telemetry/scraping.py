@@ -22,6 +22,9 @@ how long Python lets a thread keep the interpreter from another."""
 END = b"# EOF\n"
 """The last line of OpenMetrics, and of no part before."""
 
+_REFUSED = frozenset({"q=0", "q=0.", "q=0.0", "q=0.00", "q=0.000"})
+"""Weights of what is not to be sent (RFC 9110, section 12.4.2); the library looks at none."""
+
 _STATUS = [f'tool_executions_total{{status="{status}",tool_id="' for status in RUN_STATUSES]
 _BUCKET = [f'tool_execution_duration_seconds_bucket{{le="{bound}",tool_id="' for bound in (*DURATION_BUCKETS_S, "+Inf")]
 _COUNT = 'tool_execution_duration_seconds_count{tool_id="'
@@ -29,6 +32,10 @@ _REUSE = [f'tool_reuse_total{{outcome="{outcome}",tool_id="' for outcome in REUS
 _RETRIES = 'tool_retries_total{tool_id="'
 _BREAKER = 'tool_breaker_state{tool_id="'
 _SUM = 'tool_execution_duration_seconds_sum{tool_id="'
+
+
+def _is_refused(media_range: str) -> bool:
+    return any(parameter.strip().lower() in _REFUSED for parameter in media_range.split(";")[1:])
 
 
 class Scraper:
@@ -40,6 +47,7 @@ class Scraper:
 
     async def scrape(self, accept: str) -> tuple[bytes, str]:
         """The text and its content type, by the Accept header."""
+        accept = ",".join(one for one in accept.split(",") if not _is_refused(one))
         try:
             encode, content_type = choose_encoder(accept)
         except (TypeError, ValueError):  # the library on a version that is no number

@@ -52,6 +52,14 @@ async def test_both_formats_show_the_runs_of_each_tool(accept: str, parse: Parse
     assert "framework_overhead_seconds" in families and "registered_tools" in families
 
 
+@pytest.mark.parametrize("weight", ["q=0", "Q=0.000 ; x=y"])
+async def test_a_format_that_is_refused_is_not_sent(weight: str) -> None:
+    _, content_type = await Scraper(with_tools(1)).scrape(f"{OPENMETRICS}; {weight}, text/plain")
+    assert content_type.startswith("text/plain")
+    _, content_type = await Scraper(with_tools(1)).scrape(f"text/plain; {weight}, {OPENMETRICS}; q=0.01")
+    assert content_type.startswith("application/openmetrics-text")
+
+
 @pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
 async def test_a_version_that_is_no_number_is_answered_with_text(kind: str) -> None:
     _, content_type = await Scraper(with_tools(1)).scrape(f"{kind}; version=abc")
