@@ -35,6 +35,9 @@ LIMIT_MAX = 500
 STATEMENT_TIMEOUT_S = 5.0
 """The server's own bound."""
 
+QUERY_CANCELED = "57014"
+"""What PostgreSQL says then: a filter that few rows meet, over a long time, is looked for in all of them."""
+
 CUT_AFTER_S = 1.0
 """The connection is cut that much later, when not even that was heard of."""
 
@@ -238,8 +241,11 @@ class ExecutionHistory:
             raise DependencyUnavailable("The log is busy; try again", retry_after_ms=1000) from None
         try:
             return await self._reader.read(query)
-        except StoreAway:
-            raise DependencyUnavailable("The log cannot be read now", retry_after_ms=1000) from None
+        except StoreAway as away:
+            wrong = "The log cannot be read now"
+            if away.sqlstate == QUERY_CANCELED:
+                wrong = "The log did not find this in time; narrow it by since and until"
+            raise DependencyUnavailable(wrong, retry_after_ms=1000) from None
         finally:
             self._places.release()
 
