@@ -108,13 +108,12 @@ def create_engine(
 def _create_sqlite(url: URL) -> AsyncEngine:
     import sqlite3  # nobody else needs it
 
-    if (file := url.database) and file != ":memory:":
-        with contextlib.suppress(OSError):  # the first statement says what is wrong
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            if not url.query:  # else it is a URI
-                Path(file).touch(mode=0o600)  # payloads are in it; SQLite gives its other files the same mode
     engine = create_async_engine(url, connect_args={"timeout": SQLITE_BUSY_S})
-    file_now = _no_file if not file or file == ":memory:" or url.query else partial(_file_at, file)
+    file_now: Callable[[], tuple[int, int] | None] = _no_file
+    # With a query it is a URI: what it names is SQLite's to find and to make.
+    if url.database and url.database != ":memory:" and not url.query:
+        file_now = partial(_file_at, url.database)
+        _make_private(engine, Path(url.database))
 
     @event.listens_for(engine.sync_engine, "connect")
     def prepare(connection: Any, record: Any) -> None:
@@ -139,6 +138,17 @@ def _create_sqlite(url: URL) -> AsyncEngine:
             raise DisconnectionError
 
     return engine
+
+
+def _make_private(engine: AsyncEngine, file: Path) -> None:
+    """For its owner alone: payloads are in it. Once it is asked for; SQLite gives its other files the same mode."""
+    with contextlib.suppress(OSError):  # the first statement says what is wrong
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    @event.listens_for(engine.sync_engine, "do_connect")
+    def make(*_: Any) -> None:
+        with contextlib.suppress(OSError):
+            file.touch(mode=0o600)
 
 
 def _no_file() -> None:

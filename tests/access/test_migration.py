@@ -73,6 +73,7 @@ async def test_an_empty_database_gets_its_tables_and_knows_it(database_url: str)
 
 async def test_a_sqlite_file_is_made_for_its_owner_alone(tmp_path: Path) -> None:
     async with opened(f"sqlite+aiosqlite:///{tmp_path / 'new' / 'agentcore.db'}") as engine:
+        assert list((tmp_path / "new").iterdir()) == []  # until it is asked for
         await migrate(engine)
         assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "new").iterdir()} == {0o600}
 
