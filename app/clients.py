@@ -112,8 +112,9 @@ def _create_sqlite(url: URL) -> AsyncEngine:
     file_now: Callable[[], tuple[int, int] | None] = _no_file
     # With a query it is a URI: what it names is SQLite's to find and to make.
     if url.database and url.database != ":memory:" and not url.query:
-        file_now = partial(_file_at, url.database)
-        _make_private(engine, Path(url.database))
+        file = Path(url.database).absolute()
+        file_now = partial(_file_at, str(file))
+        _make_private(engine, file)
 
     @event.listens_for(engine.sync_engine, "connect")
     def prepare(connection: Any, record: Any) -> None:
