@@ -270,7 +270,7 @@ def clean_text(text: str) -> str:
 
 
 class ToolError(Exception):
-    """What a tool raises to tell the agent what went wrong. Its text reaches the agent, so it holds no secret.
+    """What a tool raises to tell the agent what went wrong. Its text gets there without what looks like a secret.
 
     `code` is upper snake case and stable. `retryable` says whether the same call may succeed later.
     """

@@ -33,6 +33,7 @@ from app.executor.forgetting import forget_run, forget_run_soon, forget_soon
 from app.executor.in_place import InPlace
 from app.executor.on_loop import CANCELLED, STARTS_LATER, TIMED_OUT, UNWIND_S, LoopRun, start
 from app.executor.threads import Job, ThreadPool
+from app.telemetry.redaction import redact_text
 from app.tools.tool import Tool, ToolContext
 
 logger = logging.getLogger("app.tools")
@@ -354,7 +355,7 @@ _members: Callable[[BaseExceptionGroup[Any]], tuple[BaseException, ...]] = vars(
 
 
 def _cause(error: BaseException, tool: Tool, execution_id: str) -> Failure:
-    """What an agent may know of a tool's exception: all of a ToolError, nothing of any other."""
+    """What an agent may know of a tool's exception: a ToolError without secrets, nothing of any other."""
     if isinstance(error, ToolError):
         try:
             return _told_by_tool(error, tool)
@@ -372,4 +373,6 @@ def _told_by_tool(error: ToolError, tool: Tool) -> Failure:
     code = ToolError("", code=error.code).code
     harmless = not error.in_doubt or tool.spec.idempotent or tool.spec.read_only
     retryable = bool(error.retryable) and harmless
-    return Failure(code, TOOL_ERROR.category, clean_text(str(error)), retryable, retry_after_ms)
+    # Often another server's words: what looks like a secret in them must not end in an agent's prompt.
+    message = clean_text(redact_text(str(error)))
+    return Failure(code, TOOL_ERROR.category, message, retryable, retry_after_ms)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, computed_field
 
 from app.breaker import ABANDONED_TO_OPEN_ALL
 from app.calls import LOCAL_CALLER, Caller, ToolCall, new_execution_id
-from app.errors import OVERLOADED, ToolError
+from app.errors import MESSAGE_CHARACTERS_MAX, OVERLOADED, ToolError
 from app.executor.plans import run_batch
 from app.executor.runner import ABANDONED_PER_TENANT_MAX, ABANDONED_PER_TOOL_MAX, RETRY_AFTER_MS_MAX
 from app.executor.threads import ThreadPool
@@ -487,6 +487,22 @@ async def test_a_tool_error_tells_the_agent_its_text_code_and_when_to_try_again(
         assert error == ("TICKET_CLOSED", "tool_error", "The ticket is closed", True, 250)
 
 
+async def test_what_looks_like_a_secret_in_the_text_of_a_tool_error_stays_here() -> None:
+    said = f"https://user:{CANARY}@host/?api_key={CANARY} said: password: {CANARY}"
+    cut = "x" * (MESSAGE_CHARACTERS_MAX - 20) + f" act_{'0' * 20}_{'0' * 64}"
+
+    @tool
+    async def ask(about: str) -> None:
+        """Raise what the server said."""
+        raise ToolError(about)
+
+    async with opened(ask) as rig:
+        for about in (said, cut):
+            error = (await rig.call(ask, {"about": about})).error
+            assert error is not None and "[redacted]" in error.message
+            assert CANARY not in error.message and "act_" not in error.message
+
+
 async def test_a_group_that_says_it_holds_itself_is_what_it_was_made_of() -> None:
     @tool
     async def ask() -> None:
@@ -530,7 +546,7 @@ async def test_the_text_of_a_tool_error_is_bounded_and_printable() -> None:
         long = (await rig.call(fail_with, {"kind": "long"})).error
         assert long and long.message == "x" * 2_000
         odd = (await rig.call(fail_with, {"kind": "control characters"})).error
-        assert odd and odd.message == "ab[31mcde"
+        assert odd and odd.message == "ab[31mcd?e"
 
 
 @pytest.mark.parametrize(
