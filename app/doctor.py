@@ -122,7 +122,7 @@ def _journal(service: Service) -> Finding:
         return Finding("journal", True, "not used")
     folder = settings.journal_dir
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # as the journal itself
         with tempfile.TemporaryFile(dir=folder):
             free_bytes = shutil.disk_usage(folder).free
     except OSError as error:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,11 @@ def test_doctor_reports_a_setting_that_is_refused_among_its_checks(name: str, va
     assert findings["address"]["ok"] and findings["clock"]["ok"]
     told = run("doctor", "--port", "0", **{name: value})
     assert told.returncode == 1 and told.stdout.startswith("BAD  settings: ")
+
+
+def test_doctor_makes_the_folder_of_journals_for_its_owner_alone(tmp_path: Path) -> None:
+    assert run("doctor", "--port", "0", JOURNAL_DIR=str(tmp_path / "journal")).returncode == 0
+    assert stat.S_IMODE((tmp_path / "journal").stat().st_mode) == 0o700
 
 
 def test_doctor_shows_as_json_what_is_no_text(tmp_path: Path) -> None:
