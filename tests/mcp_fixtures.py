@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from app.tools.content import (
+    Annotations,
     Audio,
     BlobResource,
     Content,
@@ -79,6 +80,12 @@ async def every_content_type() -> list[Content]:
         ResourceLink(uri="https://example.com/a", name="a", mime_type="text/plain", size=3),
         EmbeddedResource(resource=BlobResource(uri="test://blob", blob=b"\xff\xfe\xfb")),
     ]
+
+
+@tool(read_only=True)
+async def return_link() -> ResourceLink:
+    """Return a link that is for people."""
+    return ResourceLink(uri="x:resource_link", name="ü", annotations=Annotations(audience=["user"]))
 
 
 @tool

@@ -28,7 +28,7 @@ from app.stepping import IN_TASK
 from app.transport.jsonrpc import BATCH_AT_ONCE, decode
 from app.transport.mcp_methods import SCOPES, McpMethods
 from app.transport.mcp_protocol import (
-    BATCH_VERSIONS,
+    BEFORE_2025_06_18,
     CALL,
     ClientCapabilityMissing,
     HeaderMismatch,
@@ -200,7 +200,7 @@ class McpDispatcher:
     async def _dispatch_batch(
         self, messages: list[Any], routing: Routing, version: str | None, context: RequestContext
     ) -> Answer:
-        if version not in BATCH_VERSIONS:
+        if version not in BEFORE_2025_06_18:
             raise InvalidRequest("Invalid request: this protocol version has no batches")
         if not messages:
             raise InvalidRequest("Invalid request: the batch is empty")

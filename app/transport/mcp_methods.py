@@ -125,7 +125,7 @@ class McpMethods:
     ) -> bytes:
         call, tool = self._asked_for(context, request, routing, on_progress)
         lacks = self._lacks(call, tool, request)
-        return await self.execute(context, call, tool, modern=request.modern) if lacks is None else lacks
+        return await self.execute(context, call, tool, request, routing) if lacks is None else lacks
 
     def begin_call(
         self, context: RequestContext, request: Request, routing: Routing, then: Ended
@@ -140,10 +140,10 @@ class McpMethods:
         context.call = call
 
         def written(context: RequestContext, execution: Execution) -> bytes:
-            return self._written(context, execution, tool, modern=request.modern)
+            return self._written(context, execution, tool, request, routing)
 
         begun = self._begin(context, call, tool, Ending(written, context, then).of_call, modern=request.modern)
-        return None if begun else self.execute(context, call, tool, modern=request.modern)
+        return None if begun else self.execute(context, call, tool, request, routing)
 
     def _asked_for(
         self, context: RequestContext, request: Request, routing: Routing, on_progress: Progress | None
@@ -179,21 +179,25 @@ class McpMethods:
         except ToolServiceError:
             return None
 
-    async def execute(self, context: RequestContext, call: ToolCall, tool: Tool, *, modern: bool) -> bytes:
+    async def execute(
+        self, context: RequestContext, call: ToolCall, tool: Tool, request: Request, routing: Routing
+    ) -> bytes:
         """One call to its result. Raises the refusals that are none of the agent's business."""
-        execution = await self._run(context, call, tool, modern=modern)
+        execution = await self._run(context, call, tool, modern=request.modern)
         commit = settle(context, execution)
         if commit is not None:
             await commit.wait()
-        return self._written(context, execution, tool, modern=modern)
+        return self._written(context, execution, tool, request, routing)
 
-    def _written(self, context: RequestContext, execution: Execution, tool: Tool, *, modern: bool) -> bytes:
+    def _written(
+        self, context: RequestContext, execution: Execution, tool: Tool, request: Request, routing: Routing
+    ) -> bytes:
         """Once its row is kept."""
         if execution.refusal is not None:
-            return refused(execution.refusal, modern=modern)
+            return refused(execution.refusal, modern=request.modern)
         if context.budget is not None:
             execution = within_budget(context.budget, execution, self._metrics)
-        written = rendered(execution, tool, modern=modern)
+        written = rendered(execution, tool, routing, modern=request.modern)
         overhead_s = time.perf_counter() - context.received_at - execution.run_s
         self._metrics.observe_overhead(overhead_s, kept_trace(execution))
         return written

@@ -20,8 +20,8 @@ from app.tools.mirrored import Mirrored
 MODERN_VERSION = "2026-07-28"
 LEGACY_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 SERVED_VERSIONS = (MODERN_VERSION, *LEGACY_VERSIONS)
-BATCH_VERSIONS = (None, "2025-03-26", "2024-11-05")
-"""Revision 2025-06-18 took batches out; no header means 2025-03-26."""
+BEFORE_2025_06_18 = (None, "2025-03-26", "2024-11-05")
+"""That revision took batches out and brought links in results; no header means 2025-03-26."""
 
 META_VERSION = "io.modelcontextprotocol/protocolVersion"
 META_CAPABILITIES = "io.modelcontextprotocol/clientCapabilities"

@@ -1,6 +1,6 @@
 """What /mcp answers, as JSON: definitions of tools, results of calls, and refusals that an agent is to read.
 
-Written as bytes around the tool's own, which are JSON already. Knows both eras; no request and no registry.
+Written as bytes around the tool's own, which are JSON already. Knows both eras and their versions; no registry.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from app.errors import (
     ToolServiceError,
 )
 from app.tools.tool import Tool
+from app.transport.mcp_protocol import BEFORE_2025_06_18, Routing
 
 META_EXECUTION_ID = "io.agentcore/execution_id"
 
@@ -89,7 +90,7 @@ def finished(result: bytes, *, modern: bool) -> bytes:
     return b'{"resultType":"complete",%b,%b}}' % (result[1:-1], _META) if modern else result
 
 
-def rendered(execution: Execution, tool: Tool, *, modern: bool) -> bytes:
+def rendered(execution: Execution, tool: Tool, routing: Routing, *, modern: bool) -> bytes:
     """A run as a result: blocks as they are, data as JSON text, and as structure where its schema was published."""
     result = execution.result
     if result is None:
@@ -97,12 +98,26 @@ def rendered(execution: Execution, tool: Tool, *, modern: bool) -> bytes:
         return failed(_reason(execution.error), modern, execution.execution_id)
     if tool.result.are_contents:
         blocks = result if result[:1] == b"[" else b"[%b]" % result
+        if not modern and routing.version in BEFORE_2025_06_18:
+            blocks = _without_links(blocks)
         return _result(b'"content":%b,"isError":false' % blocks, modern, execution.execution_id)
     text = result if result[:1] == b'"' else _quoted(result)
     structured = b'"structuredContent":%b,' % result if tool.result.is_object else b""
     return _result(
         b'"content":[{"type":"text","text":%b}],%b"isError":false' % (text, structured), modern, execution.execution_id
     )
+
+
+def _without_links(blocks: bytes) -> bytes:
+    """Links as text: SDKs of revisions that have none throw a result away for one, and the tool has run."""
+    if b'"resource_link"' not in blocks:
+        return blocks
+    return orjson.dumps([_as_text(each) if each["type"] == "resource_link" else each for each in orjson.loads(blocks)])
+
+
+def _as_text(link: dict[str, Any]) -> dict[str, Any]:
+    text = {"type": "text", "text": f"{link['name']}: {link['uri']}"}
+    return {**text, "annotations": link["annotations"]} if "annotations" in link else text
 
 
 def _quoted(document: bytes) -> bytes:

@@ -150,6 +150,26 @@ def test_every_content_type_is_a_block(mcp: Running) -> None:
         assert resource == {"type": "resource", "resource": {"uri": "test://blob", "blob": "//77"}}
 
 
+@pytest.mark.parametrize("version", [None, "2025-03-26", "2024-11-05"])
+def test_links_are_text_to_clients_of_revisions_without_them(mcp: Running, version: str | None) -> None:
+    def blocks(tool: str) -> list[dict[str, Any]]:
+        return legacy(mcp, "tools/call", {"name": tool}, version).result["content"]  # type: ignore[no-any-return]
+
+    as_they_are = call(mcp, "every_content_type").result["content"]
+    as_they_are[3] = {"type": "text", "text": "a: https://example.com/a"}
+    assert blocks("every_content_type") == as_they_are
+    assert blocks("return_link") == [
+        {"type": "text", "text": "ü: x:resource_link", "annotations": {"audience": ["user"]}}
+    ]
+
+
+@pytest.mark.parametrize("version", ["2025-06-18", "2025-11-25"])
+def test_links_are_links_since_the_revision_that_brought_them(mcp: Running, version: str) -> None:
+    answer = legacy(mcp, "tools/call", {"name": "return_link"}, version)
+    assert answer.result["content"] == call(mcp, "return_link").result["content"]
+    assert answer.result["content"][0]["type"] == "resource_link"
+
+
 def test_one_block_is_a_list_of_one(mcp: Running) -> None:
     [block] = call(mcp, "test_embedded_resource").result["content"]
     assert block == {
