@@ -11,7 +11,7 @@ import typing
 from base64 import b64encode
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, AnyUrl, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 __all__ = [
     "Annotations",
@@ -42,6 +42,18 @@ def _optional(**constraints: Any) -> Any:
 
 Base64 = Annotated[bytes, PlainSerializer(_base64, return_type=str, when_used="json")]
 """Bytes here, base64 with the standard alphabet on the wire."""
+
+
+def _as_it_is(uri: str) -> str:
+    try:
+        AnyUrl(uri)
+    except ValidationError:
+        raise ValueError("must be a URI, which begins with a scheme") from None
+    return uri
+
+
+Uri = Annotated[str, AfterValidator(_as_it_is)]
+"""For anything else, as a path alone, the Python SDK up to 1.x throws the whole result away."""
 
 MimeType = Annotated[str, Field(serialization_alias="mimeType", max_length=255)]
 
@@ -83,7 +95,7 @@ class ResourceLink(_Block):
     """Where something is; the client fetches it by its own means."""
 
     type: Literal["resource_link"] = "resource_link"
-    uri: str
+    uri: Uri
     name: str
     title: str | None = _optional()
     description: str | None = _optional()
@@ -92,13 +104,13 @@ class ResourceLink(_Block):
 
 
 class TextResource(_Part):
-    uri: str
+    uri: Uri
     mime_type: str | None = _optional(serialization_alias="mimeType", max_length=255)
     text: str
 
 
 class BlobResource(_Part):
-    uri: str
+    uri: Uri
     mime_type: str | None = _optional(serialization_alias="mimeType", max_length=255)
     blob: Base64
 

@@ -89,11 +89,19 @@ def test_what_is_no_block_fails_the_run(value: Any) -> None:
         ResultSchema(Contents).encode(value)
 
 
+@pytest.mark.parametrize("uri", ["https://a/b c", "mailto:a", "x:é", "urn:isbn:1", "file:///a", "HTTP://A"])
+def test_a_uri_stays_as_it_is(uri: str) -> None:
+    assert encoded(ResourceLink, ResourceLink(uri=uri, name="a"))["uri"] == uri
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         lambda: Image(data=b"x"),  # type: ignore[call-arg]
         lambda: Text(text="x", extra=1),  # type: ignore[call-arg]
+        lambda: ResourceLink(uri="docs/a", name="a"),
+        lambda: TextResource(uri="", text="x"),
+        lambda: BlobResource(uri="http://[", blob=b"x"),
         lambda: Annotations(priority=1.5),
         lambda: Annotations(audience=["agent"]),  # type: ignore[list-item]
     ],
