@@ -1,4 +1,5 @@
-"""A real haproxy in front of replicas: keep-alive on both sides, health by /readyz, and nothing tried again.
+"""A real haproxy in front of replicas: keep-alive on both sides, health by /readyz, nothing tried again, and a client
+that goes away is told on.
 
 From the PATH, or where `.ci/haproxy` puts Debian's package. A retry in the proxy would hide what a replica does wrong.
 """
@@ -75,6 +76,7 @@ defaults
     timeout http-keep-alive 90s
     retries 0
     http-reuse always
+    option abortonclose
 frontend calls
     bind {HOST}:{self.port}
     default_backend replicas

@@ -17,6 +17,7 @@ import pytest
 
 from app.transport.mcp_stream import HangUp, ProgressStream
 from tests.conftest import START_S_MAX, Running
+from tests.haproxy import Haproxy, needs_haproxy
 from tests.transport.mcp_wire import (
     Answer,
     call,
@@ -187,14 +188,16 @@ async def test_between_the_outcome_and_the_response_nothing_is_told() -> None:
 # A client that hangs up
 
 
-def hung(service: Running, tool: str, *, is_modern: bool = True, **arguments: Any) -> socket.socket:
+def hung(
+    service: Running, tool: str, *, is_modern: bool = True, port: int | None = None, **arguments: Any
+) -> socket.socket:
     """A connection with a call on its way, and nothing read yet."""
     params = {"name": tool, "arguments": arguments, "_meta": {"progressToken": 1}}
     body = modern_message("tools/call", params) if is_modern else message("tools/call", params)
     content = json.dumps(body).encode()
     headers = routing("tools/call", tool) if is_modern else [("MCP-Protocol-Version", "2025-11-25")]
     lines = "".join(f"{name}: {value}\r\n" for name, value in [*headers, ("Content-Length", str(len(content)))])
-    connection = socket.create_connection(("127.0.0.1", service.port), timeout=START_S_MAX)
+    connection = socket.create_connection(("127.0.0.1", port or service.port), timeout=START_S_MAX)
     connection.sendall(f"POST /mcp HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode() + content)
     return connection
 
@@ -208,6 +211,17 @@ def test_closing_the_stream_cancels_the_call(mcp: Running) -> None:
     with hung(mcp, "tell_and_wait") as connection:
         assert b"text/event-stream" in connection.recv(65536)
     until(lambda: ended(mcp, "tell_and_wait", "cancelled") == before + 1)
+    until(lambda: mcp.metric("tool_execution_concurrency") == 0)
+
+
+def test_closing_the_stream_cancels_the_call_behind_a_proxy(mcp: Running) -> None:
+    needs_haproxy()
+    before = ended(mcp, "tell_and_wait", "cancelled")
+    with Haproxy([mcp.port]) as proxy:
+        proxy.wait_until_up()
+        with hung(mcp, "tell_and_wait", port=proxy.port) as connection:
+            assert b"text/event-stream" in connection.recv(65536)
+        until(lambda: ended(mcp, "tell_and_wait", "cancelled") == before + 1)
     until(lambda: mcp.metric("tool_execution_concurrency") == 0)
 
 
