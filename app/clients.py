@@ -220,7 +220,7 @@ def redis_locator(url: str, key: str, timeout_s: float) -> Locate:
 
     async def locate() -> RedisEndpoint:
         now = template
-        if authorities is not None:  # as the library does: they are renewed while the service runs
+        if now.ssl is not None:  # as the library does: they are renewed while the service runs
             now = template._replace(ssl=await off_loop(lambda: _tls_context(authorities)))
         if kind == "sentinel":
             return await _ask_sentinels(nodes, service, now, options)

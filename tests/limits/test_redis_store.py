@@ -366,14 +366,20 @@ async def test_redis_behind_tls_is_checked_against_the_authorities_of_the_url(
                 assert not store.up and "certificate" in store.reason.lower()
 
 
-async def test_authorities_that_were_renewed_meanwhile_are_taken(one_redis: RedisServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("of", ["url", "environment"])
+async def test_authorities_that_were_renewed_meanwhile_are_taken(
+    of: str, one_redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     authorities = tmp_path / "ca.pem"
+    if of == "environment":
+        monkeypatch.setenv("SSL_CERT_FILE", str(authorities))
+    query = f"?ca={authorities}" if of == "url" else ""
     first = make_certificate(tmp_path, "localhost").rename(tmp_path / "first.pem")
     authorities.write_bytes(first.read_bytes())
     server = serving_tls(first)
     async with (
         behind_tls(one_redis.port, server) as port,
-        running(f"rediss://localhost:{port}?ca={authorities}") as store,
+        running(f"rediss://localhost:{port}{query}") as store,
     ):
         assert store.up, store.reason
         second = make_certificate(tmp_path, "localhost")
