@@ -315,9 +315,13 @@ def _library_options(timeout_s: float, tls: dict[str, Any]) -> dict[str, Any]:
     """No retries: the library's ten of them would make a dead server cost seconds."""
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
+    from redis.maint_notifications import MaintNotificationsConfig
 
     once = Retry(NoBackoff(), 0)
-    return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": once, **tls}
+    # With these on, its pool hands out idle connections that the server has closed.
+    quiet = MaintNotificationsConfig(enabled=False)
+    bounds = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    return {**bounds, "retry": once, "maint_notifications_config": quiet, **tls}
 
 
 async def _ask_sentinels(

@@ -95,6 +95,18 @@ async def test_redis_away_is_said_within_the_budget_and_it_comes_back(site: Site
         assert (await answered(store, "k", "later")).token == "first"
 
 
+async def test_idle_connection_that_the_server_closed_costs_no_answer(site: Site) -> None:
+    async with redis_store(site.url, PATIENT_S) as store:
+        await begun(store, "before")
+        [idle] = store._client.connection_pool._available_connections
+        site.server.cli("CLIENT", "KILL", "TYPE", "normal")
+        async with asyncio.timeout(SOON_S):
+            while not await idle.can_read():
+                await asyncio.sleep(0)
+        claim = await store.begin("k", "fp", "first", LEASE_MS, take_over=False)
+        assert claim.state == "begun"
+
+
 async def begun(store: room.RedisStore, key: str) -> None:
     """Claimed for `first`, once it can be."""
 
