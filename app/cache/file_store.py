@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from time import monotonic
 from typing import TypeVar
 
 from app.cache.store import KEPT_MS, Claim, StoreAway, StoreFull
+from app.clients import file_at
 from app.off_loop import off_loop
 
 logger = logging.getLogger("app.cache")
@@ -35,8 +35,6 @@ BUSY_MS = 50
 
 OPEN_S_MAX = 2.0
 WAL_RETRY_S = 0.02
-
-MEMORY = Path(":memory:")
 
 FILE_BYTES_MAX = 268_435_456
 PAGE_BYTES = 4_096
@@ -215,7 +213,7 @@ class FileStore:
     async def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
             file = self._opened
-            if file is not None and self._file_now() != self._file:
+            if file is not None and file_at(self._path) != self._file:
                 self._lose(file)
                 file = None
             if file is None:  # the one step that touches the disk for long: 20 ms and more
@@ -237,17 +235,6 @@ class FileStore:
             reason = error.strerror or str(error)
         self._say(reason)
         raise StoreAway(reason)
-
-    def _file_now(self) -> tuple[int, int] | None:
-        """Which file it is that has the name now. Looked at each time, in 2 µs: SQLite would go on writing to one that
-        was removed, and keys would have no outcome after the next start."""
-        if self._path == MEMORY:
-            return None
-        try:
-            found = os.stat(self._path)  # noqa: PTH116 - a third of the time of Path's
-        except FileNotFoundError:
-            return None
-        return found.st_dev, found.st_ino
 
     def _lose(self, file: sqlite3.Connection) -> None:
         logger.error("the file of idempotency keys was taken away and is made again", extra={"file": str(self._path)})
@@ -282,9 +269,8 @@ class FileStore:
             self._opened = opening.result()
 
     def _new_connection(self) -> sqlite3.Connection:
-        if self._path != MEMORY:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._path.touch(mode=0o600)  # results are in it; SQLite gives its other files the same mode
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._path.touch(mode=0o600)  # results are in it; SQLite gives its other files the same mode
         file = sqlite3.connect(self._path, timeout=OPEN_S_MAX, isolation_level=None, check_same_thread=False)
         try:
             _turn_to_wal(file)
@@ -292,7 +278,7 @@ class FileStore:
             file.execute(f"PRAGMA max_page_count={self._pages_max}")
             file.executescript(_SCHEMA)
             file.execute(f"PRAGMA busy_timeout={BUSY_MS}")
-            self._file = self._file_now()
+            self._file = file_at(self._path)
         except BaseException:
             file.close()
             raise
