@@ -332,20 +332,22 @@ class RedisStore:
 
 
 def _encode(asks: Sequence[Ask]) -> tuple[list[str], bytes]:
-    """KEYS and ARGV[1] of the script. Calls of one caller for one tool share their ask."""
+    """KEYS and ARGV[1] of the script. Calls of one caller for one tool share their ask, and all callers of one policy
+    ask for the same: what is wanted of their counters is sent once."""
     numbers: dict[int, int] = {}
     keys: list[str] = []
-    written: list[bytes] = []
+    wants: dict[bytes, int] = {}
+    wanted: list[int] = []
     order: list[int] = []
     for ask in asks:
         number = numbers.get(id(ask))
         if number is None:
-            of_ask, one = ask.sent or _written(ask)
+            of_ask, want = ask.sent or _written(ask)
             keys += of_ask
-            written.append(one)
-            number = numbers[id(ask)] = len(written)
+            wanted.append(wants.setdefault(want, len(wants) + 1))
+            number = numbers[id(ask)] = len(wanted)
         order.append(number)
-    return keys, b"[[%b],%b]" % (b",".join(written), orjson.dumps(order))
+    return keys, b"[[%b],%b,%b]" % (b",".join(wants), orjson.dumps(wanted), orjson.dumps(order))
 
 
 def _written(ask: Ask) -> Sent:
@@ -359,7 +361,7 @@ def _written(ask: Ask) -> Sent:
                 continue
             token = ask.spent.now_us if limit.kind == RATE else period
         keys.append(limit.key)
-        one += (0, *limit.counter, *limit.spending(ask.cost), token, limit.shadow)
+        one += (*limit.counter, *limit.spending(ask.cost), token, limit.shadow)
     # Copied: what orjson returns holds up to 8 KB for as long as it lives, and tens of thousands of asks are kept.
     ask.sent = tuple(keys), bytes(memoryview(orjson.dumps(one)))
     return ask.sent

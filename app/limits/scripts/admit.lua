@@ -2,15 +2,15 @@
 --
 -- KEYS        one for each counter of each ask, in their order; the same one as often as it is asked. All under the
 --             hash tag {limits}
--- ARGV[1]     JSON: [asks, order]
---   ask       [op, 0, kind, amount, window_us, window_rem, x, y, token, shadow, 0, kind, ...]: nine for each of its
---             counters; op 0 spends, 1 gives back
---             0       where the script notes which counter it is
+-- ARGV[1]     JSON: [wants, asks, order]
+--   want      [op, kind, amount, window_us, window_rem, x, y, token, shadow, kind, ...]: eight for each counter of an
+--             ask; op 0 spends, 1 gives back. All callers of a policy want the same
 --             kind    0 is a rate (GCRA), 1 a daily, 2 a monthly quota
 --             x, y    rate: what the ask costs in time, microseconds and parts of 1/amount of one; quota: the cost, 0
 --             token   give back: when it was spent (rate) or in which period (quota)
 --             shadow  true: told, not enforced
---   order     which ask is next, counted from 1: callers of one kind ask the same
+--   asks      the want of each, counted from 1
+--   order     which ask is next, counted from 1: the calls of one caller ask the same
 -- ARGV[2]     Unix microseconds to be believed instead of the server's clock; empty outside of tests
 --
 -- Value of a key, packed doubles:   rate   TAT in microseconds, parts of 1/amount of one, amount
@@ -52,60 +52,52 @@ while first_day(month_now + 1) <= today do month_now = month_now + 1 end
 while first_day(month_now) > today do month_now = month_now - 1 end
 
 local request = cjson.decode(ARGV[1])
-local asks, order = request[1], request[2]
+local wants, asks, order = request[1], request[2], request[3]
 
--- Where things stand behind the begin of a counter's part of an ask.
-local KIND, AMOUNT, WINDOW_US, WINDOW_REM, X, Y, TOKEN, SHADOW, PART = 1, 2, 3, 4, 5, 6, 7, 8, 9
+-- Where things stand in a counter's part of a want.
+local KIND, AMOUNT, WINDOW_US, WINDOW_REM, X, Y, TOKEN, SHADOW, PART = 0, 1, 2, 3, 4, 5, 6, 7, 8
 
 -- Asks that name the same key mean one counter. Where their windows differ, since one costs more or came after the load
 -- had changed, the wider one holds for all.
-local keys, by, from, place, differ = {}, {}, {}, {}, false
-local n = 0
-for _, ask in ipairs(asks) do
-  for at = 2, #ask, PART do
+local keys, by, from, place, window_us, window_rem = {}, {}, {}, {}, {}, {}
+local begins, counters = {}, {} -- of an ask: how many counters are before its own
+local n, distinct = 0, 0
+for ask, number in ipairs(asks) do
+  local want = wants[number]
+  begins[ask] = n
+  for at = 2, #want, PART do
     n = n + 1
     local key = KEYS[n]
     local i = place[key]
+    local us, rem = want[at + WINDOW_US], want[at + WINDOW_REM]
     if not i then
-      i = #keys + 1
-      keys[i], place[key], by[i], from[i] = key, i, ask, at
-    else
-      local us, rem = by[i][from[i] + WINDOW_US], by[i][from[i] + WINDOW_REM]
-      if ask[at + WINDOW_US] ~= us or ask[at + WINDOW_REM] ~= rem then
-        differ = true
-        if ask[at + WINDOW_US] > us or (ask[at + WINDOW_US] == us and ask[at + WINDOW_REM] > rem) then
-          by[i], from[i] = ask, at
-        end
-      end
+      distinct = distinct + 1
+      i = distinct
+      keys[i], place[key], by[i], from[i] = key, i, want, at
+      window_us[i], window_rem[i] = us, rem
+    elseif us > window_us[i] or (us == window_us[i] and rem > window_rem[i]) then
+      by[i], from[i], window_us[i], window_rem[i] = want, at, us, rem
     end
-    ask[at] = i
-  end
-end
-if differ then
-  for _, ask in ipairs(asks) do
-    for at = 2, #ask, PART do
-      local widest, begin = by[ask[at]], from[ask[at]]
-      ask[at + WINDOW_US], ask[at + WINDOW_REM] = widest[begin + WINDOW_US], widest[begin + WINDOW_REM]
-    end
+    counters[n] = i
   end
 end
 
 local stored = #keys > 0 and redis.call('MGET', unpack(keys)) or {}
 local a, b, changed, set_back = {}, {}, {}, {}
 
-for i, ask in ipairs(by) do
+for i, want in ipairs(by) do
   local value, at = stored[i], from[i]
-  local kind = ask[at + KIND]
+  local kind = want[at + KIND]
   if kind == 0 then
     if value then
       local amount
       a[i], b[i], amount = struct.unpack('<ddd', value)
-      if amount ~= ask[at + AMOUNT] then -- the policy has changed: its parts of a microsecond are other ones
+      if amount ~= want[at + AMOUNT] then -- the policy has changed: its parts of a microsecond are other ones
         a[i], b[i] = a[i] + 1, 0
       end
-      local far = now + ask[at + WINDOW_US] + 1
+      local far = now + window_us[i] + 1
       if a[i] > far then -- the clock was set back: what was spent is spent, and no more than all of it
-        a[i], b[i] = far - 1, ask[at + WINDOW_REM]
+        a[i], b[i] = far - 1, window_rem[i]
         set_back[i] = true
       end
     else
@@ -130,19 +122,19 @@ for i, ask in ipairs(by) do
   end
 end
 
-local function refuses(i, ask, at)
-  local x, y = ask[at + X], ask[at + Y]
+local function refuses(i, want, at)
+  local x, y = want[at + X], want[at + Y]
   if x == 0 and y == 0 then
     return false
   end
   if set_back[i] then -- written even when it refuses: from here on its time passes again
     changed[i] = true
   end
-  local amount = ask[at + AMOUNT]
-  if ask[at + KIND] ~= 0 then
+  local amount = want[at + AMOUNT]
+  if want[at + KIND] ~= 0 then
     return b[i] + x > amount
   end
-  local us, rem = a[i] + x - ask[at + WINDOW_US], b[i] + y - ask[at + WINDOW_REM]
+  local us, rem = a[i] + x - window_us[i], b[i] + y - window_rem[i]
   if rem < 0 then
     us, rem = us - 1, rem + amount
   elseif rem >= amount then
@@ -151,17 +143,17 @@ local function refuses(i, ask, at)
   return us > now or (us == now and rem > 0)
 end
 
-local function spend(i, ask, at)
-  local x, y = ask[at + X], ask[at + Y]
+local function spend(i, want, at)
+  local x, y = want[at + X], want[at + Y]
   if x == 0 and y == 0 then
     return
   end
   changed[i] = true
-  if ask[at + KIND] ~= 0 then
+  if want[at + KIND] ~= 0 then
     b[i] = b[i] + x
     return
   end
-  local amount = ask[at + AMOUNT]
+  local amount = want[at + AMOUNT]
   a[i], b[i] = a[i] + x, b[i] + y
   if b[i] >= amount then
     a[i], b[i] = a[i] + 1, b[i] - amount
@@ -169,12 +161,12 @@ local function spend(i, ask, at)
 end
 
 -- Time that has passed since has given a part back already: only the rest may be, or calls would be let in twice.
-local function give_back(i, ask, at)
-  local x, y, token = ask[at + X], ask[at + Y], ask[at + TOKEN]
+local function give_back(i, want, at)
+  local x, y, token = want[at + X], want[at + Y], want[at + TOKEN]
   if set_back[i] then
     changed[i] = true
   end
-  if ask[at + KIND] ~= 0 then
+  if want[at + KIND] ~= 0 then
     if a[i] == token then
       b[i] = math.max(0, b[i] - x)
       changed[i] = true
@@ -185,7 +177,7 @@ local function give_back(i, ask, at)
   if us > 0 or (us == 0 and y > 0) then
     a[i], b[i] = a[i] - us, b[i] - y
     if b[i] < 0 then
-      a[i], b[i] = a[i] - 1, b[i] + ask[at + AMOUNT]
+      a[i], b[i] = a[i] - 1, b[i] + want[at + AMOUNT]
     end
     if a[i] < now then
       a[i], b[i] = now, 0
@@ -194,43 +186,45 @@ local function give_back(i, ask, at)
   end
 end
 
-local reply = {now}
-for _, number in ipairs(order) do
-  local ask = asks[number]
-  if ask[1] == 1 then
-    for at = 2, #ask, PART do
-      give_back(ask[at], ask, at)
+local reply, last = {now}, 1
+for _, ask in ipairs(order) do
+  local want, of = wants[asks[ask]], begins[ask]
+  if want[1] == 1 then
+    for at = 2, #want, PART do
+      of = of + 1
+      give_back(counters[of], want, at)
     end
   else
-    local first, pass = #reply, true
-    for at = 2, #ask, PART do
+    local slot, pass = last, true
+    for at = 2, #want, PART do
+      of = of + 1
       local status = 0
-      if refuses(ask[at], ask, at) then
-        if ask[at + SHADOW] then
+      if refuses(counters[of], want, at) then
+        if want[at + SHADOW] then
           status = 2
         else
           status, pass = 1, false
         end
       end
-      reply[#reply + 1] = status
-      reply[#reply + 1] = 0
-      reply[#reply + 1] = 0
+      reply[last + 1] = status
+      last = last + 3
     end
-    local slot = first + 1
-    for at = 2, #ask, PART do
-      local i = ask[at]
-      if pass and reply[slot] == 0 then
-        spend(i, ask, at)
+    of = begins[ask]
+    for at = 2, #want, PART do
+      of = of + 1
+      local i = counters[of]
+      if pass and reply[slot + 1] == 0 then
+        spend(i, want, at)
       end
-      reply[slot + 1], reply[slot + 2] = a[i], b[i]
+      reply[slot + 2], reply[slot + 3] = a[i], b[i]
       slot = slot + 3
     end
   end
 end
 
-for i, ask in ipairs(by) do
+for i, want in ipairs(by) do
   if changed[i] then
-    local kind, amount = ask[from[i] + KIND], ask[from[i] + AMOUNT]
+    local kind, amount = want[from[i] + KIND], want[from[i] + AMOUNT]
     if kind == 0 then
       local left_ms = math.ceil((a[i] - now) / 1000) + RATE_MARGIN_MS
       redis.call('SET', keys[i], struct.pack('<ddd', a[i], b[i], amount), 'PX', left_ms)
