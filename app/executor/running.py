@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from app.bus import Bus, Message
 from app.calls import Caller, ToolCall
@@ -80,24 +81,36 @@ class RunningCalls:
         return self._cancel(caller.tenant, caller.subject, execution_id, call_id, is_admin="admin" in caller.scopes)
 
     async def cancel_anywhere(self, caller: Caller, execution_id: str | None, call_id: str | None) -> bool:
-        """`cancel` on whichever replica runs it. False too where the others cannot be reached."""
-        if self.cancel(caller, execution_id, call_id):
+        """`cancel` on whichever replica runs it; by a `call_id` that is none of an admin's own, anyone's. False too
+        where the others cannot be reached."""
+        is_admin = "admin" in caller.scopes
+        asked: dict[str, Any] = {
+            "tenant": caller.tenant,
+            "subject": caller.subject,
+            "is_admin": is_admin,
+            "execution_id": execution_id,
+            "call_id": call_id,
+        }
+        if self.cancel(caller, execution_id, call_id) or await self._bus.ask("cancel", **asked):
             return True
-        return await self._bus.ask(
-            "cancel",
-            tenant=caller.tenant,
-            subject=caller.subject,
-            is_admin="admin" in caller.scopes,
-            execution_id=execution_id,
-            call_id=call_id,
-        )
+        if call_id is None or not is_admin:
+            return False
+        return self._cancel_anyones(call_id) or await self._bus.ask("cancel", **asked, anyones=True)
 
     def _cancel_for(self, asked: Message) -> bool:
         """Another replica's caller."""
         texts = [asked.get(name) for name in ("tenant", "subject", "execution_id", "call_id")]
         if not all(text is None or isinstance(text, str) for text in texts) or None in texts[:2]:
             return False
-        return self._cancel(*texts, is_admin=asked.get("is_admin") is True)  # type: ignore[arg-type]
+        is_admin = asked.get("is_admin") is True
+        if asked.get("anyones") is True:
+            return is_admin and texts[3] is not None and self._cancel_anyones(texts[3])
+        return self._cancel(*texts, is_admin=is_admin)  # type: ignore[arg-type]
+
+    def _cancel_anyones(self, call_id: str) -> bool:
+        """False where callers have several of that name: it does not say which, as the execution's id would."""
+        named = [run for (_, _, name), run in self._by_call_id.items() if name == call_id]
+        return len(named) == 1 and named[0].cancel()
 
     def _cancel(
         self, tenant: str, subject: str, execution_id: str | None, call_id: str | None, *, is_admin: bool

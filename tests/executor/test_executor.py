@@ -155,6 +155,24 @@ async def test_only_the_caller_or_an_admin_can_cancel_a_call() -> None:
         assert (await call).status == "cancelled"
 
 
+async def test_an_admins_call_id_is_its_own_call_else_that_of_the_only_caller_who_has_it() -> None:
+    async with opened(forever) as rig:
+        mine, others = (
+            rig.start(forever, caller=ADMIN, call_id="a"),
+            rig.start(forever, caller=OTHER_CALLER, call_id="a"),
+        )
+        first, second = (rig.start(forever, caller=caller, call_id="b") for caller in (LOCAL_CALLER, OTHER_CALLER))
+        await until(lambda: rig.slots.running == 4)
+        cancel = rig.executor.calls.cancel_anywhere
+        assert await cancel(ADMIN, None, "a") and (await mine).status == "cancelled"
+        assert not await cancel(LOCAL_CALLER, None, "a")
+        assert await cancel(ADMIN, None, "a") and (await others).status == "cancelled"
+        assert not await cancel(ADMIN, None, "b"), "whose it is, it does not say"
+        assert await cancel(LOCAL_CALLER, None, "b") and (await first).status == "cancelled"
+        assert await cancel(ADMIN, None, "b") and (await second).status == "cancelled"
+        assert not await cancel(ADMIN, None, "b")
+
+
 async def test_cancelling_a_call_in_the_queue_ends_it_without_a_run() -> None:
     async with opened(forever, alone, slots=Slots(2)) as rig:
         running = rig.start(alone)

@@ -783,6 +783,9 @@ async def test_another_replicas_caller_cancels_its_own_calls_and_an_admin_any(wo
             {**own, "execution_id": name, "subject": "ben", "is_admin": "yes"},
             {**own, "execution_id": [name]},
             {**own, "call_id": "mine", "subject": "ben", "is_admin": True},
+            {**own, "call_id": "mine", "subject": "ben", "anyones": True},
+            {**own, "call_id": "mine", "subject": "ben", "is_admin": True, "anyones": "yes"},
+            {**own, "execution_id": name, "subject": "ben", "is_admin": True, "anyones": True},
         ):
             assert not cancel(asked), asked
         assert cancel({**own, "execution_id": name, "tenant": "x", "subject": "root", "is_admin": True})
@@ -791,3 +794,7 @@ async def test_another_replicas_caller_cancels_its_own_calls_and_an_admin_any(wo
         await until(lambda: work.runs == 2)
         assert cancel({**own, "call_id": "mine"})
         assert (await other).status == "cancelled"
+        last = rig.start(probe, caller=ANNA, call_id="mine")
+        await until(lambda: work.runs == 3)
+        assert cancel({**own, "call_id": "mine", "subject": "ben", "is_admin": True, "anyones": True})
+        assert (await last).status == "cancelled"
