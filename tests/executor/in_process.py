@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import ssl
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextvars import ContextVar
@@ -93,28 +94,29 @@ async def opened(
     http = EgressClient(parse_egress_allow(egress), 1, ssl_context=certificates())
     if results is None:
         results = ResultCache(None, 2**20, 2**20, compress=False)
-    own_keys = FileStore(Path(":memory:"))
-    reuse = Reuse(Idempotency(keys or own_keys), results)
-    executor = Executor(
-        Registry(tools, timeout_ceiling_s=ceiling_s),
-        Runner(threads, result_bytes_max, metrics.count_abandoned),
-        LoadControl(slots, mode),
-        Admission(Policies(policies), store or MemoryStore()),
-        None,
-        reuse,
-        bus or Bus(),
-        http,
-        metrics,
-        timeout_ceiling_s=ceiling_s,
-        breakers=breakers,
-    )
-    rig = Rig(executor, metrics, slots, threads)
-    yield rig
-    await reuse.close()
-    assert rig.is_quiet() and not len(reuse._flights)
-    threads.close()
-    await http.aclose()
-    await own_keys.close()
+    with tempfile.TemporaryDirectory() as folder:
+        own_keys = FileStore(Path(folder, "keys.db"))
+        reuse = Reuse(Idempotency(keys or own_keys), results)
+        executor = Executor(
+            Registry(tools, timeout_ceiling_s=ceiling_s),
+            Runner(threads, result_bytes_max, metrics.count_abandoned),
+            LoadControl(slots, mode),
+            Admission(Policies(policies), store or MemoryStore()),
+            None,
+            reuse,
+            bus or Bus(),
+            http,
+            metrics,
+            timeout_ceiling_s=ceiling_s,
+            breakers=breakers,
+        )
+        rig = Rig(executor, metrics, slots, threads)
+        yield rig
+        await reuse.close()
+        assert rig.is_quiet() and not len(reuse._flights)
+        threads.close()
+        await http.aclose()
+        await own_keys.close()
 
 
 SEEN: ContextVar[str] = ContextVar("SEEN", default="nothing")

@@ -669,8 +669,8 @@ async def test_a_tool_that_is_not_read_only_runs_for_each(work: Work, declared: 
 class SlowStore(FileStore):
     """Holds each claim until it is told to go on."""
 
-    def __init__(self) -> None:
-        super().__init__(Path(":memory:"))
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "keys.db")
         self.asked = asyncio.Event()
         self.go_on = asyncio.Event()
 
@@ -680,9 +680,11 @@ class SlowStore(FileStore):
         return await super().begin(*arguments, **named)
 
 
-async def test_a_call_that_is_cancelled_while_it_claims_its_key_never_runs_and_leaves_it_free(work: Work) -> None:
+async def test_a_call_that_is_cancelled_while_it_claims_its_key_never_runs_and_leaves_it_free(
+    work: Work, tmp_path: Path
+) -> None:
     probe = tool_of(work)
-    store = SlowStore()
+    store = SlowStore(tmp_path)
     async with opened(probe, keys=store) as rig:
         first = rig.start(probe, idempotency_key="k")
         await store.asked.wait()
@@ -696,8 +698,8 @@ async def test_a_call_that_is_cancelled_while_it_claims_its_key_never_runs_and_l
 class SlowToKeep(FileStore):
     """Holds each outcome until it is told to go on."""
 
-    def __init__(self) -> None:
-        super().__init__(Path(":memory:"))
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "keys.db")
         self.offered = asyncio.Event()
         self.go_on = asyncio.Event()
         self.kept = asyncio.Event()
@@ -710,10 +712,10 @@ class SlowToKeep(FileStore):
         return kept
 
 
-async def test_a_request_that_is_cancelled_twice_still_settles_its_key(work: Work) -> None:
+async def test_a_request_that_is_cancelled_twice_still_settles_its_key(work: Work, tmp_path: Path) -> None:
     probe = tool_of(work)
     work.gate.clear()
-    store = SlowToKeep()
+    store = SlowToKeep(tmp_path)
     async with opened(probe, keys=store) as rig:
         first = rig.start(probe, idempotency_key="k")
         await until(lambda: work.runs == 1)
