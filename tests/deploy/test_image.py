@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,47 @@ def test_what_is_copied_is_enough_to_run_and_to_migrate(build: Stage, tmp_path: 
     where = [sys.executable, "-c", "import app; print(app.__file__)"]
     said = subprocess.run(where, cwd=image, env=environ, capture_output=True, text=True, check=True).stdout
     assert said.strip() == str(image / "app" / "__init__.py")
+
+
+def shown_images(folder: Path) -> Iterator[list[Stage]]:
+    """The images that docs/operations/container.md builds upon ours."""
+    page = (ROOT / "docs" / "operations" / "container.md").read_text()
+    for block in re.findall(r"^```dockerfile\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        path = folder / "Dockerfile"
+        path.write_text(block)
+        yield stages(path)
+
+
+def test_images_with_tools_of_ones_own_are_built_upon_this_one(
+    final: Stage, tmp_path: Path, project: dict[str, Any]
+) -> None:
+    module, package = shown_images(tmp_path)
+    for shown in (module, package):
+        assert shown[0].base == f"{project['name']}:{project['version']}"
+        assert shown[-1].base in (shown[0].base, shown[0].name)
+    (((_, place)),) = copies(module[-1])
+    assert place.rstrip("/") == final.the("WORKDIR")
+    tools = package[1]
+    assert tools.base == final.base
+    environments = {text for text in final.all("COPY") if text.endswith("/opt/venv")}
+    assert environments == {"--from=build /opt/venv /opt/venv"}
+    assert tools.all("COPY")[0] == "--from=service /opt/venv /opt/venv"
+    assert tools.the("RUN").count("--python /opt/venv/bin/python") == 2
+    assert package[-1].the("COPY") == "--from=tools /opt/venv /opt/venv"
+
+
+def test_a_module_beside_what_is_copied_brings_its_tools(build: Stage, tmp_path: Path) -> None:
+    context, image = tmp_path / "context", tmp_path / "image"
+    context.mkdir()
+    make_context(context)
+    apply_copies(build, context, image)
+    readme = (ROOT / "README.md").read_text()
+    (source,) = re.findall(r"^```python\n(# my_tools\.py\n.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    (image / "my_tools.py").write_text(source)
+    environ = {**service_environ(tmp_path), "PYTHONPATH": "", "TOOL_MODULES": "my_tools"}
+    command = [sys.executable, "-m", "app", "tools", "list"]
+    done = subprocess.run(command, cwd=image, env=environ, capture_output=True, text=True, timeout=60)
+    assert "shout" in done.stdout, done.stderr
 
 
 def healthcheck(final: Stage, port: int) -> int:
