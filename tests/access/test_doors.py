@@ -508,3 +508,26 @@ def test_the_documents_say_how_to_send_a_credential(guarded: Guarded, service: R
         for operation in item.values():
             assert (operation.get("security") == []) == (path in OPEN)
             assert ("401" in operation["responses"]) == (path not in OPEN)
+
+
+def test_a_key_that_takes_anothers_place_shares_its_limits_and_idempotency_keys() -> None:
+    folder = make_folder("agentcore-rotated-")
+    places = places_in(folder)
+    keys = [make_key(places["DATABASE_URL"], tenant="acme", subject="planner")[1] for _ in range(2)]
+    running = start_service(**places, AUTH_MODE="required", LIMITS_RATE="100/hour")
+    try:
+        answers = [
+            httpx.post(
+                f"{running.url}{TOOLS}/echo/execute",
+                headers={"X-API-Key": key, "Idempotency-Key": "one"},
+                json={"parameters": {"message": "hi"}},
+                trust_env=False,
+            )
+            for key in keys
+        ]
+    finally:
+        end(running)
+        remove_folder(folder)
+    first, repeated = (answer.json() for answer in answers)
+    assert repeated["replayed"] and repeated["execution_id"] == first["execution_id"]
+    assert [answer.headers["RateLimit-Remaining"] for answer in answers] == ["99", "98"]
