@@ -165,6 +165,27 @@ def test_the_kustomization_that_is_shown_renders(production: list[Object], folde
     assert {one["kind"] for one in objects} == {one["kind"] for one in production}
 
 
+def test_a_secret_that_is_generated_keeps_its_name_and_the_limits_their_hash(folder: Path) -> None:
+    needs_kustomize()
+    shown = next(block for block in yaml_blocks(KUBERNETES) if block.get("kind") == "Kustomization")
+    (options,) = re.findall(r"`options: (\{.*?\})`", KUBERNETES.read_text())
+    secrets = {"name": "agentcore-tools-secrets", "envs": ["secrets.env"], "options": yaml.safe_load(options)}
+    ours = {
+        **shown,
+        "components": [],
+        "resources": [os.path.relpath(K8S / "overlays" / "production", folder.resolve())],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump({**ours, "secretGenerator": [secrets]}))
+    (folder / "limits.yaml").write_text("policies: [] # ours\n")
+    (folder / "secrets.env").write_text("DATABASE_URL=postgresql+asyncpg://nobody@127.0.0.1/none\n")
+    objects = render(folder)
+    (pod,) = (one["spec"]["template"]["spec"] for one in of_kind(objects, "Deployment"))
+    secret = next(source["secretRef"] for source in pod["containers"][0]["envFrom"] if "secretRef" in source)
+    assert secret["name"] == of_kind(objects, "Secret")[0]["metadata"]["name"] == "agentcore-tools-secrets"
+    limits = next(volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume)
+    assert re.fullmatch(r"agentcore-tools-limits-\w{10}", limits)
+
+
 def test_the_patch_that_opens_managed_stores_does_so(folder: Path) -> None:
     needs_kustomize()
     shown = next(block for block in yaml_blocks(KUBERNETES) if "patches" in block and "kind" not in block)
