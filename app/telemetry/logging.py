@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import queue
+import re
 import select
 import sys
 import threading
@@ -91,8 +92,7 @@ class RepeatBound:
         self._seen: dict[tuple[str, str], int] = {}
 
     def lets_through(self, record: logging.LogRecord, second: int) -> bool:
-        # Anything can be logged as a message, also what has no hash.
-        key = (record.name, record.msg if isinstance(record.msg, str) else type(record.msg).__name__)
+        key = (record.name, _constant_part(record.msg))
         if key == ACCESS_LINE:
             return True
         if second != self._second:
@@ -102,6 +102,18 @@ class RepeatBound:
                 record.lines_held_back = held
         self._seen[key] = self._seen.get(key, 0) + 1
         return self._seen[key] <= REPEATS_PER_SECOND_MAX
+
+
+_UP_TO_A_REPR = re.compile(r"[^\n<(]*")
+
+
+def _constant_part(message: object) -> str:
+    """What a message has in common with those like it: asyncio's go on with the repr of a task or a function, which has
+    its name or its address. Anything can be logged as a message, also what has no hash."""
+    if not isinstance(message, str):
+        return type(message).__name__
+    found = _UP_TO_A_REPR.match(message)
+    return found[0] if found else message
 
 
 class Lines(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import gc
@@ -13,12 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from app.telemetry.logging import (
     LINE_BYTES_MAX,
@@ -291,6 +293,48 @@ def test_a_flood_of_one_message_is_held_back_and_other_messages_are_not() -> Non
         events = pipe.events()
     assert len(events) < 100
     assert [event for event in events if event["message"] == "other"]
+
+
+async def fail_in_tasks() -> None:
+    async def fail() -> None:
+        raise ValueError("unseen")
+
+    for number in range(1_000):
+        await asyncio.wait({asyncio.create_task(fail(), name=f"of-call-{number}")})
+
+
+async def fail_in_callbacks() -> None:
+    def failing(number: int) -> Callable[[], None]:
+        def fail() -> None:
+            raise ValueError(number)
+
+        return fail
+
+    kept = [failing(number) for number in range(1_000)]  # at addresses of their own
+    for callback in kept:
+        asyncio.get_running_loop().call_soon(callback)
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("failing", "message"),
+    [(fail_in_tasks, "Task exception was never retrieved"), (fail_in_callbacks, "Exception in callback")],
+)
+def test_a_flood_of_what_fails_unseen_is_held_back(
+    failing: Callable[[], Coroutine[Any, Any, None]], message: str
+) -> None:
+    asyncio_logger = logging.getLogger("asyncio")
+    with opened() as pipe:
+        asyncio_logger.addHandler(pipe.writer)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(failing())
+            gc.collect()
+        finally:
+            asyncio_logger.removeHandler(pipe.writer)
+        events = pipe.events()
+    assert 0 < len(events) < 100
+    assert all(event["message"].startswith(message) for event in events)
 
 
 def test_a_stdout_that_nobody_reads_holds_nobody_up_and_what_is_lost_is_counted() -> None:
