@@ -29,7 +29,7 @@ from app.process import ENDED_BY_INTERRUPT, NOWHERE, flush_briefly, is_somewhere
 from app.reload import Watched, serve_reloading, watched_folders
 from app.service import Service, open_service
 from app.settings import Settings, SettingsError, check_bind, otel_variables, read_settings
-from app.telemetry.logging import log_to_stdout
+from app.telemetry.logging import log_to_stderr, log_to_stdout
 from app.tools.exports import FORMATS, export
 from app.tools.registry import summary
 from app.transport.app import create_app
@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, end the process."""
     open_standard_files()
     options = _parser().parse_args(arguments)
+    if options.run is not _serve:
+        log_to_stderr()
     try:
         settings = read_settings(os.environ, DOTENV, profile=options.profile)
         if not getattr(options, "reload", False):  # each process that it starts reads them anew

@@ -40,6 +40,15 @@ def test_tools_list_shows_what_would_be_served_and_json_for_programs() -> None:
     assert {"tool_id", "name", "description", "version", "category", "tags", "capabilities"} == set(tools[0])
 
 
+def test_what_a_command_meets_is_told_in_words_with_its_facts_and_without_secrets(tmp_path: Path) -> None:
+    (tmp_path / "broken_tools.py").write_text('raise RuntimeError("password=hunter2hunter2")\n')
+    listed = run("tools", "list", TOOL_MODULES="broken_tools", PYTHONPATH=str(tmp_path))
+    assert listed.returncode == 0 and "echo" in listed.stdout
+    told, trace = listed.stderr.split("\n", 1)
+    assert told.startswith("tools not loaded (source: broken_tools, reason: RuntimeError")
+    assert trace.startswith("Traceback") and "hunter2" not in listed.stderr
+
+
 def test_tools_call_runs_one_through_the_whole_executor() -> None:
     done = run("tools", "call", "echo", '{"message": "hi"}')
     assert done.returncode == 0 and json.loads(done.stdout)["result"] == {"message": "hi"}

@@ -45,6 +45,8 @@ NOISY = ("httpx", "httpcore", "urllib3", "uvicorn.error", "alembic", "sqlalchemy
 """Below WARNING they tell of every request and statement: 98 lines of 100, with parameters and hashes of keys in them.
 Our own lines say what came of each."""
 
+_OF_EVERY_LINE = ("time", "level", "logger", "message")
+
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
@@ -216,6 +218,25 @@ def log_to_stdout(level: str) -> LineWriter:
         logging.getLogger(noisy).setLevel(max(root.level, logging.WARNING))
     _hear_of_crashes()
     return writer
+
+
+def log_to_stderr() -> None:
+    """For commands that people run: warnings and worse in words, with their facts."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(_Words())
+    logging.getLogger().handlers[:] = [handler]
+
+
+class _Words(logging.Formatter):
+    """What a line says, redacted as that is: message, facts, then the exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = orjson.loads(_line_anyhow(record))
+        trace = event.pop("exception", "")
+        facts = ", ".join(f"{name}: {value}" for name, value in event.items() if name not in _OF_EVERY_LINE)
+        message = event["message"]
+        return "\n".join(filter(None, (f"{message} ({facts})" if facts else message, trace)))
 
 
 def _hear_of_crashes() -> None:
