@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from app.transport.mcp_methods import PAGE_TOOLS
 from tests.clients import environments
 from tests.clients.conftest import Guarded
 from tests.conftest import ROOT
@@ -74,3 +75,7 @@ def test_the_versions_on_the_page_are_those_that_are_locked() -> None:
     locks = {lock.stem: lock.read_text() for lock in environments.LOCKS.glob("*.txt")}
     locked = {found for text in locks.values() for found in re.findall(r"^([\w-]+)==([\w.]+)", text, re.MULTILINE)}
     assert told <= locked | npm, told - locked - npm
+
+
+def test_clients_that_read_one_page_are_told_how_long_it_is() -> None:
+    assert re.findall(r"A page of `tools/list` has (\d+) tools", PAGE) == [str(PAGE_TOOLS)]
