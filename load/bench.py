@@ -21,7 +21,7 @@ PARTS: dict[str, list[str]] = {
     "capacity": ["load.capacity"],
     "profiles": ["load.profiles"],
     "micro": ["load.micro"],
-    "growth": ["load.growth", "--plots", "docs/images"],
+    "growth": ["load.growth", "--plots", "var/bench"],
     "peers": ["load.peers"],
     "compare": ["load.compare"],
 }

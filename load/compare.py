@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""`python -m load.compare --fail-on-regression 10%`: what a call costs now, against load/baseline.json.
+"""`python -m load.compare --fail-on-regression 10%`: what a call costs now, against the commit of load/baseline.json.
 
-Compares ratios, not times: CPU per call over that of a bare echo in the same rounds, and instructions per call over
-that echo's where valgrind is there. So the baseline of one machine holds on another, and on a busy one. What passes
+Compares ratios, not times: CPU per call over that of the same call by the baseline's code, which git has, in the same
+rounds; and instructions per call over a bare echo's where valgrind is there. Where git does not have it, CPU over the
+bare echo's is held against the baseline's, which from one machine or day to another is up to a quarter off. What passes
 the limit is measured again before it counts. The origin's gates are kept as they are. Exit 1: a regression.
 `--update` writes the baseline anew; `--plant 15` makes each call 15 % dearer, to see that it is found.
 """
@@ -20,8 +21,10 @@ if not __package__:  # run as a file: modules of this folder would hide others o
     os.execve(_python, [_python, "-m", "load.compare", *sys.argv[1:]], os.environ | {"PYTHONPATH": str(_root)})
 
 import argparse
+import io
 import platform
 import subprocess
+import tarfile
 import urllib.request
 from typing import Any, NamedTuple
 
@@ -44,7 +47,7 @@ from load.harness import (
 )
 from load.instructions import Counted, available, counted
 from load.overhead import Buckets, grown, quantile_s
-from load.run import CannotRun
+from load.run import ROOT, CannotRun
 from load.wire import ASGI, BATCH, MCP_HEADERS
 
 BASELINE = Path(__file__).parent / "baseline.json"
@@ -61,6 +64,9 @@ GATE_RATE, GATE_CONNECTIONS = 500.0, 64
 
 BURSTS = 8
 INSTRUCTION_CREDENTIALS = 4
+
+CODE = ("app", "load", "migrations")
+"""Of a commit: what a service needs."""
 
 CALIBRATION_LOOPS = 2_000
 CALIBRATION_ROUNDS = 5
@@ -85,11 +91,12 @@ class Line(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One run: costs by name, and the gates' 95th percentiles in ms."""
+    """One run: costs by name, the gates' 95th percentiles in ms, and costs of the baseline's code beside them."""
 
     ratios: dict[str, float]
     instructions: dict[str, float]
     gates_ms: dict[str, float]
+    before: dict[str, float] | None = None
 
 
 # What is asked
@@ -121,7 +128,7 @@ def askings(credentials: tuple[str, ...], loops: int) -> dict[str, Asking]:
 
 
 class Comparison:
-    """The servers of one run, and the baseline that they are held against."""
+    """The servers of one run, and what they are held against: the baseline's code, else its ratios."""
 
     def __init__(
         self, bench: Bench, baseline: dict[str, Any], limit: float, rounds: int, seconds: float, loops: int
@@ -130,29 +137,34 @@ class Comparison:
         self.limit = limit
         self.rounds = rounds
         self.seconds = seconds
-        self.lane = bench.service("everything, lane", bench.everything(TOOL_MODULES="load.tools"))
-        asgi = bench.service("everything, ASGI", bench.everything(TOOL_MODULES="load.tools", **ASGI))
-        self.asked = asked = askings(bench.credentials, loops)
-        self.targets = [
-            Target("bare uvicorn echo", bench.bare()),
-            Target("everything, lane", self.lane, asked["single"]),
-            Target("everything, ASGI", asgi, asked["single"]),
-            Target(f"batch of {BATCH}, lane", self.lane, asked["batch"]),
-            Target("MCP tools/call, lane", self.lane, asked["mcp"]),
-        ]
+        self.asked = askings(bench.credentials, loops)
+        self.bare = Target("bare uvicorn echo", bench.bare())
+        self.now = targets(bench, self.asked, {})
+        self.lane = self.now[0].server
+        self.then: list[Target] = []
+        commit = baseline.get("commit", "")
+        if commit and unpacked(commit, bench.folder / commit):
+            try:
+                self.then = targets(bench, askings(bench.credentials, 0), {"PYTHONPATH": str(bench.folder / commit)})
+            except CannotRun as error:
+                print(f"the code of {commit:.10} does not run here: {error}")
+        print(f"baseline: the code of {commit:.10}, beside it" if self.then else "baseline: ratios, of another run")
 
-    def ratios(self) -> dict[str, float]:
-        """CPU per call over the bare echo's; measured again while one is past the limit."""
-        base = self.baseline.get("ratios", {})
+    def costs(self) -> tuple[dict[str, float], dict[str, float]]:
+        """CPU per call over the bare echo's, now and of the baseline; measured again while one is past the limit."""
         for attempt in range(AGAIN + 1):
             if attempt:
                 print("a ratio is past the limit: measured again", flush=True)
-            measure(self.targets, self.rounds, self.seconds)
-            found = {one.name: 1 / one.cpu_ratio(self.targets[0]) for one in self.targets[1:]}
-            if all(now <= base.get(name, now) * (1 + self.limit) for name, now in found.items()):
+            measure([self.bare, *self.now, *self.then], self.rounds, self.seconds)
+            found = {one.name: 1 / one.cpu_ratio(self.bare) for one in self.now}
+            before: dict[str, float] = self.baseline.get("ratios", {})
+            if self.then:
+                pairs = zip(self.now, self.then, strict=True)
+                before = {now.name: found[now.name] * now.cpu_ratio(then) for now, then in pairs}
+            if all(now <= before.get(name, now) * (1 + self.limit) for name, now in found.items()):
                 break
-        print_table("64 connections", self.targets)
-        return found
+        print_table("64 connections", [self.bare, *self.now])
+        return found, before
 
     def gates(self, seconds: float) -> dict[str, float]:
         """The best of some times: these are no ratios, and whatever else the machine does is in them."""
@@ -173,6 +185,45 @@ class Comparison:
         after = histograms(self.lane)
         p95_s = {name: quantile_s(0.95, grown(before[name], after[name])) for name in GATES_MS}
         return {name: float("inf") if value is None else value * 1e3 for name, value in p95_s.items()}
+
+
+def targets(bench: Bench, asked: dict[str, Asking], settings: dict[str, str]) -> list[Target]:
+    """The calls that are compared, of services with everything on and these settings."""
+    everything = bench.everything(TOOL_MODULES="load.tools", **settings)
+    lane = bench.service("everything, lane", everything)
+    asgi = bench.service("everything, ASGI", {**everything, **ASGI})
+    return [
+        Target("everything, lane", lane, asked["single"]),
+        Target("everything, ASGI", asgi, asked["single"]),
+        Target(f"batch of {BATCH}, lane", lane, asked["batch"]),
+        Target("MCP tools/call, lane", lane, asked["mcp"]),
+    ]
+
+
+def unpacked(commit: str, folder: Path) -> bool:
+    """The code of a commit in a folder. False: there is no git here, or it does not have that commit."""
+    try:
+        archive = subprocess.run(
+            ["git", "archive", "--format=tar", commit, *CODE], cwd=ROOT, capture_output=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tree:
+        tree.extractall(folder, filter="data")
+    return True
+
+
+def this_commit() -> str:
+    """Empty where there is no git, or where its code is not what runs."""
+    told = ""
+    try:
+        for asked in (["status", "--porcelain", "--", *CODE], ["rev-parse", "HEAD"]):
+            told = subprocess.run(["git", *asked], cwd=ROOT, capture_output=True, check=True, text=True).stdout.strip()
+            if told and asked[0] == "status":
+                return ""
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return told
 
 
 def histograms(server: Running) -> dict[str, Buckets]:
@@ -213,7 +264,8 @@ def relative(found: dict[str, Counted]) -> dict[str, float]:
 
 def judged(measured: Measured, baseline: dict[str, Any], limit: float) -> bool:
     """Print the table; whether nothing is past its limit."""
-    lines = [Line(name, baseline.get("ratios", {}).get(name), now) for name, now in measured.ratios.items()]
+    before = baseline.get("ratios", {}) if measured.before is None else measured.before
+    lines = [Line(name, before.get(name), now) for name, now in measured.ratios.items()]
     known = baseline.get("instructions", {}).get(python_version(), {})
     lines += [Line(name, known.get(name), now) for name, now in measured.instructions.items()]
     title = f"cost of a call over a bare echo's, limit {limit:.0%}"
@@ -254,7 +306,7 @@ def one_run(options: argparse.Namespace, baseline: dict[str, Any], loops: int) -
     with bench() as own:
         limit = options.fail_on_regression
         comparison = Comparison(own, baseline, limit, options.rounds, options.seconds, loops)
-        ratios = comparison.ratios()
+        ratios, before = comparison.costs()
         gates_ms = comparison.gates(3 * options.seconds)
     counts: dict[str, float] = {}
     if available() and not options.no_instructions:
@@ -262,14 +314,14 @@ def one_run(options: argparse.Namespace, baseline: dict[str, Any], loops: int) -
             counts = instructions(loops)
         except (CannotRun, OSError, subprocess.SubprocessError) as error:
             print(f"instructions are not compared: {error}")
-    return Measured(ratios, counts, gates_ms)
+    return Measured(ratios, counts, gates_ms, before)
 
 
 def updated(baseline: dict[str, Any], measured: Measured) -> dict[str, Any]:
     """Instructions of other Python versions stay."""
     kept = baseline.get("instructions", {})
     counts = {**kept, **({python_version(): rounded(measured.instructions)} if measured.instructions else {})}
-    return {"ratios": rounded(measured.ratios), "instructions": counts}
+    return {"commit": this_commit(), "ratios": rounded(measured.ratios), "instructions": counts}
 
 
 def rounded(figures: dict[str, float]) -> dict[str, float]:

@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--tools", type=int, nargs="+", default=list(TOOLS))
     parser.add_argument("--tenants", type=int, nargs="+", default=list(TENANTS))
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
-    parser.add_argument("--plots", type=Path, help="a folder to draw into, such as docs/images")
+    parser.add_argument("--plots", type=Path, help="a folder to draw into, such as var/bench")
     parser.add_argument("--json", help="a file for all figures")
     options = parser.parse_args()
     with bench() as own:

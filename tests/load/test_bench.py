@@ -116,11 +116,24 @@ def test_the_gate_writes_a_baseline_and_holds_a_run_against_it(tmp_path: Path) -
     )  # 1 where the machine is too slow for the origin's milliseconds
     written = orjson.loads(file.read_bytes())
     assert set(written["ratios"]) == set(orjson.loads(compare.BASELINE.read_bytes())["ratios"])
+    assert written.pop("commit") == compare.this_commit()
     written["ratios"] = {name: value / 100 for name, value in written["ratios"].items()}
     file.write_bytes(orjson.dumps(written))
     table = run("load.compare", *tiny, "--fail-on-regression", "300%", codes=(1,))
     worse = {re.split(r"\s{2,}", line)[0] for line in table.splitlines() if line.endswith("WORSE")}
     assert worse >= set(written["ratios"]), "and the origin's milliseconds, where the machine is slow"
+
+
+def test_the_gate_holds_a_run_against_the_baselines_code_beside_it(tmp_path: Path) -> None:
+    commit = compare.this_commit()
+    if not commit:
+        pytest.skip("NOT TESTED: no git here, or its code is not what runs")
+    file = tmp_path / "baseline.json"
+    file.write_bytes(orjson.dumps({"commit": commit, "ratios": {"everything, lane": 1e-6}}))
+    tiny = ["--no-instructions", "--rounds", "1", "--seconds", "0.3", "--baseline", str(file)]
+    table = run("load.compare", *tiny, "--fail-on-regression", "300%", codes=(0, 1))
+    assert f"baseline: the code of {commit:.10}" in table
+    assert not [line for line in table.splitlines() if line.startswith("everything") and line.endswith("WORSE")]
 
 
 def test_ctrl_c_ends_every_server_that_a_part_started() -> None:
