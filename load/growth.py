@@ -2,7 +2,7 @@
 
 Everything is on. The calls of each point go to as many tools, or come from as many tenants, as there are (tools: 1,000
 of them in turn at most). All points are visited in turn; flat means that the last costs at most 10 % more than the
-first, as the median of the rounds' own ratios. Plots: docs/images/growth-*.svg.
+first, as the median of the rounds' own ratios. Plots: growth-*.svg in the folder of `--plots`.
 """
 
 from __future__ import annotations
