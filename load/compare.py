@@ -203,27 +203,24 @@ def targets(bench: Bench, asked: dict[str, Asking], settings: dict[str, str]) ->
 def unpacked(commit: str, folder: Path) -> bool:
     """The code of a commit in a folder. False: there is no git here, or it does not have that commit."""
     try:
-        archive = subprocess.run(
-            ["git", "archive", "--format=tar", commit, *CODE], cwd=ROOT, capture_output=True, check=True
-        )
+        archive = git("archive", "--format=tar", commit, *CODE)
     except (OSError, subprocess.CalledProcessError):
         return False
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tree:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tree:
         tree.extractall(folder, filter="data")
     return True
 
 
 def this_commit() -> str:
     """Empty where there is no git, or where its code is not what runs."""
-    told = ""
     try:
-        for asked in (["status", "--porcelain", "--", *CODE], ["rev-parse", "HEAD"]):
-            told = subprocess.run(["git", *asked], cwd=ROOT, capture_output=True, check=True, text=True).stdout.strip()
-            if told and asked[0] == "status":
-                return ""
+        return "" if git("status", "--porcelain", "--", *CODE) else git("rev-parse", "HEAD").decode().strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return told
+
+
+def git(*arguments: str) -> bytes:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=True).stdout
 
 
 def histograms(server: Running) -> dict[str, Buckets]:
