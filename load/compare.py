@@ -148,7 +148,12 @@ class Comparison:
                 self.then = targets(bench, askings(bench.credentials, 0), {"PYTHONPATH": str(bench.folder / commit)})
             except CannotRun as error:
                 print(f"the code of {commit:.10} does not run here: {error}")
-        print(f"baseline: the code of {commit:.10}, beside it" if self.then else "baseline: ratios, of another run")
+        print(f"baseline: {self._what_it_is()}")
+
+    def _what_it_is(self) -> str:
+        if self.then:
+            return f"the code of {self.baseline['commit']:.10}, beside it"
+        return "ratios, of another run" if self.baseline else "none"
 
     def costs(self) -> tuple[dict[str, float], dict[str, float]]:
         """CPU per call over the bare echo's, now and of the baseline; measured again while one is past the limit."""
