@@ -17,6 +17,10 @@ Sent = tuple[tuple[str, ...], bytes]
 """Of an ask: the keys of its counters, and what is wanted of each."""
 
 
+Spends = tuple[tuple[Limit, int, int], ...]
+"""Of an ask: each limit with what the cost adds to its counter."""
+
+
 class StoreAway(Exception):
     """The store did not answer in its time, or not as it should: what holds now is each limit's `on_failure`."""
 
@@ -24,15 +28,16 @@ class StoreAway(Exception):
 class Ask:
     """Spend `cost` at every limit, or, with the verdict that spent it, give it back. A cost of 0 is a question.
 
-    Nothing in it changes but `sent`, which is of the store that sends it: what it sends, made once."""
+    Nothing in it changes but what its store has made of it, once: `sent` what is sent of it, `spends` what is added."""
 
-    __slots__ = ("cost", "limits", "sent", "spent")
+    __slots__ = ("cost", "limits", "sent", "spends", "spent")
 
     def __init__(self, limits: tuple[Limit, ...], cost: int, spent: Verdict | None = None) -> None:
         self.limits = limits
         self.cost = cost
         self.spent = spent
         self.sent: Sent | None = None
+        self.spends: Spends | None = None
 
     def back(self, spent: Verdict) -> Ask:
         """The ask that gives back what this one has spent."""
