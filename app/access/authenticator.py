@@ -89,6 +89,8 @@ class Authenticator:
         self._off_until = math.inf if mode == "off" else -math.inf
         self._keys = Memory(clock, wall)
         self._tokens = Memory(clock, wall)
+        self._unchanged: dict[int, tuple[list[Known | None], bytes]] = {}
+        """What was known from each place on when its rows were read, and their digest."""
         self._refused: dict[bytes, float] = {}
         self._flights: dict[bytes, asyncio.Task[Caller | Refusal]] = {}
         self._turns = asyncio.Semaphore(LOOKUPS_AT_ONCE)
@@ -271,9 +273,11 @@ class Authenticator:
     async def confirm(self) -> None:
         """Ask the database once more for every known key: what was revoked, changed or deleted takes effect."""
         try:
-            if names := self._keys.names():
+            names = self._keys.names()
+            self._unchanged = {start: kept for start, kept in self._unchanged.items() if start < len(names)}
+            if names:
                 for start in range(0, len(names), CHUNK_MAX):
-                    await self._confirm_some(names[start : start + CHUNK_MAX])
+                    await self._confirm_some(start, names[start : start + CHUNK_MAX])
             else:
                 await self._look_for_keys()
         except DependencyUnavailable as error:
@@ -281,8 +285,16 @@ class Authenticator:
         else:
             self._database_answered()
 
-    async def _confirm_some(self, key_ids: Sequence[str]) -> None:
+    async def _confirm_some(self, start: int, key_ids: Sequence[str]) -> None:
+        """Row by row only where the database's digest of them is not what it was: reading 10,000 rows takes 55 ms."""
         asked_at = self._clock()
+        asked = [self._keys.named(key_id) for key_id in key_ids]
+        digest = await self._store.digest(key_ids)
+        if digest is not None and self._unchanged.get(start) == (asked, digest):
+            for known in asked:
+                if known is not None:
+                    self._confirmed(known, asked_at)
+            return
         rows = {row[0]: row for row in await self._store.find(key_ids)}
         for key_id in key_ids:
             known = self._keys.named(key_id)
@@ -290,10 +302,15 @@ class Authenticator:
                 continue
             row = rows.get(key_id)
             if row == known.row or self._take_over(known, row):
-                known.stale_at = asked_at + EFFECTIVE_WITHIN_S
-                known.believed_until = asked_at + self._good_for_s
+                self._confirmed(known, asked_at)
             else:
                 self._keys.forget(key_id)
+        if digest is not None:  # taken before they were read: what was changed in between shows in the next one
+            self._unchanged[start] = (asked, digest)
+
+    def _confirmed(self, known: Known, asked_at: float) -> None:
+        known.stale_at = asked_at + EFFECTIVE_WITHIN_S
+        known.believed_until = asked_at + self._good_for_s
 
     def _take_over(self, known: Known, row: Row | None) -> bool:
         """Whether the key is still good as the row now is; if so, what it says holds from here on."""

@@ -13,7 +13,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import Column, DateTime, Dialect, MetaData, Table, Text, insert, select, update
+from sqlalchemy import (
+    ARRAY,
+    Column,
+    DateTime,
+    Dialect,
+    MetaData,
+    Table,
+    Text,
+    bindparam,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -71,6 +84,12 @@ KEYS = Table(
 )
 
 
+_DIGEST = text(
+    "SELECT sha256(convert_to(string_agg(k::text, E'\\n' ORDER BY k.id), 'UTF8')) "
+    "FROM api_keys AS k WHERE k.id = ANY(:key_ids)"
+).bindparams(bindparam("key_ids", type_=ARRAY(Text)))
+
+
 class KeyStore:
     """The table, over an engine that somebody else opens and closes."""
 
@@ -104,6 +123,15 @@ class KeyStore:
         size = next(size for size in CHUNK_SIZES if size >= len(key_ids))
         asked = [*key_ids, *[key_ids[-1]] * (size - len(key_ids))]
         return await self._rows(select(KEYS).where(KEYS.c.id.in_(asked)))
+
+    async def digest(self, key_ids: Sequence[str]) -> bytes | None:
+        """Taken by the database of all there is of these rows: another as soon as one of them is changed, made or
+        deleted. None: SQLite has none to give."""
+        if self._engine.dialect.name == "sqlite":
+            return None
+        rows = await self._rows(_DIGEST.bindparams(key_ids=list(key_ids)))
+        taken: bytes = rows[0][0] or b""  # of no row at all there is none
+        return taken
 
     async def one(self, key_id: str) -> Key | None:
         """The key, revoked or not; None when there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from app.access.store import QUERY_TIMEOUT_S
 from app.calls import LOCAL_CALLER, Caller
 from app.errors import DependencyUnavailable, Overloaded, Unauthenticated
 from tests.access.keyring import Clock, Keyring, bearer, opened_keyring
-from tests.servers import PostgresServer
+from tests.servers import PostgresAt, PostgresServer
 
 pytestmark = pytest.mark.anyio
 
@@ -201,6 +202,7 @@ async def test_a_key_that_was_expired_before_it_was_seen_is_refused(database_url
         await refused(ring, credential)
 
 
+@pytest.mark.parametrize("rounds", [0, 1, 2], ids=["the first", "the second", "the third"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -211,12 +213,16 @@ async def test_a_key_that_was_expired_before_it_was_seen_is_refused(database_url
     ],
     ids=["revoked", "deleted", "given another secret", "expired"],
 )
-async def test_what_happens_to_a_row_takes_effect_with_the_next_round(database_url: str, change: str) -> None:
+async def test_what_happens_to_a_row_takes_effect_with_the_next_round(
+    database_url: str, change: str, rounds: int
+) -> None:
     async with opened_keyring(database_url) as ring:
         (gone, gone_credential), (kept, kept_credential) = await ring.make(), await ring.make(subject="other")
         ring.wall.now_s = gone.created_at
         await ring.identify(gone_credential)
         await ring.identify(kept_credential)
+        for _ in range(rounds):
+            await ring.access.confirm()
         await ring.run_sql(change, id=gone.id)
         await ring.access.confirm()
         assert ring.access.known(gone_credential) is None and ring.access.known(kept_credential) == kept.caller
@@ -227,10 +233,50 @@ async def test_changed_scopes_and_tools_take_effect_with_the_next_round(database
     async with opened_keyring(database_url) as ring:
         key, credential = await ring.make()
         await ring.identify(credential)
-        await ring.run_sql("UPDATE api_keys SET scopes = 'tools:read', tools = '', tenant = 'other'")
+        for scope in ("tools:read", "tools:execute"):
+            await ring.run_sql("UPDATE api_keys SET scopes = :scope, tools = '', tenant = 'other'", scope=scope)
+            await ring.access.confirm()
+            caller = ring.access.known(credential)
+            assert caller == Caller("other", key.caller.subject, frozenset({scope}), ())
+
+
+@pytest.mark.parametrize("asked", ["digest", "find"])
+async def test_what_happens_to_a_row_in_the_middle_of_a_round_takes_effect_with_the_next(
+    database_url: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened_keyring(database_url) as ring:
+        key, credential = await ring.make()
+        await ring.identify(credential)
+        ask = getattr(ring.store, asked)
+
+        async def ask_just_before(key_ids: Sequence[str]) -> Any:
+            answer = await ask(key_ids)
+            await ring.store.revoke(key.id)
+            return answer
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ring.store, asked, ask_just_before)
+            await ring.access.confirm()
         await ring.access.confirm()
-        caller = ring.access.known(credential)
-        assert caller == Caller("other", key.caller.subject, frozenset({"tools:read"}), ())
+        await refused(ring, credential)
+
+
+async def test_keys_that_come_and_go_between_rounds_change_nothing_for_the_others(database_url: str) -> None:
+    async with opened_keyring(database_url) as ring:
+        made = [await ring.make(subject=f"subject {number}") for number in range(4)]
+        for _, credential in made[:3]:
+            await ring.identify(credential)
+        await ring.access.confirm()
+        ring.access.forget(made[0][0].id)
+        await ring.identify(made[3][1])
+        await ring.store.revoke(made[2][0].id)
+        for _ in range(2):
+            ring.clock.now_s += CONFIRM_EVERY_S
+            await ring.access.confirm()
+            known = [ring.access.known(credential) is not None for _, credential in made]
+            assert known == [False, True, False, True]
+        ring.clock.now_s += EFFECTIVE_WITHIN_S - 0.1
+        assert ring.access.known(made[1][1]) == made[1][0].caller, "the last round has confirmed it"
 
 
 async def test_a_round_asks_in_chunks_and_not_for_each_key(database_url: str) -> None:
@@ -238,10 +284,22 @@ async def test_a_round_asks_in_chunks_and_not_for_each_key(database_url: str) ->
         credentials = [(await ring.make())[1] for _ in range(20)]
         for credential in credentials:
             await ring.identify(credential)
+        await ring.access.confirm()
+        for _ in range(2):
+            ring.statements.clear()
+            await ring.access.confirm()
+            assert questions(ring) == 1
+        assert all(ring.access.known(credential) for credential in credentials)
+
+
+async def test_rows_that_did_not_change_are_not_read_again_from_postgresql(postgres: PostgresAt) -> None:
+    async with opened_keyring(postgres.create_database()) as ring:
+        for _ in range(3):
+            await ring.identify((await ring.make())[1])
+        await ring.access.confirm()
         ring.statements.clear()
         await ring.access.confirm()
-        assert questions(ring) == 1
-        assert all(ring.access.known(credential) for credential in credentials)
+        assert not any("secret_sha256" in statement for statement in ring.statements)
 
 
 async def test_a_key_revoked_here_is_refused_at_once(database_url: str) -> None:
