@@ -13,6 +13,7 @@ import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -352,8 +353,9 @@ _SPELT_DIFFERENTLY = re.compile(r"[eE]\+?1[6-9]|-0\.0")
 
 
 def _like_jsonb(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer() and (value == 0 or 1e16 <= abs(value) < 2**63):
-        return 0.0 if value == 0 else int(value)
+    if isinstance(value, float) and value.is_integer() and (value == 0 or abs(value) >= 1e16):
+        digits = int(Decimal(repr(value)))  # as they are written: `int(value)` has those of the binary number
+        return 0.0 if value == 0 else digits if -(2**63) <= digits < 2**64 else value
     if isinstance(value, dict):
         return {key: _like_jsonb(inner) for key, inner in value.items()}
     if isinstance(value, list):

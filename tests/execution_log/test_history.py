@@ -171,6 +171,7 @@ async def test_both_engines_answer_with_the_same_bytes(tmp_path: Path, postgres:
         for one in (
             {"zz": 1, "b": 2, "aaa": 3},
             [1e16, -1e17, 1.0, -0.0, 1e-7, 2**63, 0.1, 1e300, 5e-324, 123456789012345680.0],
+            [1.2345678901234567e18, 9.5e18, -9.5e18, 2.0**63, -(2.0**63), 1.844674407370955e19, 2.0**64],
             "text \u2028 é \U0001f600 \x7f",
             {"deep": [[[{"": {}}]]]},
             True,
