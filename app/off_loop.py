@@ -7,6 +7,7 @@ of its threads. What runs here is short, unless its disk hangs.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -20,5 +21,9 @@ _threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="off-loop")
 
 
 async def off_loop(work: Callable[..., T], *arguments: object) -> T:
-    """What `work` comes to, in a thread."""
-    return await asyncio.get_running_loop().run_in_executor(_threads, work, *arguments)
+    """What `work` comes to, in a thread. Raises OSError where the system has none left."""
+    try:
+        done = asyncio.get_running_loop().run_in_executor(_threads, work, *arguments)
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, "no thread to work in") from error
+    return await done

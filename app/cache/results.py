@@ -271,8 +271,11 @@ def _stale_s(life_s: float) -> float:
 
 
 async def _off_loop(size_bytes: int, work: Callable[..., T], *arguments: Any) -> T:
-    """Here, or in a thread where it would take long."""
-    return await off_loop(work, *arguments) if size_bytes >= OFF_LOOP_BYTES else work(*arguments)
+    """Here, or in a thread where it would take long and there is one to be had."""
+    if size_bytes >= OFF_LOOP_BYTES:
+        with contextlib.suppress(OSError):
+            return await off_loop(work, *arguments)
+    return work(*arguments)
 
 
 def _written(write: Write, compress: bool) -> bytes:

@@ -185,6 +185,32 @@ async def test_a_file_that_takes_long_to_open_keeps_one_thread(tmp_path: Path, m
     await store.close()
 
 
+NO_THREAD = """
+import asyncio, pathlib, sys, threading
+from app.cache.file_store import FileStore
+from app.cache.store import StoreAway
+
+async def main():
+    store = FileStore(pathlib.Path(sys.argv[1]))
+    before = threading.stack_size(sys.maxsize // 2 + 1)
+    try:
+        await store.begin("key", "fp", "token", 60_000, take_over=False)
+    except StoreAway as away:
+        print(away)
+    threading.stack_size(before)
+    print((await store.begin("key", "fp", "token", 60_000, take_over=False)).state)
+
+asyncio.run(main())
+"""
+"""More stack than there are addresses: the system refuses, as it does at a limit of processes."""
+
+
+def test_a_file_that_no_thread_can_open_is_away_and_back_with_the_next(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", NO_THREAD, str(tmp_path / "keys.db")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stdout == "no thread to work in\nbegun\n", ended.stderr
+
+
 async def test_a_store_that_closes_while_its_file_opens_leaves_none_open(tmp_path: Path) -> None:
     path = tmp_path / "keys.db"
     store = FileStore(path)

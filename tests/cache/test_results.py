@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import pickle
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -30,6 +32,7 @@ from app.cache.results import (
     Write,
 )
 from tests.cache.stores import redis_store
+from tests.conftest import ROOT
 from tests.servers import RedisAt
 from tests.waiting import SOON_S, until
 
@@ -277,6 +280,41 @@ async def test_threads_that_tools_hold_do_not_keep_a_long_result_away(redis_url:
     finally:
         release.set()
         await held
+
+
+NO_THREAD = """
+import asyncio, sys, threading
+from app.cache.results import OFF_LOOP_BYTES, CachedTool, ResultCache
+from tests.cache.stores import redis_store
+from tests.waiting import SOON_S
+
+async def main():
+    threading.stack_size(sys.maxsize // 2 + 1)
+    tool = CachedTool("search", "1", b"", 100.0, shared=False, is_object=False)
+    result = b'"' + b"a" * OFF_LOOP_BYTES + b'"'
+    async with redis_store(sys.argv[1]) as store:
+        one, two = (ResultCache(store, 1_000_000, 100_000, compress=True) for _ in range(2))
+        for cache in (one, two):
+            await cache.catch_up()
+        writing = asyncio.create_task(one.run())
+        key = one.key(tool, "acme", b"{}")
+        one.keep(key, tool, result)
+        async with asyncio.timeout(SOON_S):
+            while (found := await two.fetch(key, tool)) is None and not writing.done():
+                await asyncio.sleep(0.005)
+        print(found is not None and found.result == result, writing.done())
+        writing.cancel()
+
+asyncio.run(main())
+"""
+"""More stack than there are addresses: the system refuses, as it does at a limit of processes."""
+
+
+def test_a_long_result_is_shared_though_the_system_has_no_thread_left(redis_url: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", NO_THREAD, redis_url], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.stdout == "True False\n", ended.stderr
 
 
 async def test_a_result_lives_in_redis_as_long_as_it_may_be_given(redis: RedisAt, redis_url: str) -> None:
