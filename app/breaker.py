@@ -104,7 +104,6 @@ class Breaker:
         "_until",
         "_window_began",
         "changed_at",
-        "opened",
         "state",
         "touched_at",
     )
@@ -113,8 +112,6 @@ class Breaker:
         self._clock = clock
         self._random = chance
         self.state: State = CLOSED
-        self.opened = 0
-        """How often it has opened."""
         self.changed_at = -math.inf
         self.touched_at = clock()
         self._succeeded = self._failed = 0
@@ -178,7 +175,6 @@ class Breaker:
         self._until = now + self._open_s * (1 + OPEN_SPREAD * self._random())
         self.state, self.changed_at, self.touched_at = OPEN, now, now
         self._probes.clear()
-        self.opened += 1
 
     def is_forgettable(self, now: float) -> bool:
         return now - self.touched_at >= (CALM_S if self.state == CLOSED else FORGET_S)
@@ -226,7 +222,7 @@ def _refusal(wait_s: float) -> Overloaded:
 class BreakerTable(Generic[Key]):
     """A breaker for each key that has failed lately, at most `keys_max`. A key without one is closed."""
 
-    __slots__ = ("_breakers", "_chance", "_keys_max", "_opened", "_swept_at", "clock")
+    __slots__ = ("_breakers", "_chance", "_keys_max", "_swept_at", "clock")
 
     def __init__(
         self, clock: Clock = perf_counter, chance: Callable[[], float] = random.random, keys_max: int = KEYS_MAX
@@ -235,16 +231,10 @@ class BreakerTable(Generic[Key]):
         self._chance = chance
         self._keys_max = keys_max
         self._breakers: OrderedDict[Key, Breaker] = OrderedDict()
-        self._opened = 0
         self._swept_at = clock()
 
     def __len__(self) -> int:
         return len(self._breakers)
-
-    @property
-    def opened(self) -> int:
-        """How often one of them has opened, those that are forgotten included."""
-        return self._opened + sum(breaker.opened for breaker in self._breakers.values())
 
     @property
     def open_now(self) -> int:
@@ -280,22 +270,18 @@ class BreakerTable(Generic[Key]):
         """Forget those that nothing has happened to for long."""
         now = self._swept_at = self.clock()
         for key in [key for key, breaker in self._breakers.items() if breaker.is_forgettable(now)]:
-            self._forget(key)
+            del self._breakers[key]
 
     def clear(self) -> None:
-        for key in list(self._breakers):
-            self._forget(key)
+        self._breakers.clear()
 
     def _add(self, key: Key) -> Breaker:
         if self.clock() - self._swept_at >= CALM_S:
             self.sweep()
         if len(self._breakers) >= self._keys_max:
-            self._forget(next(iter(self._breakers)))
+            self._breakers.popitem(last=False)
         breaker = self._breakers[key] = Breaker(self.clock, self._chance)
         return breaker
-
-    def _forget(self, key: Key) -> None:
-        self._opened += self._breakers.pop(key).opened
 
 
 class ToolBreaker:
@@ -321,10 +307,6 @@ class ToolBreaker:
         state = max(self._for_all.state_now, self._of_tenants.state_now)
         self._settle()
         return state
-
-    @property
-    def opened(self) -> int:
-        return self._for_all.opened + self._of_tenants.opened
 
     def enter(self, tenant: str) -> Probe | None:
         """Before a run: pass, with a probe when it is half open, whose end must be told. Raises Overloaded."""
