@@ -225,7 +225,7 @@ def take_all_now(slots: Sequence[Slots]) -> bool:
         if each.running >= each.limit:
             return False
     for each in slots:
-        each.running += 1
+        each.take_now()
     return True
 
 

@@ -475,7 +475,10 @@ class Looks(LoadControl):
         return [after - before for (before, _), (after, _) in pairwise(self.seen)]
 
 
-def test_where_no_call_comes_the_loop_is_woken_once_a_window_and_a_call_brings_the_next_look() -> None:
+@pytest.mark.parametrize("alone", [True, False])
+def test_where_no_call_comes_the_loop_is_woken_once_a_window_and_a_call_brings_the_next_look(alone: bool) -> None:
+    """Whether it needs a slot of the process alone, or those of slow calls, of its tool or of a policy too."""
+
     async def main(loop: VirtualLoop) -> Looks:
         control = Looks(loop)
         watching = asyncio.create_task(control.run())
@@ -485,9 +488,10 @@ def test_where_no_call_comes_the_loop_is_woken_once_a_window_and_a_call_brings_t
         assert idle[IDLE_LOOKS:] == pytest.approx([WINDOW_S] * (len(idle) - IDLE_LOOKS)) and len(idle) > IDLE_LOOKS
         await asyncio.sleep(0.3 * WINDOW_S)
         before = len(control.seen)
-        assert control.slots.take_now()
+        wanted = [control.slots] if alone else [control.slow_slots, control.slots]
+        assert control.slots.take_now() if alone else take_all_now(wanted)
         came = loop.time()
-        control.slots.release()  # as a call that waits for nothing
+        release_all(wanted)  # as a call that waits for nothing
         await asyncio.sleep(10.5 * SAMPLE_S)
         after = control.seen[before:]
         assert after[0] == (came, 0.0), "being woken early is no delay"
