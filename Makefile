@@ -17,11 +17,20 @@ DOCKER ?= docker
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 IMAGE ?= agentcore-tools:$(VERSION)
 
+# Its scripts name its folder and its Python: where either is another by now, they do not run, or run the code of another
+# checkout. A link is somebody's wish, and what was not made by venv says nothing.
+MADE_BY := $(VENV)/pyvenv.cfg
+UNFIT := $(shell test ! -e $(VENV) -o -L $(VENV) || { test -x $(BIN)/python && \
+	{ ! grep -q "^command = " $(MADE_BY) || grep -qF " $(CURDIR)/$(VENV)" $(MADE_BY); }; } || echo unfit)
+ifneq ($(UNFIT),)
+.PHONY: $(READY)
+endif
+
 $(READY): requirements/dev.txt pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) $(NEW_ENOUGH) 2>/dev/null || \
 		{ echo "No Python >= 3.11 found. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@# One that an interrupt left without pip, or an older Python made, is made anew.
-	@$(BIN)/python $(NEW_ENOUGH) 2>/dev/null && $(BIN)/python -m pip --version >/dev/null 2>&1 || \
+	@# One that an interrupt left without pip, an older Python made, or that stood elsewhere, is made anew.
+	@test -z "$(UNFIT)" && $(BIN)/python $(NEW_ENOUGH) 2>/dev/null && $(BIN)/python -m pip --version >/dev/null 2>&1 || \
 		{ rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || \
 		{ echo "This Python cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 1; }; }
 	@echo "Installing the locked packages into $(VENV) (a minute or two, once)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -59,6 +60,35 @@ def test_an_environment_of_an_older_python_is_made_anew(checkout: Path) -> None:
     python.write_text('#!/bin/sh\ncase "$2" in *version_info*) exit 1;; esac\n')
     python.chmod(0o755)
     assert set_up(checkout).returncode == 0 and python.is_symlink()
+
+
+def test_an_environment_that_was_copied_or_moved_is_made_anew(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assert set_up(checkout).returncode == 0
+    copy = shutil.copytree(checkout, tmp_path_factory.mktemp("elsewhere") / "a copy", symlinks=True)
+    assert set_up(copy).returncode == 0
+    pip = subprocess.run([copy / ".venv" / "bin" / "pip", "--version"], capture_output=True, text=True)
+    assert f"{copy}/.venv/" in pip.stdout
+
+
+def test_an_environment_whose_python_went_away_is_made_anew(checkout: Path) -> None:
+    assert set_up(checkout).returncode == 0
+    python = checkout / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to("no-such-python")
+    assert set_up(checkout).returncode == 0 and python.exists()
+
+
+def test_an_environment_that_is_where_it_was_made_or_is_a_link_is_kept(checkout: Path, tmp_path: Path) -> None:
+    assert set_up(checkout).returncode == 0
+    kept = checkout / ".venv" / "kept"
+    kept.touch()
+    assert set_up(checkout).returncode == 0 and kept.exists()
+    environment = checkout / ".venv"
+    linked = environment.rename(tmp_path / "shared")
+    environment.symlink_to(linked)
+    assert set_up(checkout).returncode == 0 and environment.is_symlink() and kept.exists()
 
 
 @pytest.mark.parametrize("python", ["false", "no-such-python"])
