@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import __version__
-from app.access.keys import NewKey
+from app.access.keys import LIFE_RULE, NewKey
 from app.access.store import KeyStore
 from app.calls import DEFAULT_SCOPES, LOCAL_CALLER, ToolCall, new_execution_id
 from app.clients import close_engine, create_engine, reason
@@ -317,7 +317,8 @@ def _keys_create(settings: Settings, options: argparse.Namespace) -> int:
 def _argument_problem(detail: Any) -> str:
     argument = {"scopes": "--scope", "tools": "--tool", "limit_class": "--class", "expires_in": "--expires-in"}
     name = str(detail["loc"][0])
-    return f"{argument.get(name, f'--{name}')}: {detail['msg'].removeprefix('Value error, ')}"
+    says = LIFE_RULE if name == "expires_in" else detail["msg"].removeprefix("Value error, ")
+    return f"{argument.get(name, f'--{name}')}: {says}"
 
 
 def _keys_list(settings: Settings, options: argparse.Namespace) -> int:

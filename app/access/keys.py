@@ -33,6 +33,8 @@ SCOPES_MAX = 100
 GLOBS_MAX = 100
 LIFE_S_MAX = 100 * 365 * 86_400
 
+LIFE_RULE = "must be a whole number with s, m, h or d, as 90d, and at most 36500d"
+
 UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -129,7 +131,7 @@ def life_s(text: str) -> int:
     found = re.fullmatch(r"([1-9][0-9]{0,9})([smhd])", text, re.ASCII)
     seconds = int(found[1]) * UNIT_S[found[2]] if found else 0
     if not 0 < seconds <= LIFE_S_MAX:
-        raise ValueError("must be a whole number with s, m, h or d, as 90d, and at most 36500d")
+        raise ValueError(LIFE_RULE)
     return seconds
 
 

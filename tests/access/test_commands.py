@@ -122,6 +122,13 @@ def test_what_cannot_be_is_refused_by_the_name_of_its_option(tmp_path: Path) -> 
     assert "Admin" not in done.stderr and not (tmp_path / "agentcore.db").exists()
 
 
+def test_a_time_that_is_none_is_told_how_one_is_written(tmp_path: Path) -> None:
+    url = places_in(tmp_path)["DATABASE_URL"]
+    for wrong in ("soon", "90", "36501d"):
+        done = run(url, "keys", "create", "--tenant", "t", "--subject", "s", "--expires-in", wrong)
+        assert done.returncode == 2 and "--expires-in: must be a whole number with s, m, h or d" in done.stderr
+
+
 def test_a_key_that_is_none_cannot_be_revoked(tmp_path: Path) -> None:
     done = run(places_in(tmp_path)["DATABASE_URL"], "keys", "revoke", "0" * 20)
     assert done.returncode == 1 and "no such key" in done.stderr and done.stdout == ""
