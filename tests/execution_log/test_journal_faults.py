@@ -11,6 +11,8 @@ import mmap
 import os
 import shutil
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.execution_log.folders import UNREADABLE_BYTES, Damage, Folder, Position, Segment
+from app.execution_log.journal import Journal
 from app.execution_log.segments import FRAME_BYTES, HEADER_BYTES, new_header
 from tests.execution_log.journals import (
     MIB,
@@ -136,6 +139,36 @@ async def test_a_full_disk_is_written_again_once_there_is_room(tmp_path: Path) -
             assert journal.unwritten == 0 and read(journal) == [b"after"]
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+async def test_a_journal_for_which_there_was_no_thread_syncs_and_gives_room_back_once_there_is(tmp_path: Path) -> None:
+    async with opened(tmp_path, segment_bytes=4_000) as journal:
+        before = threading.stack_size(sys.maxsize // 2 + 1)  # more than there are addresses: the system refuses
+        try:
+            strict = journal.append(b"strict", strict=True)
+            await write(journal, *[b"x" * 100] * 100)
+            await write(journal, b"in another segment")
+            assert len(read(journal, release=True)) == 102
+            assert not strict.done and journal.size_bytes > 10_000
+        finally:
+            threading.stack_size(before)
+        await asyncio.wait_for(strict.wait(), SOON_S)
+        await until(lambda: journal.size_bytes < 4_000)
+        assert not journal.failing
+    assert folders(tmp_path) == []
+
+
+async def test_a_journal_for_which_there_is_never_a_thread_closes_in_its_time(tmp_path: Path) -> None:
+    before = threading.stack_size(sys.maxsize // 2 + 1)
+    try:
+        journal = Journal.open(tmp_path, bytes_max=64 * MIB)
+        strict = journal.append(b"strict", strict=True)
+        await journal.close(0.01)
+        assert strict.done
+    finally:
+        threading.stack_size(before)
+    assert len(segments(tmp_path)) == 1, "for whoever adopts it"
+    await crash(journal)
 
 
 async def test_a_journal_dir_that_was_removed_and_made_again_is_written_without_a_restart(tmp_path: Path) -> None:
