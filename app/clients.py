@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import ssl
 from collections.abc import Awaitable, Callable
@@ -115,6 +116,7 @@ def _create_sqlite(url: URL) -> AsyncEngine:
         file = Path(url.database).absolute()
         file_now = partial(file_at, str(file))
         _make_private(engine, file)
+    _tell_want_of_threads(engine)
 
     @event.listens_for(engine.sync_engine, "connect")
     def prepare(connection: Any, record: Any) -> None:
@@ -149,6 +151,17 @@ def _make_private(engine: AsyncEngine, file: Path) -> None:
     def make(*_: Any) -> None:
         with contextlib.suppress(OSError):
             file.touch(mode=0o600)
+
+
+def _tell_want_of_threads(engine: AsyncEngine) -> None:
+    """As an error of the system, which DATABASE_ERRORS has: every connection to SQLite takes a thread."""
+
+    @event.listens_for(engine.sync_engine, "do_connect")
+    def connect(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:
+        try:
+            return dialect.connect(*arguments, **options)
+        except RuntimeError as error:  # the system has no thread left for it
+            raise OSError(errno.EAGAIN, str(error)) from error
 
 
 def _no_file() -> None:

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import gc
 import itertools
+import sys
+import threading
 import tracemalloc
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -163,6 +165,19 @@ async def test_one_row_is_only_for_its_tenant(engine: AsyncEngine) -> None:
         ("acme", known + "\n"),
     ):
         assert await history.one(tenant, execution_id) is None
+
+
+async def test_a_page_for_which_sqlite_has_no_thread_is_refused_and_the_next_is_not(tmp_path: Path) -> None:
+    async with database(f"sqlite+aiosqlite:///{tmp_path / 'log.db'}") as engine:
+        history = ExecutionHistory(engine)
+        await engine.dispose()
+        before = threading.stack_size(sys.maxsize // 2 + 1)  # more than there are addresses: the system refuses
+        try:
+            with pytest.raises(DependencyUnavailable):
+                await history.page(None, Filters())
+        finally:
+            threading.stack_size(before)
+        assert (await history.page(None, Filters())).rows == []
 
 
 async def test_both_engines_answer_with_the_same_bytes(tmp_path: Path, postgres: PostgresAt) -> None:
