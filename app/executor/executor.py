@@ -344,7 +344,7 @@ class Executor:
             except ToolServiceError:
                 if last is None:
                     raise
-                raise RunFailed(last.cause) from None
+                raise RunFailed(last.cause) from last.__cause__
             except RunFailed as failed:
                 wait_s = retries.wait_s(
                     failed.cause,
