@@ -50,6 +50,10 @@ class FaultProxy:
         """Accept and read, but forward nothing; what was sent meanwhile arrives after `heal`."""
         self._call(self._flowing.clear)
 
+    def hold_answers(self) -> None:
+        """What is sent arrives; what comes back does after `heal`."""
+        self._call(self._answering.clear)
+
     def reset(self) -> None:
         """RST to every client, and to those that come."""
         self._call(self._reset)
@@ -111,6 +115,7 @@ class FaultProxy:
         self.latency_s = 0.0
         self._resets = self._half_closes = False
         self._flowing.set()
+        self._answering.set()
 
     def _run(self, started: Future[int]) -> None:
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
@@ -118,8 +123,9 @@ class FaultProxy:
 
     async def _serve(self, started: Future[int]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._closing, self._flowing = asyncio.Event(), asyncio.Event()
+        self._closing, self._flowing, self._answering = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._flowing.set()
+        self._answering.set()
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         started.set_result(server.sockets[0].getsockname()[1])
         await self._closing.wait()
@@ -155,9 +161,9 @@ class FaultProxy:
                 requests: Chunks = asyncio.Queue(CHUNKS_MAX)
                 answers: Chunks = asyncio.Queue(CHUNKS_MAX)
                 group.create_task(self._take(link.reader, requests, lambda: 0.0))
-                group.create_task(self._give(requests, Outlet(to_server)))
+                group.create_task(self._give(requests, Outlet(to_server), self._flowing))
                 group.create_task(self._take(from_server, answers, lambda: self.latency_s))
-                group.create_task(self._give(answers, link.outlet))
+                group.create_task(self._give(answers, link.outlet, self._flowing, self._answering))
             link.writer.close()
         finally:
             to_server.close()
@@ -169,12 +175,13 @@ class FaultProxy:
             chunk = await reader.read(CHUNK_BYTES)
             await chunks.put((self._loop.time() + latency_s(), chunk))
 
-    async def _give(self, chunks: Chunks, outlet: Outlet) -> None:
+    async def _give(self, chunks: Chunks, outlet: Outlet, *opened: asyncio.Event) -> None:
         chunk = b"-"
         while chunk:
             due, chunk = await chunks.get()
             await asyncio.sleep(due - self._loop.time())
-            await self._flowing.wait()
+            for gate in opened:
+                await gate.wait()
             await outlet.send(chunk)
 
 
