@@ -260,7 +260,8 @@ def _by_own_wish(wanted: Wanted, cause: Failure) -> bool:
 
 
 def _identity(call: ToolCall, state: ToolState, parameters: bytes) -> Hashable:
-    """What makes two calls of a tool identical for its author: everything that a run can see of its call."""
+    """What makes two calls of a tool identical for its author: all that a run can see of its call but ids, which differ
+    from call to call: its own, that of its trace, its idempotency key."""
     seen: tuple[Hashable, ...] = ()
     if state.takes_context:
         seen = (call.caller, call.agent_id, call.session_id, canonical_json(call.metadata))
