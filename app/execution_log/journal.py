@@ -266,19 +266,18 @@ class Journal:
         self._scheduled = False
         if self._to_make:
             self._make_all()
-        if not self._records:
-            return  # `close` was faster
-        self._blocks_made += 1
-        block = Block(self._blocks_made, self._records, self._size_bytes)
-        commit, strict = self._commit, self._strict
+        records, size_bytes, commit, strict = self._records, self._size_bytes, self._commit, self._strict
         self._records, self._size_bytes, self._commit, self._strict = [], 0, Commit(self._loop), None
         try:
-            self._keep(block)
+            if records:  # else `close` was faster, or none of them fits a frame
+                self._blocks_made += 1
+                self._keep(Block(self._blocks_made, records, size_bytes))
             if strict is not None:
                 self._syncing.hold(strict)
         finally:
             commit.complete()
-            self._readable.set()
+            if records:
+                self._readable.set()
 
     def _keep(self, block: Block) -> None:
         self._unwritten.append(block)

@@ -20,6 +20,7 @@ from app.errors import DependencyUnavailable
 from app.execution_log.journal import BufferedLog, Journal
 from app.execution_log.log import NO_LOG, ExecutionLog, Mode
 from app.execution_log.record import Recorder
+from app.execution_log.segments import RECORD_BYTES_MAX
 from app.execution_log.store import ExecutionStore
 from app.execution_log.writer import LogWriter
 from tests.conftest import ROOT
@@ -70,6 +71,17 @@ async def opened(
         await asyncio.gather(*tasks, return_exceptions=True)
         await place.journal.close()
         await place.memory.close()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+async def test_an_answer_is_not_held_for_a_record_that_fits_no_frame(tmp_path: Path, strict: bool) -> None:
+    async with opened(tmp_path) as place:
+        call = a_call()
+        assert place.journal.reserve(10)
+        large = b"x" * (RECORD_BYTES_MAX + 1)
+        commit = place.journal.append_made(lambda *_: large, call, ended(call), 10, strict)
+        await asyncio.wait_for(commit.wait(), SOON_S)
+        assert place.journal.dropped == 1 and not place.journal.backlog_bytes
 
 
 @pytest.mark.parametrize("mode", ["durable", "strict", "buffered"])
