@@ -58,13 +58,14 @@ Refusal = Callable[[], ToolServiceError]
 
 
 class Presented:
-    """A credential by the SHA-256 of the whole of it; None: there is none."""
+    """A credential by the SHA-256 of the whole of it; None: there is none. `known` is what it was found to be."""
 
-    __slots__ = ("digest", "is_key")
+    __slots__ = ("digest", "is_key", "known")
 
     def __init__(self, digest: bytes | None, is_key: bool) -> None:
         self.digest = digest
         self.is_key = is_key
+        self.known: Known | None = None
 
 
 class Authenticator:
@@ -128,7 +129,11 @@ class Authenticator:
             return LOCAL_CALLER if self._mode == "off" or digest is None else None
         if digest is None:
             return None
-        return (self._keys if presented.is_key else self._fresh_tokens()).caller(digest)
+        memory = self._keys if presented.is_key else self._fresh_tokens()
+        known = presented.known
+        if known is None or self._wall() >= known.expires_at or self._clock() >= known.stale_at:
+            known = presented.known = memory.fresh(digest)
+        return None if known is None else known.caller
 
     def _fresh_tokens(self) -> Memory:
         """Without those that were verified by keys which the issuer has replaced since."""
@@ -291,26 +296,28 @@ class Authenticator:
         asked = [self._keys.named(key_id) for key_id in key_ids]
         digest = await self._store.digest(key_ids)
         if digest is not None and self._unchanged.get(start) == (asked, digest):
-            for known in asked:
-                if known is not None:
-                    self._confirmed(known, asked_at)
+            self._confirmed(asked, asked_at)
             return
         rows = {row[0]: row for row in await self._store.find(key_ids)}
+        good = []
         for key_id in key_ids:
             known = self._keys.named(key_id)
             if known is None:  # forgotten meanwhile
                 continue
             row = rows.get(key_id)
             if row == known.row or self._take_over(known, row):
-                self._confirmed(known, asked_at)
+                good.append(known)
             else:
                 self._keys.forget(key_id)
+        self._confirmed(good, asked_at)
         if digest is not None:  # taken before they were read: what was changed in between shows in the next one
             self._unchanged[start] = (asked, digest)
 
-    def _confirmed(self, known: Known, asked_at: float) -> None:
-        known.stale_at = asked_at + EFFECTIVE_WITHIN_S
-        known.believed_until = asked_at + self._good_for_s
+    def _confirmed(self, good: Sequence[Known | None], asked_at: float) -> None:
+        stale_at, believed_until = asked_at + EFFECTIVE_WITHIN_S, asked_at + self._good_for_s
+        for known in good:
+            if known is not None:
+                known.stale_at, known.believed_until = stale_at, believed_until
 
     def _take_over(self, known: Known, row: Row | None) -> bool:
         """Whether the key is still good as the row now is; if so, what it says holds from here on."""

@@ -5,6 +5,7 @@ Owns the bounds: how many, and how long without being confirmed. Asks nobody.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ class Known:
     """Whose credential, until when it is good (Unix), and until when that need not be confirmed (clock); where nobody
     can say, until `believed_until`.
 
-    `row` is what the database said, to be compared with what it says next.
+    `row` is what the database said, to be compared with what it says next. One that is forgotten is expired for good:
+    whoever has kept it sees that.
     """
 
     __slots__ = ("believed_until", "caller", "expires_at", "row", "stale_at")
@@ -42,12 +44,16 @@ class Memory:
         self._by_digest: dict[bytes, Known] = {}
         self._digests: dict[str, bytes] = {}
 
-    def caller(self, digest: bytes) -> Caller | None:
+    def fresh(self, digest: bytes) -> Known | None:
         """Looks at the time on every use: nothing need happen for a credential to expire."""
         known = self._by_digest.get(digest)
         if known is None or self._wall() >= known.expires_at or self._clock() >= known.stale_at:
             return None
-        return known.caller
+        return known
+
+    def caller(self, digest: bytes) -> Caller | None:
+        known = self.fresh(digest)
+        return None if known is None else known.caller
 
     def believed(self, digest: bytes) -> Caller | None:
         """The caller of a credential that nobody can confirm now."""
@@ -71,9 +77,11 @@ class Memory:
     def forget(self, name: str) -> None:
         digest = self._digests.pop(name, None)
         if digest is not None:
-            del self._by_digest[digest]
+            self._by_digest.pop(digest).expires_at = -math.inf
 
     def clear(self) -> None:
+        for known in self._by_digest.values():
+            known.expires_at = -math.inf
         self._by_digest.clear()
         self._digests.clear()
 

@@ -43,7 +43,7 @@ async def test_a_key_is_looked_up_once_and_known_from_then_on(database_url: str)
         caller = await ring.identify(credential)
         assert caller == Caller("acme", "planner", frozenset({"tools:read"}), ("web_*",), "free") == key.caller
         assert questions(ring) == 1
-        assert ring.access.recognised(bearer(credential)) is caller and questions(ring) == 0
+        assert ring.recognised(bearer(credential)) is caller and questions(ring) == 0
 
 
 async def test_a_herd_on_one_new_key_asks_once(database_url: str) -> None:
@@ -308,6 +308,30 @@ async def test_a_key_revoked_here_is_refused_at_once(database_url: str) -> None:
         await ring.identify(credential)
         await ring.store.revoke(key.id)
         ring.access.forget(key.id)
+        await refused(ring, credential)
+
+
+@pytest.mark.parametrize(("rounds", "asked"), [(1, "digest"), (0, "find")])
+async def test_a_key_revoked_here_in_the_middle_of_a_round_stays_refused(
+    database_url: str, rounds: int, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened_keyring(database_url) as ring:
+        key, credential = await ring.make()
+        for _ in range(2):
+            await ring.identify(credential)
+        for _ in range(rounds):
+            await ring.access.confirm()
+        ask = getattr(ring.store, asked)
+
+        async def ask_just_before(key_ids: Sequence[str]) -> Any:
+            answer = await ask(key_ids)
+            await ring.store.revoke(key.id)
+            ring.access.forget(key.id)
+            return answer
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ring.store, asked, ask_just_before)
+            await ring.access.confirm()
         await refused(ring, credential)
 
 
