@@ -161,7 +161,7 @@ class StraightCall(Passage):
             if verdict is None:
                 self.grant = admission.without_store(self._ask)
             else:
-                self.grant = admission.judged(self._ask, verdict, told=self._bound.told)
+                self.grant = admission.judged(self._ask, verdict)
             if self.state.in_place:
                 self._conclude(self._ran())
             else:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from app.limits.limit import DAILY, RATE, Limit
+from app.limits.limit import DAILY, RATE, Kind, Limit, Terms
 from app.limits.store import PASSES, REFUSES, WOULD_REFUSE, Ask, Spends, Verdict, Waiter
 
 COUNTERS_MAX = 100_000
@@ -82,27 +82,26 @@ class MemoryStore:
         counters = self._counters
         after: list[tuple[str, tuple[int, int, int]]] = []
         states: list[tuple[int, int, int]] = []
-        for limit, added, added_parts in spends:
-            key = limit.key
+        for key, terms, added, added_parts in spends:
             stored = counters.get(key)
-            if limit.kind == RATE:
-                amount = limit.amount
+            amount = terms.amount
+            if terms.kind == RATE:
                 if stored is None or stored[0] < now:
                     us, parts = now + added, added_parts
                 else:
-                    begin, rest, _ = _rate_now(limit, stored, now)
+                    begin, rest, _ = _rate_now(terms, stored, now)
                     us, parts = begin + added, rest + added_parts
                     if parts >= amount:
                         us, parts = us + 1, parts - amount
-                window_us, window_parts = limit.window
+                window_us, window_parts = terms.window
                 if (us - window_us - now) * amount + parts > window_parts:
                     return None
                 after.append((key, (us, parts, amount)))
                 states.append((PASSES, us, parts))
             else:
-                period, used, kind = self._quota_now(limit, stored)
+                period, used, kind = self._quota_now(terms.kind, stored)
                 used += added
-                if used > limit.amount:
+                if used > amount:
                     return None
                 after.append((key, (period, used, kind)))
                 states.append((PASSES, period, used))
@@ -117,9 +116,9 @@ class MemoryStore:
         for limit in ask.limits:
             state = self._state(limit, now)
             status = PASSES
-            if ask.cost and _refuses(limit, state, ask.cost, now):
-                status = WOULD_REFUSE if limit.shadow else REFUSES
-                passes = passes and limit.shadow
+            if ask.cost and _refuses(limit.terms, state, ask.cost, now):
+                status = WOULD_REFUSE if limit.terms.shadow else REFUSES
+                passes = passes and limit.terms.shadow
             states.append(state)
             statuses.append(status)
         if passes and ask.cost:
@@ -145,7 +144,7 @@ class MemoryStore:
             if status != PASSES or limit.key not in self._counters:
                 continue
             state = self._state(limit, now)
-            given = _given_back(limit, state, ask.cost, now, ask.spent.now_us, period)
+            given = _given_back(limit.terms, state, ask.cost, now, ask.spent.now_us, period)
             if given is None:
                 self._keep_set_back(limit, state)
             else:
@@ -153,19 +152,19 @@ class MemoryStore:
 
     def _state(self, limit: Limit, now: int) -> tuple[int, int, int]:
         """The counter as it counts at this moment."""
-        stored = self._counters.get(limit.key)
-        if limit.kind == RATE:
-            return (now, 0, limit.amount) if stored is None else _rate_now(limit, stored, now)
-        return self._quota_now(limit, stored)
+        stored, terms = self._counters.get(limit.key), limit.terms
+        if terms.kind == RATE:
+            return (now, 0, terms.amount) if stored is None else _rate_now(terms, stored, now)
+        return self._quota_now(terms.kind, stored)
 
-    def _quota_now(self, limit: Limit, stored: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    def _quota_now(self, kind: Kind, stored: tuple[int, int, int] | None) -> tuple[int, int, int]:
         day = self._wall_us() // DAY_US
         if day != self._today:
             self._today, self._month = day, month_of(day)
-        period = day if limit.kind == DAILY else self._month
+        period = day if kind == DAILY else self._month
         # Never back to the period before, where a clock was set back a little; but one far ahead may be years away.
         if stored is None or not period <= stored[0] <= period + 1:
-            return (period, 0, -limit.kind)
+            return (period, 0, -kind)
         return stored
 
     def _keep_set_back(self, limit: Limit, state: tuple[int, int, int]) -> None:
@@ -175,12 +174,13 @@ class MemoryStore:
             self._counters[limit.key] = state
 
     def _spend(self, limit: Limit, state: tuple[int, int, int], cost: int) -> tuple[int, int, int]:
-        if limit.kind == RATE:
-            us, parts = limit.span(cost)
+        terms = limit.terms
+        if terms.kind == RATE:
+            us, parts = terms.span(cost)
             us, parts = state[0] + us, state[1] + parts
-            if parts >= limit.amount:
-                us, parts = us + 1, parts - limit.amount
-            state = (us, parts, limit.amount)
+            if parts >= terms.amount:
+                us, parts = us + 1, parts - terms.amount
+            state = (us, parts, terms.amount)
         else:
             state = (state[0], state[1] + cost, state[2])
         if limit.key not in self._counters and len(self._counters) >= self._counters_max:
@@ -208,7 +208,7 @@ def _spends(ask: Ask) -> Spends:
     keys = {limit.key for limit in ask.limits}
     if not ask.cost or len(keys) < len(ask.limits):
         return ()
-    return tuple((limit, *limit.spending(ask.cost)) for limit in ask.limits)
+    return tuple((limit.key, limit.terms, *limit.terms.spending(ask.cost)) for limit in ask.limits)
 
 
 def _is_idle(state: tuple[int, int, int], now: int, day: int) -> bool:
@@ -217,40 +217,40 @@ def _is_idle(state: tuple[int, int, int], now: int, day: int) -> bool:
     return state[0] < (day if state[2] == -DAILY else month_of(day))
 
 
-def _rate_now(limit: Limit, stored: tuple[int, int, int], now: int) -> tuple[int, int, int]:
+def _rate_now(terms: Terms, stored: tuple[int, int, int], now: int) -> tuple[int, int, int]:
     us, parts, amount = stored
-    if amount != limit.amount:  # the policy has changed: its parts of a microsecond are other ones
+    if amount != terms.amount:  # the policy has changed: its parts of a microsecond are other ones
         us, parts = us + 1, 0
-    window_us, window_parts = limit.window
+    window_us, window_parts = terms.window
     if us > now + window_us + 1:  # the clock was set back: what was spent is spent, and no more than all of it
         us, parts = now + window_us, window_parts
-    return (us, parts, limit.amount) if us >= now else (now, 0, limit.amount)
+    return (us, parts, terms.amount) if us >= now else (now, 0, terms.amount)
 
 
-def _refuses(limit: Limit, state: tuple[int, int, int], cost: int, now: int) -> bool:
-    if limit.kind != RATE:
-        return state[1] + cost > limit.amount
-    us, parts = limit.span(cost)
-    us, parts = state[0] + us - limit.window[0], state[1] + parts - limit.window[1]
+def _refuses(terms: Terms, state: tuple[int, int, int], cost: int, now: int) -> bool:
+    if terms.kind != RATE:
+        return state[1] + cost > terms.amount
+    us, parts = terms.span(cost)
+    us, parts = state[0] + us - terms.window[0], state[1] + parts - terms.window[1]
     if parts < 0:
-        us, parts = us - 1, parts + limit.amount
-    elif parts >= limit.amount:
-        us, parts = us + 1, parts - limit.amount
+        us, parts = us - 1, parts + terms.amount
+    elif parts >= terms.amount:
+        us, parts = us + 1, parts - terms.amount
     return us > now or (us == now and parts > 0)
 
 
 def _given_back(
-    limit: Limit, state: tuple[int, int, int], cost: int, now: int, spent_us: int, period: int
+    terms: Terms, state: tuple[int, int, int], cost: int, now: int, spent_us: int, period: int
 ) -> tuple[int, int, int] | None:
     """The state without what a call cost; None when there is nothing to give back any more."""
-    if limit.kind != RATE:
+    if terms.kind != RATE:
         return (period, max(0, state[1] - cost), state[2]) if state[0] == period else None
     # Time that has passed since has given a part back already: only the rest may be, or calls are let in twice.
-    us, parts = limit.span(cost)
+    us, parts = terms.span(cost)
     us -= max(0, now - spent_us)
     if us < 0 or (us == 0 and parts == 0):
         return None
     us, parts = state[0] - us, state[1] - parts
     if parts < 0:
-        us, parts = us - 1, parts + limit.amount
-    return (us, parts, limit.amount) if us >= now else (now, 0, limit.amount)
+        us, parts = us - 1, parts + terms.amount
+    return (us, parts, terms.amount) if us >= now else (now, 0, terms.amount)

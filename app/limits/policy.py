@@ -10,7 +10,6 @@ import fnmatch
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -114,25 +113,15 @@ class SlotRule(NamedTuple):
     rule: str
 
 
-@lru_cache(1_024)
-def _one_of_equals(places: tuple[int, ...]) -> tuple[int, ...]:
-    """The same object for equal ones, of which there are as many as callers."""
-    return places
-
-
 class Bound:
     """Everything that one caller's calls of one tool must pass. Made once and kept, with what every call asks."""
 
-    __slots__ = ("_ask", "_rates", "_tightened", "adaptive", "limits", "slots", "told")
+    __slots__ = ("_ask", "_rates", "_tightened", "adaptive", "limits", "slots")
 
     def __init__(self, limits: tuple[Limit, ...], slots: tuple[SlotRule, ...]) -> None:
         self.limits = limits
         self.slots = slots
-        enforced = [place for place, limit in enumerate(limits) if not limit.shadow]
-        rates = [place for place in enforced if limits[place].kind == RATE]
-        self.told = _one_of_equals(tuple(rates or enforced))
-        """Places of the limits of which the tightest is told to the caller: rates, or else quotas."""
-        self.adaptive = any(limit.step is not None for limit in limits)
+        self.adaptive = any(limit.terms.step is not None for limit in limits)
         self._ask: Ask | None = None
         self._tightened: tuple[int, dict[int, Ask]] | None = None
         self._rates: Bound | None = None
@@ -141,7 +130,7 @@ class Bound:
     def rates(self) -> Bound:
         """What an answer that needed no run must pass: it spends rate and no quota."""
         if self._rates is None:
-            self._rates = Bound(tuple(limit for limit in self.limits if limit.kind == RATE), ())
+            self._rates = Bound(tuple(limit for limit in self.limits if limit.terms.kind == RATE), ())
         return self._rates
 
     def ask(self, cost: int) -> Ask:

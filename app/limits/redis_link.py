@@ -72,17 +72,21 @@ class RedisLink(asyncio.Protocol):
             if not str(error).startswith(("NOPERM", "ERR unknown")):
                 raise
 
-    def send(self, command: tuple[Any, ...], reply: Reply) -> None:
-        """Send it now; `reply` gets what comes, a `hiredis.ReplyError` or LinkLost too."""
+    def send(self, command: bytes, reply: Reply) -> None:
+        """Send a packed command now; `reply` gets what comes, a `hiredis.ReplyError` or LinkLost too."""
         if self.lost:
             reply(LinkLost(self._reason))
             return
         assert self._transport is not None
         self._waiting.append(reply)
-        self._transport.write(hiredis.pack_command(command))
+        self._transport.write(command)
 
-    async def ask(self, *command: str | int | bytes) -> Any:
+    async def ask(self, *command: Any) -> Any:
         """Send and wait. Raises what the server refused it with, or LinkLost."""
+        return await self.answer(hiredis.pack_command(command))
+
+    async def answer(self, command: bytes) -> Any:
+        """`ask` with a packed command."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
         def take(value: Any) -> None:

@@ -15,8 +15,9 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextvars import Context
+from functools import lru_cache
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import hiredis
 import orjson
@@ -24,12 +25,22 @@ import orjson
 from app.clients import Locate
 from app.limits.limit import RATE, Limit, counter_key
 from app.limits.redis_link import LinkLost, RedisLink
-from app.limits.store import PASSES, Ask, Sent, StoreAway, Verdict, Waiter
+from app.limits.store import PASSES, Ask, StoreAway, Verdict, Waiter
 
 logger = logging.getLogger("app.limits")
 
 SCRIPT = resources.files("app.limits").joinpath("scripts/admit.lua").read_bytes()
 SCRIPT_SHA = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest()
+
+
+def _packed(*words: Any) -> bytes:
+    """Words of a command as RESP has them, without the line that says how many the command has."""
+    command: bytes = hiredis.pack_command(words)
+    return command.partition(b"\r\n")[2]
+
+
+BY_SHA = _packed("EVALSHA", SCRIPT_SHA)
+WHOLE = _packed("EVAL", SCRIPT)
 
 BATCH_ASKS_MAX = 512
 """In one script call, some 2 ms of Redis; the rest goes with the next."""
@@ -56,6 +67,9 @@ TIMER_S_MIN = 0.001
 
 HEARTBEAT_S = 5.0
 """Without a call nobody would ask, and a Redis that died would be called up until the next one has to find out."""
+
+WANTS_KEPT = 1_024
+"""What asks want of their counters; another one for each policy, cost and tenth of an adaptive rate."""
 
 CLOSED = "closed"
 
@@ -163,10 +177,8 @@ class RedisStore:
             self._quiet.set()
             return
         self._in_flight = batch
-        keys, payload = _encode([ask for ask, _, _ in batch])
-        clock = "" if self._clock_us is None else str(self._clock_us())
-        command: tuple[Any, ...] = ("EVALSHA", SCRIPT_SHA, len(keys), *keys, payload, clock)
-        link.send(command, lambda reply: self._replied(link, batch, command, reply))
+        request = _encode([ask for ask, _, _ in batch], "" if self._clock_us is None else str(self._clock_us()))
+        link.send(request.by(BY_SHA), lambda reply: self._replied(link, batch, reply, request))
 
     def _take_batch(self) -> list[Waiting]:
         """The oldest, as many as one call takes. Who was cancelled before it was sent has spent nothing."""
@@ -176,7 +188,7 @@ class RedisStore:
             ask, waiter, _ = waiting
             if waiter is not None and waiter.done():
                 continue
-            counters += len(ask.limits)
+            counters += ask.counters
             if len(batch) == BATCH_ASKS_MAX or (batch and counters > BATCH_COUNTERS_MAX):
                 self._pending = self._pending[place:]
                 return batch
@@ -184,13 +196,12 @@ class RedisStore:
         self._pending = []
         return batch
 
-    def _replied(self, link: RedisLink, batch: list[Waiting], command: tuple[Any, ...], reply: Any) -> None:
+    def _replied(self, link: RedisLink, batch: list[Waiting], reply: Any, request: Request | None) -> None:
         if batch is not self._in_flight or link is not self._link:
             return  # given up
-        if command[0] == "EVALSHA" and isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
+        if request is not None and isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
             # Not carried out, so it may be sent again, with the script itself this time.
-            again = ("EVAL", SCRIPT, *command[2:])
-            link.send(again, lambda reply: self._replied(link, batch, again, reply))
+            link.send(request.by(WHOLE), lambda reply: self._replied(link, batch, reply, None))
             return
         try:
             verdicts = _verdicts([ask for ask, _, _ in batch], reply)
@@ -301,8 +312,7 @@ class RedisStore:
                 link = await RedisLink.connect(endpoint, self._link_lost)
                 await link.ask("SCRIPT", "LOAD", SCRIPT)
             async with asyncio.timeout(self._timeout_s):
-                keys, payload = _encode([PROBE])
-                _verdicts([PROBE], await link.ask("EVALSHA", SCRIPT_SHA, len(keys), *keys, payload, ""))
+                _verdicts([PROBE], await link.answer(_encode([PROBE], "").by(BY_SHA)))
             if link.lost:
                 raise LinkLost("connection to Redis lost")
         except BaseException as error:
@@ -331,40 +341,62 @@ class RedisStore:
         self._declare_away(CLOSED)
 
 
-def _encode(asks: Sequence[Ask]) -> tuple[list[str], bytes]:
-    """KEYS and ARGV[1] of the script. Calls of one caller for one tool share their ask, and all callers of one policy
+class Request(NamedTuple):
+    """A script call: all but the script. `arguments` are RESP, from the number of keys on."""
+
+    words: int
+    arguments: bytes
+
+    def by(self, script: bytes) -> bytes:
+        """The command; `script` is BY_SHA or WHOLE."""
+        return b"*%d\r\n%b%b" % (self.words, script, self.arguments)
+
+
+def _encode(asks: Sequence[Ask], clock: str) -> Request:
+    """KEYS and ARGV of the script. Calls of one caller for one tool share their ask, and all callers of one policy
     ask for the same: what is wanted of their counters is sent once."""
     numbers: dict[int, int] = {}
-    keys: list[str] = []
+    keys: list[bytes] = []
+    counters = 0
     wants: dict[bytes, int] = {}
     wanted: list[int] = []
     order: list[int] = []
     for ask in asks:
         number = numbers.get(id(ask))
         if number is None:
-            of_ask, want = ask.sent or _written(ask)
-            keys += of_ask
-            wanted.append(wants.setdefault(want, len(wants) + 1))
+            keys.append(_written(ask) if ask.keys is None else ask.keys)
+            counters += ask.counters
+            wanted.append(wants.setdefault(ask.want, len(wants) + 1))
             number = numbers[id(ask)] = len(wanted)
         order.append(number)
-    return keys, b"[[%b],%b,%b]" % (b",".join(wants), orjson.dumps(wanted), orjson.dumps(order))
+    payload = b"[[%b],%b,%b]" % (b",".join(wants), orjson.dumps(wanted), orjson.dumps(order))
+    return Request(2 + 1 + counters + 2, b"".join((_packed(counters), *keys, _packed(payload, clock))))
 
 
-def _written(ask: Ask) -> Sent:
+def _written(ask: Ask) -> bytes:
+    """What is sent of an ask, kept: its keys."""
     keys = []
     one: list[int] = [0 if ask.spent is None else 1]
     for at, limit in enumerate(ask.limits):
-        token = 0
+        token, terms = 0, limit.terms
         if ask.spent is not None:
             status, period, _ = ask.spent.states[at]
             if status != PASSES:
                 continue
-            token = ask.spent.now_us if limit.kind == RATE else period
+            token = ask.spent.now_us if terms.kind == RATE else period
         keys.append(limit.key)
-        one += (*limit.counter, *limit.spending(ask.cost), token, limit.shadow)
-    # Copied: what orjson returns holds up to 8 KB for as long as it lives, and tens of thousands of asks are kept.
-    ask.sent = tuple(keys), bytes(memoryview(orjson.dumps(one)))
-    return ask.sent
+        one += (*terms.counter, *terms.spending(ask.cost), token, terms.shadow)
+    ask.counters = len(keys)
+    # Copied: what orjson returns holds up to 8 KB for as long as it lives.
+    ask.want = _shared(bytes(memoryview(orjson.dumps(one))))
+    ask.keys = _packed(*keys)
+    return ask.keys
+
+
+@lru_cache(WANTS_KEPT)
+def _shared(want: bytes) -> bytes:
+    """One object for all callers of a policy."""
+    return want
 
 
 _verdict = tuple.__new__
@@ -381,7 +413,7 @@ def _verdicts(asks: Sequence[Ask], reply: Any) -> list[Verdict]:
         states = list(zip(numbers, numbers, numbers, strict=True))
         at = 0
         for ask in asks:
-            end = at if ask.spent is not None else at + len(ask.limits)
+            end = at if ask.spent is not None else at + ask.counters
             verdicts.append(_verdict(Verdict, (now, states[at:end])))
             at = end
         if at != len(states):

@@ -7,37 +7,57 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
-from app.limits.limit import Limit
+from app.limits.limit import RATE, Kind, Limit, Terms
 
 PASSES, REFUSES, WOULD_REFUSE = 0, 1, 2
 
-Sent = tuple[tuple[str, ...], bytes]
-"""Of an ask: the keys of its counters, and what is wanted of each."""
+Spends = tuple[tuple[str, Terms, int, int], ...]
+"""Of an ask: each counter's key and terms, with what the cost adds to it."""
 
-
-Spends = tuple[tuple[Limit, int, int], ...]
-"""Of an ask: each limit with what the cost adds to its counter."""
+FORMS_KEPT = 1_024
+"""Of asks: as many as there are sets of policies that bind a call, times their tightened forms."""
 
 
 class StoreAway(Exception):
     """The store did not answer in its time, or not as it should: what holds now is each limit's `on_failure`."""
 
 
+class Form(NamedTuple):
+    """What the asks of all callers of the same policies have alike: one object."""
+
+    kinds: tuple[Kind, ...]
+    told: tuple[int, Terms] | None
+    """Place and terms of the limit that is told to the caller, where there is no choice: the only rate that is
+    enforced, or without one the only quota."""
+
+
+@lru_cache(FORMS_KEPT)
+def _form(terms: tuple[Terms, ...]) -> Form:
+    enforced = [(place, one) for place, one in enumerate(terms) if not one.shadow]
+    told = [(place, one) for place, one in enforced if one.kind == RATE] or enforced
+    return Form(tuple(one.kind for one in terms), told[0] if len(told) == 1 else None)
+
+
 class Ask:
     """Spend `cost` at every limit, or, with the verdict that spent it, give it back. A cost of 0 is a question.
 
-    Nothing in it changes but what its store has made of it, once: `sent` what is sent of it, `spends` what is added."""
+    Nothing in it changes but what its store has made of it, once: `spends` what is added; `keys` and `want` what is
+    sent, of `counters` keys."""
 
-    __slots__ = ("cost", "limits", "sent", "spends", "spent")
+    __slots__ = ("cost", "counters", "form", "keys", "limits", "spends", "spent", "want")
 
     def __init__(self, limits: tuple[Limit, ...], cost: int, spent: Verdict | None = None) -> None:
         self.limits = limits
         self.cost = cost
         self.spent = spent
-        self.sent: Sent | None = None
+        self.form = _form(tuple([limit.terms for limit in limits]))
         self.spends: Spends | None = None
+        self.counters = len(limits)
+        self.keys: bytes | None = None
+        self.want = b""
 
     def back(self, spent: Verdict) -> Ask:
         """The ask that gives back what this one has spent."""

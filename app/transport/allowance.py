@@ -14,7 +14,7 @@ def limit_headers(allowance: Allowance | None, retry_after_ms: int | None = None
     headers: list[tuple[bytes, bytes]] = []
     if allowance is not None:
         headers += (
-            (b"ratelimit-limit", b"%d" % allowance.limit.amount),
+            (b"ratelimit-limit", b"%d" % allowance.terms.amount),
             (b"ratelimit-remaining", b"%d" % allowance.remaining),
             (b"ratelimit-reset", b"%d" % math.ceil(allowance.reset_s)),
         )
@@ -26,7 +26,7 @@ def limit_headers(allowance: Allowance | None, retry_after_ms: int | None = None
 def limit_lines(allowance: Allowance, retry_after_ms: int | None) -> bytes:
     """The same as lines, for a door that writes its head itself."""
     lines = b"ratelimit-limit: %d\r\nratelimit-remaining: %d\r\nratelimit-reset: %d\r\n" % (
-        allowance.limit.amount,
+        allowance.terms.amount,
         allowance.remaining,
         math.ceil(allowance.reset_s),
     )

@@ -101,10 +101,11 @@ def statuses(verdict: Verdict) -> list[int]:
 def wait_us(limit: Limit, verdict: Verdict, cost: int = 1) -> int:
     """How long after the verdict a call of this cost passes at a rate: exact, in whole microseconds, rounded up."""
     _, us, parts = verdict.states[0]
-    whole, part = limit.span(cost)
-    window, window_part = limit.window
-    due = (us + whole - window) * limit.amount + parts + part - window_part
-    return -(-due // limit.amount) - verdict.now_us
+    terms = limit.terms
+    whole, part = terms.span(cost)
+    window, window_part = terms.window
+    due = (us + whole - window) * terms.amount + parts + part - window_part
+    return -(-due // terms.amount) - verdict.now_us
 
 
 @contextlib.asynccontextmanager

@@ -64,7 +64,7 @@ async def test_limits_that_do_not_adapt_are_asked_as_ever(admission: Admission) 
     assert not bound.adaptive
     assert await admitted(admission, bound, 12) == 10
     granted = await grant(admission, Bound((rate(10),), ()))
-    assert granted is not None and granted.ask.limits[0].burst == 10
+    assert granted is not None and granted.ask.limits[0].terms.burst == 10
 
 
 async def test_beside_one_that_adapts_the_others_stay_as_they_are(admission: Admission) -> None:
@@ -137,8 +137,10 @@ async def test_the_status_is_for_calls_of_the_cost_of_the_tool(admission: Admiss
 async def test_without_the_store_a_part_of_what_holds_is_kept_in_process() -> None:
     limit = rate(100, on_failure="local", replicas=2, step=STEPS)
     held = limit.tightened(4, 1)
-    assert held.fallback.burst == 20
-    assert held.fallback.period_us / held.fallback.amount == pytest.approx(limit.period_us / 100 * 2 / 0.4)
+    assert held.fallback.terms.burst == 20
+    assert held.fallback.terms.period_us / held.fallback.terms.amount == pytest.approx(
+        limit.terms.period_us / 100 * 2 / 0.4
+    )
 
 
 @given(
@@ -188,7 +190,7 @@ policies:
         Policy(name="plain", rate=Rate(10, SECOND_US, 10)),
     )
     limits: tuple[Limit, ...] = Policies(policies).bind("t", "s", "", "echo").limits
-    assert [limit.step for limit in limits] == [STEPS, None]
+    assert [limit.terms.step for limit in limits] == [STEPS, None]
 
 
 @pytest.mark.parametrize(

@@ -387,7 +387,7 @@ async def test_a_question_without_redis_is_answered_by_what_holds_and_counts_as_
         await admit(admission, local)
         before = decisions(admission)
         looked = await admission.look((local, daily(5, on_failure="open")))
-        assert [(one.limit.rule, one.remaining) for one in looked.allowances()] == [("local", 4)]
+        assert [(one.terms.rule, one.remaining) for one in looked.allowances()] == [("local", 4)]
         with pytest.raises(DependencyUnavailable):
             await admission.look((daily(5, on_failure="closed"),))
         assert decisions(admission) == before
@@ -475,9 +475,9 @@ async def test_the_tightest_is_the_rate_with_the_least_left_and_else_the_quota(a
     limits = daily(2), rate(10), rate(5), monthly(50)
     grant = await admit(admission, *limits)
     tightest = grant.tightest()
-    assert tightest is not None and (tightest.limit, tightest.remaining) == (limits[2], 4)
+    assert tightest is not None and (tightest.terms, tightest.remaining) == (limits[2].terms, 4)
     quota = (await admit(admission, *limits[3:])).tightest()
-    assert quota is not None and quota.limit is limits[3]
+    assert quota is not None and quota.terms is limits[3].terms
     assert (await admit(admission, daily(1, shadow=True))).tightest() is None
 
 

@@ -31,7 +31,7 @@ SOME_RATE = Rate(5, PERIODS_US["minute"], 5)
 
 
 def names(bound: Bound) -> list[tuple[str, str]]:
-    return [(limit.rule, KINDS[limit.kind]) for limit in bound.limits]
+    return [(limit.terms.rule, KINDS[limit.terms.kind]) for limit in bound.limits]
 
 
 def binds_nothing(bound: Bound) -> bool:
@@ -108,7 +108,7 @@ def test_no_text_is_a_rate_but_the_one_spelling(text: str) -> None:
 @given(amount=amounts, unit=units, cost=st.integers(0, RATE_MAX), replicas=st.integers(1, 100))
 def test_no_part_of_a_rate_is_rounded(amount: int, unit: str, cost: int, replicas: int) -> None:
     (limit,) = Policies([Policy(name="p", rate=parse_rate(f"{amount}/{unit}"))], replicas).bind("", "", "", "").limits
-    for one, shared_by in ((limit, 1), (limit.fallback, replicas)):
+    for one, shared_by in ((limit.terms, 1), (limit.fallback.terms, replicas)):
         whole_us, rest = one.span(cost)
         assert Fraction(whole_us) + Fraction(rest, one.amount) == Fraction(cost * PERIODS_US[unit] * shared_by, amount)
         assert 0 <= rest < one.amount
@@ -176,18 +176,20 @@ def test_limits_come_in_the_order_of_the_policies_whatever_they_match() -> None:
 
 def test_a_limit_is_what_its_policy_says() -> None:
     policy = Policy(name="p", per=("tenant",), rate=Rate(6, 60_000_000, 9), daily=10, monthly=200, shadow=True)
-    rate, daily, monthly = Policies([policy], replicas=2).bind("t", "s", "c", "echo").limits
+    limits = Policies([policy], replicas=2).bind("t", "s", "c", "echo").limits
+    rate, daily, monthly = (limit.terms for limit in limits)
     assert (rate.kind, rate.amount, rate.period_us, rate.burst) == (RATE, 6, 60_000_000, 9)
     assert (daily.kind, daily.amount, monthly.kind, monthly.amount) == (DAILY, 10, MONTHLY, 200)
-    assert [limit.on_failure for limit in (rate, daily, monthly)] == ["local", "closed", "closed"]
-    assert all(limit.shadow and limit.rule == "p" for limit in (rate, daily, monthly))
-    assert (rate.fallback.period_us, rate.fallback.burst, daily.fallback.amount) == (120_000_000, 4, 5)
+    assert [terms.on_failure for terms in (rate, daily, monthly)] == ["local", "closed", "closed"]
+    assert all(terms.shadow and terms.rule == "p" for terms in (rate, daily, monthly))
+    alone, alone_daily, _ = (limit.fallback.terms for limit in limits)
+    assert (alone.period_us, alone.burst, alone_daily.amount) == (120_000_000, 4, 5)
 
 
 @pytest.mark.parametrize("answer", ["local", "open", "closed"])
 def test_an_answer_for_a_store_that_is_away_holds_for_rate_and_quota(answer: Any) -> None:
     bound = bind(Policy(name="p", rate=SOME_RATE, daily=1, monthly=1, on_store_failure=answer))
-    assert [limit.on_failure for limit in bound.limits] == [answer] * 3
+    assert [limit.terms.on_failure for limit in bound.limits] == [answer] * 3
 
 
 def test_alone_a_replica_keeps_the_whole_limit() -> None:
@@ -392,5 +394,4 @@ def test_limits_of_many_callers_share_what_is_the_same_in_all() -> None:
     policies = Policies(EACH_AND_ALL)
     one, other = (policies.bind("t", name, "c", "echo") for name in ("one", "other"))
     assert one.limits[0] is not other.limits[0]
-    assert one.limits[0].counter is other.limits[0].counter and one.limits[0].spending(3) is other.limits[0].spending(3)
-    assert one.told is other.told
+    assert one.limits[0].terms is other.limits[0].terms and one.ask(1).form is other.ask(1).form

@@ -54,7 +54,7 @@ async def test_what_was_sent_of_an_ask_takes_little_more_memory_than_its_bytes(o
             kept_bytes, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-    assert all(ask.sent is not None for ask in asks)
+    assert all(ask.keys is not None for ask in asks)
     assert kept_bytes < 1_000 * len(asks)
 
 

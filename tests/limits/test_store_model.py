@@ -139,15 +139,16 @@ class BothStores(RuleBasedStateMachine):
     @rule(which=st.integers(0, 2), cost=st.integers(1, 3))
     def ask_until_it_refuses_and_at_the_moment_it_passes(self, which: int, cost: int) -> None:
         limit = self.limits[which]
-        if limit.shadow or cost > limit.burst:
+        terms = limit.terms
+        if terms.shadow or cost > terms.burst:
             return
         for _ in range(30):
             verdict = self.memory.ask(Ask((limit,), 0))
             _, us, parts = verdict.states[0]
-            whole, part = limit.span(cost)
-            due = (us + whole - limit.window[0]) * limit.amount + parts + part - limit.window[1]
-            if due > verdict.now_us * limit.amount:
-                self.clock.us = -(-due // limit.amount) - 1
+            whole, part = terms.span(cost)
+            due = (us + whole - terms.window[0]) * terms.amount + parts + part - terms.window[1]
+            if due > verdict.now_us * terms.amount:
+                self.clock.us = -(-due // terms.amount) - 1
                 self.compare([Ask((limit,), cost)])
                 self.clock.us += 1
                 self.compare([Ask((limit,), cost)])

@@ -52,12 +52,12 @@ PERIOD_US = HOUR_US
         (rate(1_000_000_000, SECOND_US, burst=5), 5),  # a call a nanosecond
         (rate(999_999_937, HOUR_US, burst=3), 3),
     ],
-    ids=lambda value: f"{value.amount} in {value.period_us}" if isinstance(value, Limit) else str(value),
+    ids=lambda value: f"{value.terms.amount} in {value.terms.period_us}" if isinstance(value, Limit) else str(value),
 )
 async def test_after_the_wait_that_is_told_a_call_passes_and_a_microsecond_before_it_does_not(
     counters: Counters, clock: Clock, limit: Limit, cost: int
 ) -> None:
-    fits = limit.burst // cost
+    fits = limit.terms.burst // cost
     assert await counters.admitted(limit, tries=fits + 1, cost=cost) == fits
     for _ in range(3):
         refused = await counters.ask(limit, cost=cost)
