@@ -61,15 +61,15 @@ NOT_REMEMBERED = frozenset(
 """What asks for something of the connection, is another one in each request, or is for a layer of the application."""
 
 
-class KnownHead:
-    """A head of a request for one of the doors, and what follows from its bytes alone."""
+class KnownHead(Presented):
+    """A head of a request for one of the doors, what it presents, and what else follows from its bytes alone."""
 
-    __slots__ = ("body_bytes", "door", "presented", "scope")
+    __slots__ = ("body_bytes", "door", "scope")
 
     def __init__(self, door: Door, scope: Scope, presented: Presented, body_bytes: int) -> None:
+        Presented.__init__(self, presented.digest, presented.is_key)
         self.door = door
         self.scope = scope
-        self.presented = presented
         self.body_bytes = body_bytes
 
 
@@ -303,7 +303,7 @@ class LaneProtocol(BoundedHttpProtocol):
         elif self.wire.draining or self.flow.write_paused or not known.door.is_plain(request):
             super().data_received(request)
         else:
-            caller = known.door.access.again(known.presented)
+            caller = known.door.access.again(known)
             if caller is None:
                 super().data_received(request)
                 return
