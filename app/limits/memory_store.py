@@ -43,6 +43,7 @@ class MemoryStore:
 
     up = True
     state = "in process"
+    room = None
 
     def __init__(
         self,

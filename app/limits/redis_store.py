@@ -25,6 +25,7 @@ import orjson
 from app.clients import Locate
 from app.limits.limit import RATE, Limit, counter_key
 from app.limits.redis_link import LinkLost, RedisLink
+from app.limits.room import Room
 from app.limits.store import PASSES, Ask, StoreAway, Verdict, Waiter
 
 logger = logging.getLogger("app.limits")
@@ -111,6 +112,7 @@ class RedisStore:
         self._timer: asyncio.TimerHandle | None = None
         self._away = True
         self.reason = "not connected yet"
+        self.room = Room(lambda: len(self._pending) + len(self._in_flight))
 
     @property
     def up(self) -> bool:
@@ -216,6 +218,7 @@ class RedisStore:
                 waiter.set_result(verdict)
             elif ask.cost and verdict.passes:  # the call was cancelled meanwhile: it never ran
                 self.give_back(ask.back(verdict))
+        self.room.decided()
         if not self._pending:
             self._quiet.set()
         elif not self._flush_due:
@@ -266,6 +269,7 @@ class RedisStore:
                 waiter.set_exception(StoreAway(reason))
                 if isinstance(waiter, asyncio.Future):
                     waiter.exception()  # who waited may be cancelled in this tick: then nobody takes it
+        self.room.open()
 
     def _link_lost(self) -> None:
         """The connection ended with nothing on its way: what waits may wait on, for as long as its budget lasts."""

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from app.limits.limit import RATE, Kind, Limit, Terms
+from app.limits.room import Room
 
 PASSES, REFUSES, WOULD_REFUSE = 0, 1, 2
 
@@ -87,6 +88,10 @@ class Waiter(Protocol):
 
 class LimitStore(Protocol):
     """Where counters live."""
+
+    @property
+    def room(self) -> Room | None:
+        """Where who begins many calls at once asks first; None where every ask is decided at once."""
 
     @property
     def up(self) -> bool:

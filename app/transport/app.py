@@ -58,8 +58,9 @@ def create_app(service: Service, *, host: str = "127.0.0.1", port: int = 8001) -
         answer_bytes_max,
     )
     methods.discovery = orjson.dumps(openrpc_document(methods.table(), settings.public_url or http_url(host, port)))
-    dispatcher = Dispatcher(methods.methods(), settings.max_batch_size, answer_bytes_max, service.metrics.count_error)
     access, count_error = service.access, service.metrics.count_error
+    room = service.admission.store.room
+    dispatcher = Dispatcher(methods.methods(), settings.max_batch_size, answer_bytes_max, count_error, room)
     authentication = service.metrics.stages["authentication"]
     bounds = settings.max_request_bytes, settings.request_read_timeout_s
     service.tracing.listens_at({"server.address": host, **({"server.port": port} if port else {})})

@@ -26,6 +26,7 @@ from app.errors import (
     ParseError,
     ToolServiceError,
 )
+from app.limits.room import Room
 from app.stepping import IN_TASK, Signal
 from app.transport.request import AnswerBudget, RequestContext
 
@@ -125,8 +126,11 @@ class Dispatcher:
         batch_max: int,
         answer_bytes_max: int,
         count_error: Callable[[str], None],
+        room: Room | None = None,
     ) -> None:
+        """`room` is what a batch waits for before it begins."""
         self.methods = methods
+        self._room = room
         self._batch_max = batch_max
         self._answer_bytes_max = answer_bytes_max
         self._count_error = count_error
@@ -152,6 +156,8 @@ class Dispatcher:
         if context.idempotency_key is not None:
             wrong = "Idempotency-Key is for one call; give each request its own idempotency_key"
             return self.refused(InvalidRequest(f"Invalid request: {wrong}"), b"null", context)
+        if self._room is not None:
+            await self._room.enter(min(len(requests), BATCH_AT_ONCE), context.caller.tenant)
         batch = _Batch(context, len(requests), AnswerBudget(self._answer_bytes_max))
         handled: list[asyncio.Task[None]] = []
         pause_at = perf_counter() + BEGUN_AT_ONCE_S

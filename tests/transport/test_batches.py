@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from app.calls import LOCAL_CALLER
+from app.limits.room import ASKS_AT_ONCE, Room
 from app.transport.jsonrpc import BATCH_AT_ONCE, Dispatcher, Ended, Method
 from app.transport.request import RequestContext
 from tests.waiting import until
@@ -47,9 +48,11 @@ class Late:
         self.begun.pop(number)(result)
 
 
-def dispatcher(late: Late, count_error: Callable[[str], None] = lambda kind: None) -> Dispatcher:
+def dispatcher(
+    late: Late, count_error: Callable[[str], None] = lambda kind: None, room: Room | None = None
+) -> Dispatcher:
     method = Method("late", ("n",), lambda params: params, late.handle, late.begin)
-    return Dispatcher({"late": method}, 100, 1_000_000, count_error)
+    return Dispatcher({"late": method}, 100, 1_000_000, count_error, room)
 
 
 def answered(dispatcher: Dispatcher, body: bytes, context: RequestContext) -> asyncio.Task[bytes | None]:
@@ -61,6 +64,24 @@ def answered(dispatcher: Dispatcher, body: bytes, context: RequestContext) -> as
 
 def batch_of(count: int) -> bytes:
     return orjson.dumps([{"jsonrpc": "2.0", "id": n, "method": "late", "params": {"n": n}} for n in range(count)])
+
+
+async def test_a_batch_begins_when_the_store_of_limits_has_room_and_a_single_request_at_once() -> None:
+    late, waiting = Late(), ASKS_AT_ONCE
+    room = Room(lambda: waiting)
+    asked = dispatcher(late, room=room)
+    answer = answered(asked, batch_of(2), RequestContext(LOCAL_CALLER, 0.0))
+    await asyncio.sleep(0)
+    assert not late.begun
+    single = b'{"jsonrpc":"2.0","id":7,"method":"late","params":{"n":7}}'
+    assert asked.begin(single, RequestContext(LOCAL_CALLER, 0.0), lambda answer: None) is None
+    assert list(late.begun) == [7]
+    waiting = 0
+    room.decided()
+    await until(lambda: len(late.begun) == 3)
+    for number in (0, 1):
+        late.end(number, b"%d" % number)
+    assert orjson.loads(await answer or b"") == [{"jsonrpc": "2.0", "result": n, "id": n} for n in (0, 1)]
 
 
 @pytest.mark.parametrize("awaited", [{3, 40}, set(range(10)), set(range(10, 50)), set(range(0, 50, 2))], ids=len)
