@@ -374,7 +374,8 @@ def _encode(asks: Sequence[Ask], clock: str) -> Request:
             number = numbers[id(ask)] = len(wanted)
         order.append(number)
     payload = b"[[%b],%b,%b]" % (b",".join(wants), orjson.dumps(wanted), orjson.dumps(order))
-    return Request(2 + 1 + counters + 2, b"".join((_packed(counters), *keys, _packed(payload, clock))))
+    words = 5 + counters  # the command, its script, how many keys there are, the keys, two arguments
+    return Request(words, b"".join((_packed(counters), *keys, _packed(payload, clock))))
 
 
 def _written(ask: Ask) -> bytes:
@@ -392,7 +393,8 @@ def _written(ask: Ask) -> bytes:
         one += (*terms.counter, *terms.spending(ask.cost), token, terms.shadow)
     ask.counters = len(keys)
     # Copied: what orjson returns holds up to 8 KB for as long as it lives.
-    ask.want = _shared(bytes(memoryview(orjson.dumps(one))))
+    want = bytes(memoryview(orjson.dumps(one)))
+    ask.want = _shared(want) if ask.spent is None else want
     ask.keys = _packed(*keys)
     return ask.keys
 
