@@ -26,13 +26,16 @@ class StoreAway(Exception):
     """The store did not answer in its time, or not as it should: what holds now is each limit's `on_failure`."""
 
 
-class Form(NamedTuple):
+class Form:
     """What the asks of all callers of the same policies have alike: one object."""
 
-    kinds: tuple[Kind, ...]
-    told: tuple[int, Terms] | None
-    """Place and terms of the limit that is told to the caller, where there is no choice: the only rate that is
-    enforced, or without one the only quota."""
+    __slots__ = ("kinds", "told")
+
+    def __init__(self, kinds: tuple[Kind, ...], told: tuple[int, Terms] | None) -> None:
+        self.kinds = kinds
+        self.told = told
+        """Place and terms of the limit that is told to the caller, where there is no choice: the only rate that is
+        enforced, or without one the only quota."""
 
 
 @lru_cache(FORMS_KEPT)
