@@ -1,7 +1,7 @@
 """Reading the log: one page, one row, or all of it as a stream, newest first, of one tenant or of all.
 
-Pages go by key: a cursor is the id of the last row, so a page costs the same wherever it is. Rows are JSON bytes, the
-same from both engines. Knows no HTTP and no caller: whoever asks says which tenant, and the doors call it.
+Pages go by key: a cursor is the id of the last row, in full or short, so a page costs the same wherever it is. Rows
+are JSON bytes, alike from both engines. Knows no HTTP and no caller: whoever asks says which tenant; the doors call it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import base64
 import binascii
 import re
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -137,6 +138,8 @@ def _cursor(last_id: str) -> str:
 def _last_id(cursor: str | None) -> str | None:
     if cursor is None:
         return None
+    if _ID.fullmatch(cursor):
+        return cursor.lower()
     try:
         if len(cursor) != 22:
             raise ValueError
@@ -194,19 +197,23 @@ class ExecutionHistory:
         rows = await self._read(query, tenant)
         return _rendered(rows[0]).json if rows else None
 
-    async def export(self, tenant: str | None, filters: Filters) -> AsyncIterator[bytes]:
-        """All rows as NDJSON, newest first, in pieces of some megabytes at most.
+    async def export(
+        self, tenant: str | None, filters: Filters, limit: int | None = None, cursor: str | None = None
+    ) -> AsyncIterator[bytes]:
+        """All rows, or `limit` of them, as NDJSON, newest first, in pieces of some MB; with a cursor those after it.
 
         Every piece is a query of its own: nothing is held in the database meanwhile. What was written when it began is
         in it once; what came later has a higher id and is not, except rows that waited in a journal. Rows that are
         dropped meanwhile are missing.
         """
-        below: str | None = None
+        below = _last_id(cursor)
         rows_max = CHUNK_ROWS
-        while True:
-            chunk = await self._chunk(tenant, filters, below, rows_max)
+        left = sys.maxsize if limit is None else limit
+        while left > 0:
+            chunk = await self._chunk(tenant, filters, below, min(rows_max, left))
             if chunk.rows:
                 below = chunk.rows[-1].execution_id
+                left -= len(chunk.rows)
                 yield b"".join([row.json + b"\n" for row in chunk.rows])
             if chunk.last:
                 return

@@ -56,8 +56,8 @@ class ExecutionRoutes:
 
     async def export(self, request: Request) -> Response:
         caller = caller_with(request, SCOPE_HISTORY)
-        asked = read_query(request, shapes.HistoryFilters)
-        pieces = self._history.export(tenant_seen(caller), filters_of(asked))
+        asked = read_query(request, shapes.ExportedExecutions)
+        pieces = self._history.export(tenant_seen(caller), filters_of(asked), asked.limit, asked.cursor)
         first = await anext(pieces, b"")  # what is wrong is said by status, as long as nothing was sent
         return _Export(_with_first(first, pieces), media_type="application/x-ndjson")
 
@@ -112,10 +112,11 @@ GET_EXECUTION = Operation(
 EXPORT_EXECUTIONS = Operation(
     "exportExecutions",
     "Every execution of your tenant as a stream",
-    "NDJSON: one row a line, newest first, read in pieces while it is sent.",
+    "NDJSON: one row a line, newest first, read in pieces while it is sent. One that is cut off lacks the end of its "
+    "chunks: ask again with the last execution_id as cursor.",
     {
         "description": "The rows",
         "content": {"application/x-ndjson": {"schema": reference("LoggedExecution")}},
     },
-    {"parameters": query_parameters(shapes.HistoryFilters, _FILTERS)},
+    {"parameters": query_parameters(shapes.ExportedExecutions, _FILTERS)},
 )

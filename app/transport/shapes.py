@@ -336,14 +336,25 @@ class HistoryFilters(Params):
     until: Moment | None = Field(None, description="Only calls that started before this time")
 
 
+LogCursor = Annotated[str, Field(pattern=r"^([A-Za-z0-9_-]{22}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})$")]
+"""The id of a row, short as a page gives it, or long as the row has it."""
+
+
 class HistoryPage(HistoryFilters):
     """Params of tools.get_execution_history, and the query of GET /api/v1/executions."""
 
     limit: Annotated[int, Field(ge=1, le=HISTORY_LIMIT_MAX)] | None = Field(
         None, description=f"Rows a page; {HISTORY_LIMIT_DEFAULT} when not given"
     )
-    cursor: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{22}$")] | None = Field(
-        None, description="next_cursor of the page before"
+    cursor: LogCursor | None = Field(None, description="next_cursor of the page before")
+
+
+class ExportedExecutions(HistoryFilters):
+    """The query of GET /api/v1/executions/export."""
+
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Rows at most; all when not given")
+    cursor: LogCursor | None = Field(
+        None, description="Go on after this execution_id, the last of a stream that was cut off; or a next_cursor"
     )
 
 

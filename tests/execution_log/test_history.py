@@ -216,6 +216,24 @@ async def test_an_export_is_every_row_of_the_filter_one_to_a_line(engine: AsyncE
         assert exported.count(b"\n") == len(wanted)
 
 
+async def test_an_export_goes_on_after_a_row_and_ends_after_as_many_as_were_asked_for(engine: AsyncEngine) -> None:
+    history = ExecutionHistory(engine)
+    wanted = expected(tenant="acme")
+    page = await history.page("acme", Filters(), 3)
+    assert page.next_cursor is not None
+    for limit, cursor, ids in (
+        (2, None, wanted[:2]),
+        (len(wanted), None, wanted),
+        (len(wanted) + 1, None, wanted),
+        (None, wanted[2], wanted[3:]),
+        (None, wanted[2].upper(), wanted[3:]),
+        (4, page.next_cursor, wanted[3:7]),
+        (None, wanted[-1], []),
+    ):
+        exported = b"".join([piece async for piece in history.export("acme", Filters(), limit, cursor)])
+        assert page_ids(exported.splitlines()) == ids
+
+
 async def test_rows_that_come_during_an_export_are_not_in_it(engine: AsyncEngine) -> None:
     export = ExecutionHistory(engine).export("acme", Filters())
     first = await anext(export)

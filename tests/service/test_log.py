@@ -336,6 +336,19 @@ def test_another_tenants_row_looks_like_one_that_is_not_there(asked: Asked) -> N
     assert found.json() == missing.json()
 
 
+def test_an_export_is_bounded_and_goes_on_where_it_was_cut_off(asked: Asked) -> None:
+    for _ in range(4):
+        execute(asked.acme, "echo", {"message": "exported"})
+    asked.written()
+    everything = asked.ids(asked.acme)
+    assert asked.ids(asked.acme, limit="3") == everything[:3]
+    assert asked.ids(asked.acme, cursor=everything[2]) == everything[3:]
+    assert asked.ids(asked.acme, cursor=everything[0], limit="2", tool_id="echo") == everything[1:3]
+    for wrong in ({"limit": "0"}, {"limit": "x"}, {"cursor": "x"}):
+        refused = asked.acme.get(f"{LOG}/export", params=wrong)
+        assert refused.status_code == 422 and refused.json()["error"]["data"]["errors"][0]["path"] in wrong
+
+
 def test_another_tenants_cursor_is_a_place_and_no_key(asked: Asked) -> None:
     for client in (asked.acme, asked.other, asked.acme, asked.other, asked.acme):
         last = execute(client, "echo", {"message": "a"})["execution_id"]
