@@ -245,8 +245,8 @@ def open_log(
     if "buffered" in modes:
         memory = BufferedLog(settings.journal_max_bytes)
         stack.push_async_callback(memory.close)
-    store = ExecutionStore(engine)
-    writers = tuple(LogWriter(source, store) for source in (journal, memory) if source is not None)
+    sink = ExecutionStore(engine)
+    writers = tuple(LogWriter(source, sink) for source in (journal, memory) if source is not None)
     recorder = Recorder(settings.log_payload_bytes)
     log = ExecutionLog(recorder, settings.journal_mode, settings.log_payloads, journal, memory, writers)
     for number, writer in enumerate(writers):

@@ -77,7 +77,7 @@ async def _fill(store: ExecutionStore, rows: int) -> None:
     for start in range(0, rows, BATCH_ROWS):
         batch = [record(began_ms + int(number * step_ms)) for number in range(start, min(start + BATCH_ROWS, rows))]
         began, cpu = time.perf_counter(), _cpu_s()
-        await store.insert(batch)
+        await store.write(batch)
         times.append((time.perf_counter() - began) * 1e3)
         cpu_s += _cpu_s() - cpu
     print(f"{rows:,} rows over {DAYS} days, written in batches of {BATCH_ROWS:,}:")
@@ -86,7 +86,7 @@ async def _fill(store: ExecutionStore, rows: int) -> None:
 
 async def _write_single(store: ExecutionStore) -> None:
     async def write(_: int) -> None:
-        await store.insert([record(int(time.time() * 1000))])
+        await store.write([record(int(time.time() * 1000))])
 
     print(f"one row by itself: {_line(await _times(write, SINGLE_WRITES))} ms")
 

@@ -219,11 +219,11 @@ async def _log_times(url: str, rows: int) -> LogTimes:
         batches, singles, pages = [], [], []
         for start in range(0, rows, BATCH_ROWS):
             batch = [record(now_ms - rows + number) for number in range(start, min(start + BATCH_ROWS, rows))]
-            batches.append(await _timed(lambda batch=batch: store.insert(batch)))  # type: ignore[misc]
+            batches.append(await _timed(lambda batch=batch: store.write(batch)))  # type: ignore[misc]
         async with engine.begin() as connection:
             await connection.exec_driver_sql("ANALYZE")  # autovacuum does so within a minute
         for number in range(SINGLE_WRITES):
-            singles.append(await _timed(lambda number=number: store.insert([record(now_ms + number)])))  # type: ignore[misc]
+            singles.append(await _timed(lambda number=number: store.write([record(now_ms + number)])))  # type: ignore[misc]
         for number in range(QUERIES):
             tenant = TENANTS[number % len(TENANTS)]
             pages.append(await _timed(lambda tenant=tenant: history.page(tenant, Filters.of())))  # type: ignore[misc]

@@ -24,7 +24,7 @@ ADOPTED_EVERY_S = 30.0
 """Between two looks for journals whose processes have ended."""
 
 
-class Sink(Protocol):
+class Intake(Protocol):
     """Where records go first: the journal or memory."""
 
     @property
@@ -41,11 +41,11 @@ class Sink(Protocol):
 class ToolLog:
     """What one tool's rows hold and where they go."""
 
-    __slots__ = ("_cost", "_observe_s", "_payloads", "_recorder", "_reserved_bytes", "_sink", "_strict", "_version")
+    __slots__ = ("_cost", "_intake", "_observe_s", "_payloads", "_recorder", "_reserved_bytes", "_strict", "_version")
 
     def __init__(
         self,
-        sink: Sink,
+        intake: Intake,
         recorder: Recorder,
         mode: Mode,
         payloads: Payloads,
@@ -53,7 +53,7 @@ class ToolLog:
         cost: int,
         observe_s: Callable[[float], None],
     ) -> None:
-        self._sink = sink
+        self._intake = intake
         self._recorder = recorder
         self._strict = mode == "strict"
         self._payloads = payloads
@@ -65,16 +65,16 @@ class ToolLog:
     def reserve(self) -> None:
         """Before a call runs. Raises DependencyUnavailable when its row would find no room, or no disk that takes it:
         what was running then is answered from memory, what comes then would be promised what cannot be kept."""
-        if self._sink.unwritten or not self._sink.reserve(self._reserved_bytes):
+        if self._intake.unwritten or not self._intake.reserve(self._reserved_bytes):
             raise DependencyUnavailable("The log has no room for this call's row", retry_after_ms=1000)
 
     def unreserve(self) -> None:
         """The call did not run after all."""
-        self._sink.unreserve(self._reserved_bytes)
+        self._intake.unreserve(self._reserved_bytes)
 
     def append(self, call: ToolCall, execution: Execution) -> Commit:
         """After a call has run, or was cut off while it did. Never raises; gives the room back."""
-        return self._sink.append_made(self._record, call, execution, self._reserved_bytes, self._strict)
+        return self._intake.append_made(self._record, call, execution, self._reserved_bytes, self._strict)
 
     def _record(self, call: ToolCall, execution: Execution) -> bytes:
         begin = perf_counter()
@@ -108,7 +108,7 @@ NO_LOG = NoLog()
 
 
 class ExecutionLog:
-    """All that is logged of one process. Without a sink of a mode, no tool may have that mode."""
+    """All that is logged of one process. Without an intake of a mode, no tool may have that mode."""
 
     def __init__(
         self,
@@ -133,10 +133,10 @@ class ExecutionLog:
     def for_tool(self, version: str, cost: int, mode: Mode | None, payloads: Payloads | None) -> ToolLog:
         """A tool's log; None is the service's own mode, or payloads."""
         mode = mode or self._mode
-        sink = self._memory if mode == "buffered" else self._journal
-        if sink is None:
+        intake = self._memory if mode == "buffered" else self._journal
+        if intake is None:
             return NO_LOG
-        return ToolLog(sink, self._recorder, mode, payloads or self._payloads, version, cost, self.observe_s)
+        return ToolLog(intake, self._recorder, mode, payloads or self._payloads, version, cost, self.observe_s)
 
     # What is seen of it
 
@@ -153,7 +153,7 @@ class ExecutionLog:
     @property
     def journal_bytes(self) -> int:
         """Of records that are no rows yet, on disk and in memory."""
-        return sum(sink.backlog_bytes for sink in (self._journal, self._memory) if sink is not None)
+        return sum(intake.backlog_bytes for intake in (self._journal, self._memory) if intake is not None)
 
     @property
     def problems(self) -> list[str]:

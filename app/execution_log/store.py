@@ -67,7 +67,7 @@ class ExecutionStore:
         kind = SqliteTable if engine.dialect.name == "sqlite" else PostgresTable
         self._table: Table = kind(engine, timeout_s)
 
-    async def insert(self, records: Sequence[bytes]) -> Stored:
+    async def write(self, records: Sequence[bytes]) -> Stored:
         """Write them in their order, bisecting around what is refused. Raises StoreAway; offer them again then."""
         written = parked = 0
         pieces = [records] if records else []

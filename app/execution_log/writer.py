@@ -1,4 +1,4 @@
-"""Moves records from the journal to the store: in batches, in their order, one at a time, for as long as it takes.
+"""Moves records from the journal to the log's sink: in batches, in their order, one at a time, for as long as it takes.
 
 One coroutine and one connection, whatever the database does: while it is away the batch in hand is tried again, and
 the rest waits where it is. Knows neither files nor SQL. The service runs it, and drains it at the end.
@@ -79,10 +79,10 @@ class Source(Protocol):
         """They are in the database: forget them. Batches come back in the order in which they were read."""
 
 
-class Store(Protocol):
+class LogSink(Protocol):
     """Where rows go. Raises StoreAway."""
 
-    async def insert(self, records: Sequence[bytes]) -> Stored: ...
+    async def write(self, records: Sequence[bytes]) -> Stored: ...
 
 
 class LogWriter:
@@ -91,12 +91,12 @@ class LogWriter:
     def __init__(
         self,
         source: Source,
-        store: Store,
+        sink: LogSink,
         now: Callable[[], float] = time.time,
         jitter: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self._source = source
-        self._store = store
+        self._sink = sink
         self._now = now
         self._jitter = jitter
         self._counts = dict.fromkeys(OUTCOMES, 0)
@@ -189,7 +189,7 @@ class LogWriter:
         backoff_s = BACKOFF_S_MIN
         while True:
             try:
-                stored = await self._store.insert(batch.records)
+                stored = await self._sink.write(batch.records)
             except StoreAway as error:
                 self._note_away(error)
                 await self._back_off(self._jitter(BACKOFF_S_MIN, backoff_s))
@@ -239,7 +239,7 @@ class LogWriter:
     def _made_at(self, record: bytes) -> float:
         try:
             return float(orjson.loads(record)[FINISHED_AT])
-        except (ValueError, TypeError, IndexError):  # damaged: the store will say so
+        except (ValueError, TypeError, IndexError):  # damaged: the sink will say so
             return self._now()
 
 

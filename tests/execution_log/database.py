@@ -93,4 +93,4 @@ async def fill(engine: AsyncEngine, records: list[bytes]) -> None:
     """All of them, as rows."""
     store = ExecutionStore(engine)
     for start in range(0, len(records), 1_000):
-        assert (await store.insert(records[start : start + 1_000])).parked == 0
+        assert (await store.write(records[start : start + 1_000])).parked == 0

@@ -259,7 +259,7 @@ from app.execution_log.writer import LogWriter
 class Store:
     away, rows = True, []
 
-    async def insert(self, records):
+    async def write(self, records):
         if self.away:
             raise StoreAway("refuses", None)
         self.rows += records

@@ -43,7 +43,7 @@ async def pg(postgres: PostgresAt) -> AsyncIterator[AsyncEngine]:
 
 async def test_a_record_becomes_the_row_that_it_says(engine: AsyncEngine) -> None:
     one = record(agent_id="agent", result={"b": [1, None], "a": "é"}, cost=3, attempts=2, cached=True)
-    assert await ExecutionStore(engine).insert([one]) == Stored(1, 0, 0)
+    assert await ExecutionStore(engine).write([one]) == Stored(1, 0, 0)
     (found,) = await rows(engine, f"SELECT {', '.join(COLUMNS)} FROM tool_executions")
     values = dict(zip(COLUMNS, found, strict=True))
     sent = dict(zip(COLUMNS, orjson.loads(one), strict=True))
@@ -58,29 +58,29 @@ async def test_a_record_becomes_the_row_that_it_says(engine: AsyncEngine) -> Non
 
 
 async def test_a_payload_that_was_not_kept_is_null_and_not_the_json_null(engine: AsyncEngine) -> None:
-    await ExecutionStore(engine).insert([record(parameters=None)])
+    await ExecutionStore(engine).write([record(parameters=None)])
     assert await rows(engine, "SELECT count(*) FROM tool_executions WHERE parameters IS NULL") == [(1,)]
 
 
 async def test_what_is_offered_twice_is_written_once(engine: AsyncEngine) -> None:
     store, records = ExecutionStore(engine), [record() for _ in range(100)]
-    assert await store.insert(records) == Stored(100, 0, 0)
-    assert await store.insert([*records, record()]) == Stored(1, 100, 0)
-    assert await store.insert([]) == Stored(0, 0, 0)
+    assert await store.write(records) == Stored(100, 0, 0)
+    assert await store.write([*records, record()]) == Stored(1, 100, 0)
+    assert await store.write([]) == Stored(0, 0, 0)
     assert len(await logged(engine)) == 101
 
 
 async def test_writers_that_offer_the_same_at_once_write_it_once(engine: AsyncEngine) -> None:
     records = [record() for _ in range(300)]
     stores = [ExecutionStore(engine) for _ in range(4)]
-    done = await asyncio.gather(*(store.insert(records) for store in stores))
+    done = await asyncio.gather(*(store.write(records) for store in stores))
     assert sum(one.written for one in done) == 300
     assert await logged(engine) == ids(records)
 
 
 async def test_a_record_of_a_version_with_fewer_columns_is_a_row(engine: AsyncEngine) -> None:
     short = orjson.dumps(orjson.loads(record())[:-3])
-    assert await ExecutionStore(engine).insert([short]) == Stored(1, 0, 0)
+    assert await ExecutionStore(engine).write([short]) == Stored(1, 0, 0)
 
 
 POISON: dict[str, tuple[bytes, set[str]]] = {
@@ -106,7 +106,7 @@ POISON: dict[str, tuple[bytes, set[str]]] = {
 async def test_a_record_that_the_database_refuses_is_parked_and_the_rest_lands(engine: AsyncEngine, kind: str) -> None:
     poison, states = POISON[kind]
     good = [record() for _ in range(9)]
-    assert await ExecutionStore(engine).insert([*good[:4], poison, *good[4:]]) == Stored(9, 0, 1)
+    assert await ExecutionStore(engine).write([*good[:4], poison, *good[4:]]) == Stored(9, 0, 1)
     assert await logged(engine) == ids(good)
     ((kept, state, reason),) = await rows(engine, "SELECT record, sqlstate, reason FROM tool_executions_dead")
     assert kept == poison
@@ -124,7 +124,7 @@ async def test_a_hundred_poison_rows_among_ten_thousand_are_parked_once_and_no_o
     good = [one for number, one in enumerate(records) if number not in set(poisoned)]
     store = ExecutionStore(engine)
     for _ in range(2):
-        stored = [await store.insert(records[start : start + 1_000]) for start in range(0, 10_000, 1_000)]
+        stored = [await store.write(records[start : start + 1_000]) for start in range(0, 10_000, 1_000)]
         assert sum(one.parked for one in stored) == 100
     assert await logged(engine) == ids(good)
     dead = await rows(engine, "SELECT execution_id FROM tool_executions_dead ORDER BY 1")
@@ -142,7 +142,7 @@ async def by_table(engine: AsyncEngine) -> dict[str, str]:
 async def test_ids_at_the_edges_of_months_land_in_their_months(pg: AsyncEngine) -> None:
     this = Month.of(time.time())
     following = this.plus(1)
-    await ExecutionStore(pg).insert(
+    await ExecutionStore(pg).write(
         [
             record(tool_id="first", execution_id=this.first_id),
             record(tool_id="last", execution_id=id_at(following.starts_s - 0.001)),
@@ -178,14 +178,14 @@ async def test_a_month_takes_over_the_rows_that_came_before_it_was_made(pg: Asyn
     later = Month.of(time.time()).plus(6)
     records = [record(at=later.starts_s + number, tool_id=f"tool-{number}") for number in range(50)]
     other = record(at=0, tool_id="too early")
-    await ExecutionStore(pg).insert([*records, other])
+    await ExecutionStore(pg).write([*records, other])
     assert set((await by_table(pg)).values()) == {"tool_executions_other"}
     made = await ensure_partitions(pg, later.starts_s)
     assert made == [later.plus(step).table for step in range(-1, 4)][made == [] :]
     tables = await by_table(pg)
     assert tables.pop("too early") == "tool_executions_other"
     assert set(tables.values()) == {later.table}
-    assert await ExecutionStore(pg).insert(records) == Stored(0, 50, 0)
+    assert await ExecutionStore(pg).write(records) == Stored(0, 50, 0)
 
 
 async def test_of_ten_that_make_months_at_once_each_month_is_made_once(pg: AsyncEngine) -> None:
@@ -202,7 +202,7 @@ async def test_inserts_go_on_while_a_month_is_made(pg: AsyncEngine) -> None:
     making = asyncio.create_task(ensure_partitions(pg, at))
     written = 0
     while not making.done():
-        written += (await store.insert([record(), record(at=at)])).written
+        written += (await store.write([record(), record(at=at)])).written
     assert await making
     assert len(await logged(pg)) == written >= 2
 
@@ -210,8 +210,8 @@ async def test_inserts_go_on_while_a_month_is_made(pg: AsyncEngine) -> None:
 async def test_where_no_partition_takes_a_row_one_is_made(pg: AsyncEngine) -> None:
     this = Month.of(time.time())
     await run(pg, "DROP TABLE tool_executions_other", f"DROP TABLE {this.table}")
-    assert await ExecutionStore(pg).insert([record()]) == Stored(1, 0, 0)
-    assert await ExecutionStore(pg).insert([record(at=0)]) == Stored(1, 0, 0)
+    assert await ExecutionStore(pg).write([record()]) == Stored(1, 0, 0)
+    assert await ExecutionStore(pg).write([record(at=0)]) == Stored(1, 0, 0)
 
 
 async def test_a_month_that_was_detached_stays_out_and_others_are_made(pg: AsyncEngine) -> None:
@@ -219,7 +219,7 @@ async def test_a_month_that_was_detached_stays_out_and_others_are_made(pg: Async
     await run(pg, f"ALTER TABLE tool_executions DETACH PARTITION {last.table}")
     await run(pg, f"DROP TABLE {last.plus(4).table}")
     assert await ensure_partitions(pg, time.time()) == [last.plus(4).table]
-    assert await ExecutionStore(pg).insert([record(at=last.starts_s, tool_id="late")]) == Stored(1, 0, 0)
+    assert await ExecutionStore(pg).write([record(at=last.starts_s, tool_id="late")]) == Stored(1, 0, 0)
     assert await by_table(pg) == {"late": "tool_executions_other"}
 
 
@@ -229,7 +229,7 @@ async def test_months_past_retention_are_dropped_whole_and_no_other(pg: AsyncEng
         await ensure_partitions(pg, this.plus(step).starts_s)
     records = [record(at=this.plus(step).starts_s, tool_id=str(step)) for step in range(-5, 1)]
     strays = [record(execution_id=f"f47ac10b-58cc-4372-a567-{n:012x}", at=this.plus(-5).starts_s) for n in range(3)]
-    await ExecutionStore(pg).insert([*records, *strays])
+    await ExecutionStore(pg).write([*records, *strays])
     # All but the first millisecond of the month before last is past: it stays.
     dropped = await drop_partitions(pg, this.plus(-1).starts_s - 0.001)
     assert dropped == [this.plus(step).table for step in range(-6, -2)]
@@ -241,9 +241,9 @@ async def test_what_is_past_retention_goes_with_its_dead_letters(engine: AsyncEn
     store, now = ExecutionStore(engine), time.time()
     old = [record(at=now - 200 * DAY_S) for _ in range(5_000)]
     new = [record(at=now - 10 * DAY_S), record()]
-    await store.insert(old[:2_500])
-    await store.insert(old[2_500:])
-    await store.insert([*new, record(tenant=None)])
+    await store.write(old[:2_500])
+    await store.write(old[2_500:])
+    await store.write([*new, record(tenant=None)])
     await Upkeep(engine, retention_days=90).once()
     assert await logged(engine) == ids(new)
     assert len(await rows(engine, "SELECT 1 FROM tool_executions_dead")) == 1
@@ -258,7 +258,7 @@ async def test_a_replica_whose_clock_is_years_ahead_drops_nothing(
     pg: AsyncEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     new = [record(), record(execution_id="f47ac10b-58cc-4372-a567-0e02b2c3d479")]
-    await ExecutionStore(pg).insert([*new, record(tenant=None)])
+    await ExecutionStore(pg).write([*new, record(tenant=None)])
     ahead_s = 20 * 365 * DAY_S
     await Upkeep(pg, retention_days=90, now=lambda: time.time() + ahead_s).once()
     assert await logged(pg) == ids(new)
@@ -269,7 +269,7 @@ async def test_a_replica_whose_clock_is_years_ahead_drops_nothing(
 
 async def test_months_of_a_clock_that_was_never_set_begin_where_ids_do(pg: AsyncEngine) -> None:
     assert await ensure_partitions(pg, 60.0) == [f"tool_executions_1970_{month:02d}" for month in range(1, 5)]
-    await ExecutionStore(pg).insert([record(at=60.0, tool_id="early")])
+    await ExecutionStore(pg).write([record(at=60.0, tool_id="early")])
     assert await by_table(pg) == {"early": "tool_executions_1970_01"}
 
 
@@ -280,7 +280,7 @@ async def test_a_drop_does_not_wait_for_a_reader_for_longer_than_inserts_may(pg:
         await reader.exec_driver_sql("SELECT 1 FROM tool_executions LIMIT 1")
         with pytest.raises(asyncpg.LockNotAvailableError):
             await drop_partitions(pg, ahead)
-    assert await ExecutionStore(pg).insert([record()]) == Stored(1, 0, 0)
+    assert await ExecutionStore(pg).write([record()]) == Stored(1, 0, 0)
 
 
 # The database away
@@ -291,7 +291,7 @@ async def still_works(store: ExecutionStore, records: list[bytes]) -> Stored:
     async with asyncio.timeout(SOON_S):
         while True:
             try:
-                return await store.insert(records)
+                return await store.write(records)
             except StoreAway:
                 await asyncio.sleep(0.05)
 
@@ -299,11 +299,11 @@ async def still_works(store: ExecutionStore, records: list[bytes]) -> Stored:
 async def test_a_server_that_is_killed_is_away_and_then_takes_the_same_batch(own_postgres: PostgresServer) -> None:
     async with database(own_postgres.create_database()) as engine:
         store, records = ExecutionStore(engine), [record() for _ in range(100)]
-        await store.insert(records[:50])
+        await store.write(records[:50])
         own_postgres.kill()
         for _ in range(3):
             with pytest.raises(StoreAway):
-                await store.insert(records)
+                await store.write(records)
         own_postgres.start()
         assert await still_works(store, records) == Stored(50, 50, 0)
         assert await logged(engine) == ids(records)
@@ -315,14 +315,14 @@ async def test_a_server_that_stands_still_is_away_in_bounded_time_and_leaves_no_
     async with database(own_postgres.create_database(), pool_size=2) as engine:
         store, hasty = ExecutionStore(engine), ExecutionStore(engine, timeout_s=0.5)
         records = [record() for _ in range(100)]
-        await store.insert(records[:50])
+        await store.write(records[:50])
         tasks = len(asyncio.all_tasks())
         own_postgres.pause()
         try:
             for _ in range(3):
                 async with asyncio.timeout(SOON_S):
                     with pytest.raises(StoreAway, match="within"):
-                        await hasty.insert(records)
+                        await hasty.write(records)
             assert engine.pool.checkedout() == 0
         finally:
             own_postgres.resume()
@@ -337,7 +337,7 @@ async def test_a_batch_that_waits_for_a_lock_is_given_up_by_the_server_too_and_l
         await other.exec_driver_sql("LOCK TABLE tool_executions IN ACCESS EXCLUSIVE MODE")
         for _ in range(3):
             with pytest.raises(StoreAway):
-                await hasty.insert(records)
+                await hasty.write(records)
         waiting = (
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         )
@@ -365,7 +365,7 @@ async def until_away(store: ExecutionStore) -> None:
     """Settings of the server reach its processes a moment later."""
     async with asyncio.timeout(SOON_S):
         while True:
-            await store.insert([record()])
+            await store.write([record()])
 
 
 async def test_a_server_without_free_connections_is_away() -> None:
@@ -375,7 +375,7 @@ async def test_a_server_without_free_connections_is_away() -> None:
             await engine.dispose()
             store, taken = ExecutionStore(engine), [await asyncpg.connect(driver_url(url), ssl=False) for _ in range(4)]
             with pytest.raises(StoreAway) as refused:
-                await store.insert([record()])
+                await store.write([record()])
             assert "too many clients" in refused.value.reason
             for one in taken:
                 await one.close()
@@ -391,23 +391,23 @@ async def test_a_table_that_is_missing_is_away_until_it_is_there(database_url: s
     try:
         store, records = ExecutionStore(engine), [record() for _ in range(3)]
         with pytest.raises(StoreAway):
-            await store.insert(records)
+            await store.write(records)
         await migration.migrate(engine)
-        assert await store.insert(records) == Stored(3, 0, 0)
+        assert await store.write(records) == Stored(3, 0, 0)
     finally:
         await engine.dispose()
 
 
 async def test_an_idle_connection_that_the_server_ended_is_replaced(pg: AsyncEngine) -> None:
     store = ExecutionStore(pg)
-    await store.insert([record()])
+    await store.write([record()])
     server: Any = await asyncpg.connect(driver_url(pg.url.render_as_string(hide_password=False)), ssl=False)
     await server.execute(
         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
         "WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
     await server.close()
-    assert await store.insert([record()]) == Stored(1, 0, 0)
+    assert await store.write([record()]) == Stored(1, 0, 0)
 
 
 async def test_a_sqlite_file_that_another_holds_is_away(tmp_path: Any) -> None:
@@ -421,9 +421,9 @@ async def test_a_sqlite_file_that_another_holds_is_away(tmp_path: Any) -> None:
         async with engine.connect() as other:
             await other.exec_driver_sql("BEGIN IMMEDIATE")
             with pytest.raises(StoreAway, match="locked"):
-                await store.insert([record()])
+                await store.write([record()])
             await other.rollback()
-        assert await store.insert([record()]) == Stored(1, 0, 0)
+        assert await store.write([record()]) == Stored(1, 0, 0)
 
 
 async def test_a_sqlite_statement_that_takes_too_long_is_interrupted_and_the_next_one_works(tmp_path: Any) -> None:
@@ -433,4 +433,4 @@ async def test_a_sqlite_statement_that_takes_too_long_is_interrupted_and_the_nex
             with pytest.raises(StoreAway, match="interrupted"):
                 async with opened(engine, 0.1) as connection:
                     await connection.exec_driver_sql(endless)
-        assert await ExecutionStore(engine).insert([record()]) == Stored(1, 0, 0)
+        assert await ExecutionStore(engine).write([record()]) == Stored(1, 0, 0)

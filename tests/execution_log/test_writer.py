@@ -14,7 +14,7 @@ import pytest
 
 from app.execution_log.connections import StoreAway
 from app.execution_log.store import ExecutionStore, Stored
-from app.execution_log.writer import AGE_S, BACKOFF_S_MAX, BACKOFF_S_MIN, ROWS_MAX, Batch, LogWriter, Store
+from app.execution_log.writer import AGE_S, BACKOFF_S_MAX, BACKOFF_S_MIN, ROWS_MAX, Batch, LogSink, LogWriter
 from tests.execution_log.database import database, ids, logged, record
 from tests.servers import PostgresServer
 from tests.waiting import SOON_S, until
@@ -71,7 +71,7 @@ class Memory:
 
 
 class Scripted:
-    """A store that is away as often as it is told, then takes everything."""
+    """A sink that is away as often as it is told, then takes everything."""
 
     def __init__(self, away: float = 0) -> None:
         self.away = away
@@ -79,7 +79,7 @@ class Scripted:
         self.tries = 0
         self.tried = asyncio.Event()
 
-    async def insert(self, records: Sequence[bytes]) -> Stored:
+    async def write(self, records: Sequence[bytes]) -> Stored:
         self.tries += 1
         self.tried.set()
         await asyncio.sleep(0)
@@ -101,7 +101,7 @@ async def running(writer: LogWriter) -> AsyncIterator[asyncio.Task[None]]:
             await task
 
 
-def impatient(source: Memory, store: Store, now: Callable[[], float] = time.time) -> LogWriter:
+def impatient(source: Memory, store: LogSink, now: Callable[[], float] = time.time) -> LogWriter:
     """A writer that hardly waits between tries."""
     return LogWriter(source, store, now, jitter=lambda low, high: 0.001)
 
