@@ -177,6 +177,7 @@ class RedisStore:
         batch = self._take_batch()
         if not batch:
             self._quiet.set()
+            self.room.decided()  # all who asked are gone, and no reply will come
             return
         self._in_flight = batch
         request = _encode([ask for ask, _, _ in batch], "" if self._clock_us is None else str(self._clock_us()))

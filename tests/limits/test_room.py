@@ -121,6 +121,23 @@ async def test_asks_that_redis_decides_make_room(one_redis: RedisServer) -> None
         await until(entering.done)
 
 
+async def test_asks_that_are_withdrawn_before_they_are_sent_make_room(one_redis: RedisServer) -> None:
+    with FaultProxy(one_redis.port) as proxy:
+        async with running(f"redis://{HOST}:{proxy.port}") as store:
+            proxy.stall()
+            sent = store.ask(Ask((daily(10**6),), 1))
+            await asyncio.sleep(0)
+            asks = await asked(store)
+            entering = asyncio.create_task(store.room.enter(CALLS, "acme"))
+            await asyncio.sleep(0)
+            assert not entering.done()
+            for ask in asks:
+                ask.cancel()
+            proxy.heal()
+            await sent
+            await until(entering.done)
+
+
 async def test_a_redis_that_does_not_answer_holds_nobody_past_the_budget(one_redis: RedisServer) -> None:
     with FaultProxy(one_redis.port) as proxy:
         async with running(f"redis://{HOST}:{proxy.port}", timeout_s=0.05) as store:
