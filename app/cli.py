@@ -30,6 +30,7 @@ from app.reload import Watched, serve_reloading, watched_folders
 from app.service import Service, open_service
 from app.settings import Settings, SettingsError, check_bind, otel_variables, read_settings
 from app.telemetry.logging import log_to_stderr, log_to_stdout
+from app.telemetry.printing import printing_as_events
 from app.tools.exports import FORMATS, export
 from app.tools.registry import summary
 from app.transport.app import create_app
@@ -172,15 +173,15 @@ def _serve_once(settings: Settings, options: argparse.Namespace) -> NoReturn:
     writer = log_to_stdout(settings.log_level)
 
     async def serve() -> int:
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(writer.end)
+            stack.enter_context(printing_as_events(writer))
             async with open_service(settings, listen=(options.host, options.port)) as service:
                 check_start(service, options.host)
                 service.metrics.counters["log_lines_dropped_total"] = lambda: writer.dropped
                 app = create_app(service, host=options.host, port=options.port)
                 await Server(app, service, options.host, options.port).serve()
                 return 1 if service.lifecycle.crashed else 0
-        finally:
-            writer.end()
 
     run(serve(), flush=flush_briefly)
 

@@ -86,6 +86,14 @@ def block_thread_until_file(path: str) -> str:
     return "done"
 
 
+@tool(category="custom")
+async def print_lines(lines: int, text: str) -> int:
+    """Print the text in so many different lines, on stdout and on stderr in turn."""
+    for number in range(lines):
+        print(number, text, file=(sys.stdout, sys.stderr)[number % 2])
+    return lines
+
+
 @tool(category="custom", timeout=0.1)
 def print_in_thread(characters: int) -> None:
     """Print so much."""

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import orjson
 
 from app.calls import CurrentCall, current_call, rfc3339
+from app.telemetry.printing import PrintedLines
 from app.telemetry.redaction import redact, redact_text
 
 own_logger = logging.getLogger("app.telemetry")
@@ -102,8 +103,10 @@ class RepeatBound:
             self._second, self._seen = second, {}
             if held:
                 record.lines_held_back = held
-        self._seen[key] = self._seen.get(key, 0) + 1
-        return self._seen[key] <= REPEATS_PER_SECOND_MAX
+        count = self._seen.get(key, 0) + 1
+        if count > 1 or len(self._seen) < QUEUE_LINES_MAX:
+            self._seen[key] = count
+        return count <= REPEATS_PER_SECOND_MAX
 
 
 _UP_TO_A_REPR = re.compile(r"[^\n<(]*")
@@ -268,6 +271,9 @@ def keeping_logging() -> Iterator[None]:
         yield
     finally:
         root.handlers[:] = [*handlers, *(one for one in root.handlers if one not in handlers)]
+        for one in root.handlers:
+            if isinstance(one, logging.StreamHandler) and isinstance(one.stream, PrintedLines):
+                one.setStream(one.stream.stream)  # or each event would be printed, and so be an event again
         root.setLevel(level)
         logging.disable(disabled_below)
         for logger in loggers:

@@ -399,9 +399,23 @@ def test_a_log_that_nobody_reads_holds_nobody_up_and_its_losses_are_counted(serv
     assert running.stop() == 0
 
 
-def test_a_tool_that_prints_what_nobody_reads_does_not_keep_the_process_from_ending(serve: Serve) -> None:
+def test_what_a_tool_prints_is_in_the_log_with_its_call_and_without_secrets(serve: Serve) -> None:
     running = serve(TOOL_MODULES="tests.tools_for_tests")
-    assert running.execute("print_in_thread", {"characters": 1_000_000})["status"] == "timeout"
+    execution = running.execute("print_lines", {"lines": 2, "text": "password=hunter2hunter2"})
+    for number, stream in enumerate(("stdout", "stderr")):
+        event = running.read_log(lambda event, stream=stream: event["logger"] == stream)  # type: ignore[misc]
+        assert event["message"].startswith(f"{number} password=") and "hunter2" not in event["message"]
+        assert (event["level"], event["execution_id"]) == ("INFO", execution["execution_id"])
+
+
+def test_a_tool_that_prints_what_nobody_reads_holds_nobody_up_and_its_losses_are_counted(serve: Serve) -> None:
+    running = serve(TOOL_MODULES="tests.tools_for_tests")
+    for tool_id, parameters in (
+        ("print_lines", {"lines": 12_000, "text": "x" * 1_000}),
+        ("print_in_thread", {"characters": 1_000_000}),
+    ):
+        assert running.execute(tool_id, parameters)["status"] == "success"
+    assert running.metric("log_lines_dropped_total") > 0
     assert running.stop() == 0
 
 
