@@ -49,7 +49,9 @@ class ThreadedResolver:
                 self._free.release()
             else:
                 self._begin(host)
-        return await asyncio.shield(self._running[host])
+        running = self._running[host]
+        await asyncio.wait({running})  # not asyncio.shield: from Python 3.14 on it tells of failures nobody waits for
+        return running.result()
 
     def _begin(self, host: str) -> None:
         loop = asyncio.get_running_loop()

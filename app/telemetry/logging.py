@@ -251,8 +251,11 @@ def _hear_of_crashes() -> None:
             own_logger.error("thread crashed", exc_info=crash.exc_value)
 
     def ignored(crash: sys.UnraisableHookArgs) -> None:
-        # The object by name alone: it is about to go, and its `repr` may fail.
+        # The object by name alone: it is about to go, and its `repr` may fail. Python 3.14 has none for a finaliser,
+        # and a message in its place.
         within = getattr(crash.object, "__qualname__", type(crash.object).__name__)
+        if crash.object is None and crash.err_msg:
+            within = crash.err_msg
         own_logger.error("exception ignored", exc_info=crash.exc_value, extra={"within": within})
 
     threading.excepthook = in_thread
