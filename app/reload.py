@@ -76,6 +76,8 @@ def serve_reloading(
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, pass_on)
     while changed := _changes(found.folders, stamps, stop):
         sys.stderr.write(f"agentcore-tools: {_named(sorted(changed))} changed, restarting\n")
         found = watched()

@@ -47,7 +47,7 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.scraping import Scraper
 from app.telemetry.supervision import LoopWatch, Supervisor
 from app.telemetry.system import SystemWatch
-from app.telemetry.tracing import Tracing
+from app.telemetry.tracing import SPANS_CLOSE_S, Tracing
 from app.tools.builtin import builtin_tools
 from app.tools.loading import LoadProblem, load_tools
 from app.tools.registry import Registry
@@ -55,6 +55,9 @@ from app.tools.tool import Tool
 
 LOG_DRAIN_S = 5.0
 """At the end, for rows that the database does not have yet; what is left then stays in the journal."""
+
+HURRIED_S = 0.5
+"""For each of what is still to be sent, once a second signal has come: enough where nothing hangs."""
 
 
 class Phase(Enum):
@@ -71,6 +74,7 @@ class Lifecycle:
 
     phase: Phase = Phase.STARTING
     crashed: str | None = None
+    hurried: bool = False
     on_crash: Callable[[], None] = field(default=lambda: None)
     on_serving: Callable[[], None] = field(default=lambda: None)
 
@@ -78,6 +82,10 @@ class Lifecycle:
         """The listener is open."""
         self.phase = Phase.SERVING
         self.on_serving()
+
+    def patience_s(self, usual_s: float) -> float:
+        """How long to wait for a server that may hang, on the way out."""
+        return min(usual_s, HURRIED_S) if self.hurried else usual_s
 
     def crash(self, task: str) -> None:
         """A background task ended by itself: the process is to drain and exit non-zero."""
@@ -127,7 +135,7 @@ async def open_service(
         lifecycle = Lifecycle()
         supervisor = Supervisor(lifecycle.crash)
         tracing = open_tracing_of(settings, listen)
-        stack.push_async_callback(tracing.close)
+        stack.push_async_callback(lambda: tracing.close(lifecycle.patience_s(SPANS_CLOSE_S)))
         http = open_egress(settings, listen, tracing, stack)
         loaded = load_tools(
             [*builtin_tools(settings.wikipedia_url, settings.searxng_url), *extra_tools], settings.tool_modules
@@ -192,7 +200,7 @@ async def open_service(
         _show(service, control, http, supervisor)
         stack.push_async_callback(supervisor.close)
         if log is not None:
-            stack.push_async_callback(log.drain, LOG_DRAIN_S)
+            stack.push_async_callback(lambda: log.drain(lifecycle.patience_s(LOG_DRAIN_S)))
         stack.push_async_callback(executor.stop)
         yield service
 

@@ -41,9 +41,6 @@ from app.telemetry.supervision import ignore_result
 
 logger = logging.getLogger("app.tracing")
 
-CLOSE_S = 2.0
-"""For the last spans at shutdown; a receiver that is away must not hold up a rollout."""
-
 COMPLAINT_EVERY_S = 60.0
 
 _VARIABLE = re.compile(r"OTEL_[A-Z_]+")
@@ -105,8 +102,8 @@ class SpanExport:
             server_request_hook=_without_secrets,
         )
 
-    async def close(self) -> None:
-        """Send what waits, within CLOSE_S. The thread is a daemon: it does not keep the process."""
+    async def close(self, timeout_s: float) -> None:
+        """Send what waits, in that time. The thread is a daemon: it does not keep the process."""
         self._closed = True
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
@@ -122,7 +119,7 @@ class SpanExport:
                     pass  # the loop is closed: nobody waits any more
 
         threading.Thread(target=shut_down, name="span-flush", daemon=True).start()
-        await asyncio.wait({ended}, timeout=CLOSE_S)
+        await asyncio.wait({ended}, timeout=timeout_s)
         self._last_words.close()
 
 

@@ -28,6 +28,9 @@ Headers = Iterable[tuple[bytes, bytes]]
 SLOW_S = 1.0
 """Of a request or a call: the tail rule takes it for slow."""
 
+SPANS_CLOSE_S = 2.0
+"""For the last spans at shutdown; a receiver that is away must not hold up a rollout."""
+
 TRACESTATE_CHARACTERS_MAX = 512
 """What must be propagated at least (W3C Trace Context, section 3.3.1.5); longer ones are dropped whole."""
 
@@ -356,10 +359,10 @@ class Tracing:
         if self._sink is not None:
             self._sink.instrument(app, own_paths)
 
-    async def close(self) -> None:
+    async def close(self, timeout_s: float = SPANS_CLOSE_S) -> None:
         """Send what waits, for a bounded time."""
         if self._sink is not None:
-            await self._sink.close()
+            await self._sink.close(timeout_s)
 
 
 COMMON_TO_CALLS: Attributes = {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.type": "function"}

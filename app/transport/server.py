@@ -96,13 +96,15 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """uvicorn would stop at once, and die of the signal afterwards instead of exiting 0."""
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for one in signals:
-            loop.add_signal_handler(one, self.stop)
+        handlers = {signal.SIGTERM: self.stop, signal.SIGINT: self.stop}
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            handlers[signal.SIGHUP] = self.drain  # a terminal that closes may say so twice
+        for one, handler in handlers.items():
+            loop.add_signal_handler(one, handler)
         try:
             yield
         finally:
-            for one in signals:
+            for one in handlers:
                 loop.remove_signal_handler(one)
             if self._draining is not None:
                 self._draining.cancel()
@@ -153,6 +155,8 @@ class Server(uvicorn.Server):
         if self._draining is None:
             self.drain()
         else:
+            logger.info("ending at once", extra={"running": len(self._service.executor.calls)})
+            self._service.lifecycle.hurried = True
             self.force_exit = self.should_exit = True
 
     def drain(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.service import HURRIED_S, LOG_DRAIN_S, Lifecycle
 from tests.conftest import ROOT, Running, Serve, service_environ, start_service
 from tests.conftest import end as end_service
 
@@ -323,12 +324,21 @@ def test_a_second_signal_ends_the_process_and_cuts_off_what_runs(
     running.process.send_signal(signal.SIGTERM)
     running.read_log(lambda event: event["message"] == "draining")
     running.process.send_signal(signal.SIGTERM)
+    assert running.read_log(lambda event: event["message"] == "ending at once")["running"] == 1
     running.process.wait(SOON_S)
     execution = result(call.result())
     assert execution["status"] == "cancelled"
     with contextlib.closing(sqlite3.connect(running.folder / "agentcore.db")) as database:
         rows = database.execute("SELECT execution_id FROM tool_executions WHERE status = 'cancelled'")
         assert rows.fetchall() == [(execution["execution_id"],)]
+
+
+def test_after_a_second_signal_nothing_that_hangs_is_waited_for_for_long() -> None:
+    lifecycle = Lifecycle()
+    assert lifecycle.patience_s(LOG_DRAIN_S) == LOG_DRAIN_S
+    lifecycle.hurried = True
+    assert lifecycle.patience_s(LOG_DRAIN_S) == HURRIED_S < LOG_DRAIN_S
+    assert lifecycle.patience_s(HURRIED_S / 2) == HURRIED_S / 2
 
 
 @pytest.mark.parametrize("method", ["batch", "tools.execute_batch"])
@@ -354,6 +364,33 @@ def test_what_a_second_signal_cuts_off_is_followed_by_nothing(
         rows = database.execute("SELECT count(*) FROM tool_executions WHERE status = 'cancelled'")
         assert rows.fetchall() == [(begun,)]
     assert answer.exception() is None or isinstance(answer.exception(), httpx.TransportError)
+
+
+def test_a_terminal_that_closes_is_told_of_twice_and_drains(
+    serve: Serve, pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    running = serve(TOOL_MODULES="tests.tools_for_tests")
+    gate = tmp_path / "gate"
+    call = pool.submit(post, running, "wait_for_file", {"path": str(gate), "value": "done"})
+    until(lambda: running.metric("tool_execution_concurrency") == 1)
+    for _ in range(2):
+        running.process.send_signal(signal.SIGHUP)
+        running.read_log(lambda event: event["message"] == "draining")
+    gate.touch()
+    assert result(call.result())["result"] == "done"
+    assert running.process.wait(SOON_S) == 0
+
+
+def test_a_service_under_nohup_outlives_its_terminal(serve: Serve) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which children inherit
+    try:
+        running = serve()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    running.process.send_signal(signal.SIGHUP)
+    assert running.execute("echo", {"message": "a"})["status"] == "success"
+    assert running.http.get("/readyz").status_code == 200
+    assert running.stop() == 0
 
 
 @pytest.mark.parametrize("lane", ["true", "false"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -153,14 +154,18 @@ def test_a_sigterm_under_load_leaves_every_answered_call_in_the_database(place: 
     assert list(service.journal.rglob("*.segment")) == []
 
 
-def test_a_sigterm_while_the_database_stalls_leaves_the_rows_to_the_next_start(place: Place) -> None:
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_sigterm_while_the_database_stalls_leaves_the_rows_to_the_next_start(place: Place, signals: int) -> None:
     service = place.service()
-    service.start()
+    running = service.start()
     with Clients(service.port, count=8, pace=40) as clients:
         answered(clients, 100)
         place.postgres.pause()
         try:
             answered(clients, 400)
+            for _ in range(signals - 1):
+                running.process.send_signal(signal.SIGTERM)
+                running.read_log(lambda event: event["message"] == "draining")
             assert service.terminate() == 0
         finally:
             place.postgres.resume()
