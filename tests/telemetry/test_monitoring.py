@@ -165,6 +165,11 @@ def test_a_dashboard_asks_only_the_data_source_that_is_chosen(path: Any) -> None
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_every_panel_says_what_it_shows(path: Any) -> None:
+    assert [panel["title"] for panel in panels(orjson.loads(path.read_bytes())) if not panel.get("description")] == []
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 def test_the_panels_of_a_dashboard_do_not_overlap(path: Any) -> None:
     taken: set[tuple[int, int]] = set()
     for panel in orjson.loads(path.read_bytes())["panels"]:
