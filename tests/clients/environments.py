@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 ENVIRONMENTS = Path(sys.prefix) / "clients"
 LOCKS = ROOT / "requirements" / "clients"
 PROGRAMS = Path(__file__).parent / "programs"
-NODE_PACKAGES = ("@modelcontextprotocol/sdk@1.32.2", "@modelcontextprotocol/client@2.4.0")
+NODE_PACKAGES = ("@modelcontextprotocol/sdk@1.32.2", "@modelcontextprotocol/client@2.4.0", "mcp-remote@0.15.1")
 NODE_MAJOR_MIN = 20
 NODE_FOLDER = ROOT / "var" / "clients"
 MODULES = [["sdk1.mjs"], ["sdk2.mjs"], ["sdk2.mjs", "auto"]]
@@ -88,11 +88,17 @@ def _install_node_packages(stamp: Path) -> str | None:
     return None
 
 
-def node_command(program: Path) -> list[str]:
-    """Runs a module where it finds the SDKs; skips the test where they cannot be had."""
+def node_folder() -> Path:
+    """Where npm has put the packages; skips the test where they cannot be had."""
     problem = _node_problem()
     if problem is not None:
-        pytest.skip(f"NOT TESTED: no TypeScript SDK here: {problem}")
+        pytest.skip(f"NOT TESTED: no packages of npm here: {problem}")
+    return NODE_FOLDER
+
+
+def node_command(program: Path) -> list[str]:
+    """Runs a module where it finds the SDKs; skips the test where they cannot be had."""
+    node_folder()
     module = NODE_FOLDER / program.name
     if program.parent != NODE_FOLDER:
         shutil.copyfile(program, module)

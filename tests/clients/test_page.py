@@ -30,6 +30,23 @@ ENVIRONMENT_OF = {
 }
 """The others need nothing that is not in the environment of the tests."""
 
+APPLICATION = """
+import asyncio, json, os, sys
+from mcp import Client
+from mcp.client.stdio import StdioServerParameters
+
+async def main():
+    (server,) = json.loads(sys.argv[1])["mcpServers"].values()
+    env = {**os.environ, **server.pop("env"), "AGENTCORE_KEY": os.environ["AGENTCORE_KEY"]}
+    env |= {"MCP_REMOTE_CONFIG_DIR": sys.argv[3]}
+    async with Client(StdioServerParameters(**server, env=env, cwd=sys.argv[2])) as client:
+        print((await client.call_tool("echo", {"message": "hi"})).structured_content["message"])
+
+asyncio.run(main())
+"""
+"""What an application does with a configuration: it starts the program and speaks MCP to it. npx takes what is there
+in the folder."""
+
 
 def test_the_page_shows_the_ways_that_it_promises() -> None:
     assert PAGE.count("```") == 2 * len(BLOCKS)
@@ -39,6 +56,7 @@ def test_the_page_shows_the_ways_that_it_promises() -> None:
         "MCP SDK for Python",
         *ENVIRONMENT_OF,
         "TypeScript",
+        "Desktop applications and editors",
     ]
 
 
@@ -58,6 +76,8 @@ def command_for(heading: str, language: str, code: str, folder: Path) -> list[st
         module = folder / "page.mjs"
         module.write_text(code)
         return environments.node_command(module)
+    if language == "json":
+        return [sys.executable, "-I", "-c", APPLICATION, code, str(environments.node_folder()), str(folder)]
     name = ENVIRONMENT_OF.get(heading)
     return [environments.python_of(name) if name else sys.executable, "-I", "-c", code]
 
