@@ -30,6 +30,7 @@ from app.reload import Watched, serve_reloading, watched_folders
 from app.service import Service, open_service
 from app.settings import Settings, SettingsError, check_bind, otel_variables, read_settings
 from app.telemetry.logging import log_to_stderr, log_to_stdout
+from app.telemetry.own_logging import watching_logging
 from app.telemetry.printing import printing_as_events
 from app.tools.exports import FORMATS, export
 from app.tools.registry import summary
@@ -180,6 +181,7 @@ def _serve_once(settings: Settings, options: argparse.Namespace) -> NoReturn:
                 check_start(service, options.host)
                 service.metrics.counters["log_lines_dropped_total"] = lambda: writer.dropped
                 app = create_app(service, host=options.host, port=options.port)
+                stack.enter_context(watching_logging())  # not before: the service has loggers of its own to make
                 await Server(app, service, options.host, options.port).serve()
                 return 1 if service.lifecycle.crashed else 0
 

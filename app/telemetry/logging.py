@@ -6,7 +6,6 @@ waited for.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -15,14 +14,12 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Protocol
 
 import orjson
 
 from app.calls import CurrentCall, current_call, rfc3339
-from app.telemetry.printing import PrintedLines
 from app.telemetry.redaction import redact, redact_text
 
 own_logger = logging.getLogger("app.telemetry")
@@ -261,26 +258,6 @@ def _hear_of_crashes() -> None:
     threading.excepthook = in_thread
     sys.unraisablehook = ignored
     logging.captureWarnings(True)
-
-
-@contextlib.contextmanager
-def keeping_logging() -> Iterator[None]:
-    """Around foreign code that may set up logging for itself: what there was goes on beside it. `basicConfig` with
-    `force` and `dictConfig` take all handlers away, and the latter switches off each logger that it does not name."""
-    root = logging.getLogger()
-    handlers, level, disabled_below = root.handlers[:], root.level, root.manager.disable
-    loggers = [one for one in root.manager.loggerDict.values() if isinstance(one, logging.Logger) and not one.disabled]
-    try:
-        yield
-    finally:
-        root.handlers[:] = [*handlers, *(one for one in root.handlers if one not in handlers)]
-        for one in root.handlers:
-            if isinstance(one, logging.StreamHandler) and isinstance(one.stream, PrintedLines):
-                one.setStream(one.stream.stream)  # or each event would be printed, and so be an event again
-        root.setLevel(level)
-        logging.disable(disabled_below)
-        for logger in loggers:
-            logger.disabled = False
 
 
 def stdout_lines() -> Lines:

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from app.errors import clean_text
-from app.telemetry.logging import keeping_logging
+from app.telemetry.own_logging import keeping_logging
 from app.tools.tool import FunctionTool, Tool
 
 logger = logging.getLogger("app.tools")

@@ -508,14 +508,14 @@ def test_a_tool_that_changes_the_working_directory_takes_neither_keys_nor_rows_a
     assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b"]
 
 
-@pytest.mark.parametrize(
-    "set_up",
-    [
-        "import logging; logging.basicConfig(force=True, level='ERROR')",
-        "import logging.config; logging.config.dictConfig({'version': 1, 'root': {'level': 'CRITICAL'}})",
-        "import logging; logging.disable(logging.CRITICAL)",
-    ],
-)
+LOGGING_SET_UP = [
+    "import logging; logging.basicConfig(force=True, level='ERROR')",
+    "import logging.config; logging.config.dictConfig({'version': 1, 'root': {'level': 'CRITICAL'}})",
+    "import logging; logging.disable(logging.CRITICAL)",
+]
+
+
+@pytest.mark.parametrize("set_up", LOGGING_SET_UP)
 def test_a_module_that_sets_up_logging_for_itself_leaves_the_service_its_own(
     serve: Serve, tmp_path: Path, set_up: str
 ) -> None:
@@ -524,5 +524,19 @@ def test_a_module_that_sets_up_logging_for_itself_leaves_the_service_its_own(
     )
     (tmp_path / "talkative.py").write_text(source)
     running = serve(TOOL_MODULES="talkative", PYTHONPATH=f"{tmp_path}:{ROOT}")  # has said that it serves
+    execution_id = running.execute("fail")["execution_id"]
+    assert running.read_log(lambda event: event["message"] == "tool crashed")["execution_id"] == execution_id
+
+
+@pytest.mark.parametrize("set_up", LOGGING_SET_UP)
+def test_a_tool_that_sets_up_logging_as_it_runs_leaves_the_service_its_own(
+    serve: Serve, tmp_path: Path, set_up: str
+) -> None:
+    source = f"from app.tools.tool import tool\n@tool\ndef talk() -> None:\n    'Talk.'\n    {set_up}\n"
+    source += "@tool\ndef fail() -> None:\n    'Fail.'\n    raise ValueError\n"
+    (tmp_path / "talkative.py").write_text(source)
+    running = serve(TOOL_MODULES="talkative", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert running.execute("talk")["status"] == "success"
+    running.read_log(lambda event: event["message"] == "logging was set up by a tool, put right")
     execution_id = running.execute("fail")["execution_id"]
     assert running.read_log(lambda event: event["message"] == "tool crashed")["execution_id"] == execution_id

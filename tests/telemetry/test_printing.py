@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from app.telemetry.logging import keeping_logging
+from app.telemetry.own_logging import keeping_logging
 from app.telemetry.printing import LINE_CHARACTERS_MAX, printing_as_events
 
 
