@@ -137,7 +137,7 @@ async def test_a_new_segment_is_not_synced_before_its_name_is(tmp_path: Path) ->
         assert rounds == 3
         (tmp_path / "above").mkdir()
         await until(lambda: not journal.failing)
-        assert journal._syncing._synced_bytes == journal._syncing._written_bytes
+        await until(lambda: journal._syncing._synced_bytes == journal._syncing._written_bytes)
 
 
 async def test_what_is_durable_is_synced_soon_and_then_there_is_no_timer(tmp_path: Path) -> None:
