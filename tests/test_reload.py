@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -78,6 +79,14 @@ def test_a_module_that_cannot_be_loaded_is_mended_by_the_next_change(serve: Serv
     module.write_text(MODULE.format(version=3))
     wait_until(lambda: which(running) == 3, "it is back")
     assert running.stop() == 0
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda told: told.name)
+def test_the_service_ends_with_whoever_watches_it(serve: Serve, module: Path, told: signal.Signals) -> None:
+    running = reloading(serve, module)
+    assert running.stop(told) == 0
+    with pytest.raises(httpx.ConnectError):
+        running.http.get("/livez")
 
 
 def which_code(running: Running) -> Any:
