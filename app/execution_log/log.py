@@ -7,6 +7,7 @@ with the tool's own mode and payloads. Never awaits on a call's way. Opened, wat
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Literal, Protocol
@@ -17,6 +18,8 @@ from app.execution_log.commit import COMMITTED, Commit
 from app.execution_log.journal import BufferedLog, Journal, Make
 from app.execution_log.record import Payloads, Recorder
 from app.execution_log.writer import OUTCOMES, LogWriter
+
+logger = logging.getLogger("app.execution_log")
 
 Mode = Literal["durable", "strict", "buffered"]
 
@@ -190,3 +193,6 @@ class ExecutionLog:
     async def drain(self, timeout_s: float) -> None:
         """Write what is there to the database, bounded; what was not stays in the journal."""
         await asyncio.gather(*(writer.drain(timeout_s) for writer in self._writers))
+        if self._journal is not None and self._journal.backlog_bytes:
+            left = {"journal_bytes": self._journal.backlog_bytes, "waited_s": timeout_s}
+            logger.warning("rows are left to the next start", extra=left)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from app.telemetry.printing import PrintedLines
 
 LOOKED_AFTER_S = 1.0
+"""Between two looks."""
 
 logger = logging.getLogger("app.telemetry")
 

@@ -15,14 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from app.service import HURRIED_S, LOG_DRAIN_S, Lifecycle
 from tests.conftest import ROOT, Running, Serve, service_environ, start_service
 from tests.conftest import end as end_service
 
@@ -63,6 +62,14 @@ def post(running: Running, tool_id: str, parameters: dict[str, Any] | None = Non
     body = {"tool_id": tool_id, "parameters": parameters or {}, **params}
     request = {"jsonrpc": "2.0", "id": 1, "method": "tools.execute", "params": body}
     return httpx.post(f"{running.url}/api/v1/jsonrpc", json=request, timeout=SOON_S + 60, trust_env=False)
+
+
+def waiting_call(running: Running, pool: ThreadPoolExecutor, folder: Path) -> tuple[Path, Future[httpx.Response]]:
+    """A call that runs until there is that file, and its answer: `done`."""
+    gate = folder / "gate"
+    call = pool.submit(post, running, "wait_for_file", {"path": str(gate), "value": "done"})
+    until(lambda: running.metric("tool_execution_concurrency") == 1)
+    return gate, call
 
 
 def result(response: httpx.Response) -> dict[str, Any]:
@@ -292,11 +299,9 @@ def test_a_running_call_is_answered_while_new_ones_are_refused_and_the_process_e
     serve: Serve, pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     running = serve(TOOL_MODULES="tests.tools_for_tests")
-    gate = tmp_path / "gate"
+    gate, call = waiting_call(running, pool, tmp_path)
     request = execute_request("echo", {"message": "a"})
-    call = pool.submit(post, running, "wait_for_file", {"path": str(gate), "value": "done"})
     late = send_half(running, request, keep_back=10)
-    until(lambda: running.metric("tool_execution_concurrency") == 1)
     running.process.send_signal(signal.SIGTERM)
     running.read_log(lambda event: event["message"] == "draining")
     with late, http.client.HTTPResponse(late) as response:
@@ -333,14 +338,6 @@ def test_a_second_signal_ends_the_process_and_cuts_off_what_runs(
         assert rows.fetchall() == [(execution["execution_id"],)]
 
 
-def test_after_a_second_signal_nothing_that_hangs_is_waited_for_for_long() -> None:
-    lifecycle = Lifecycle()
-    assert lifecycle.patience_s(LOG_DRAIN_S) == LOG_DRAIN_S
-    lifecycle.hurried = True
-    assert lifecycle.patience_s(LOG_DRAIN_S) == HURRIED_S < LOG_DRAIN_S
-    assert lifecycle.patience_s(HURRIED_S / 2) == HURRIED_S / 2
-
-
 @pytest.mark.parametrize("method", ["batch", "tools.execute_batch"])
 def test_what_a_second_signal_cuts_off_is_followed_by_nothing(
     serve: Serve, pool: ThreadPoolExecutor, method: str
@@ -370,9 +367,7 @@ def test_a_terminal_that_closes_is_told_of_twice_and_drains(
     serve: Serve, pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     running = serve(TOOL_MODULES="tests.tools_for_tests")
-    gate = tmp_path / "gate"
-    call = pool.submit(post, running, "wait_for_file", {"path": str(gate), "value": "done"})
-    until(lambda: running.metric("tool_execution_concurrency") == 1)
+    gate, call = waiting_call(running, pool, tmp_path)
     for _ in range(2):
         running.process.send_signal(signal.SIGHUP)
         running.read_log(lambda event: event["message"] == "draining")
@@ -417,9 +412,7 @@ def test_a_background_task_that_ends_drains_the_process_and_fails_it(
     serve: Serve, pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     running = serve(TOOL_MODULES="tests.tools_for_tests")
-    gate = tmp_path / "gate"
-    call = pool.submit(post, running, "wait_for_file", {"path": str(gate), "value": "done"})
-    until(lambda: running.metric("tool_execution_concurrency") == 1)
+    gate, call = waiting_call(running, pool, tmp_path)
     assert running.execute("end_background_task", {"name": "loop-watch"})["result"] == 1
     assert running.read_log(lambda event: event["message"] == "background task ended")["task"] == "loop-watch"
     gate.touch()

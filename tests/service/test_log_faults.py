@@ -19,8 +19,9 @@ import asyncpg
 import httpx
 import pytest
 
+from app.service import HURRIED_S, LOG_DRAIN_S
 from load.durability import BATCH_BYTES, OF_DATABASE, Clients, Faults, Service, logged_rows, schedule, verdict
-from tests.conftest import ROOT, Running, service_environ
+from tests.conftest import ROOT, START_S_MAX, Running, service_environ
 from tests.servers import PostgresServer, wait_until
 
 SEED = 4
@@ -166,9 +167,13 @@ def test_a_sigterm_while_the_database_stalls_leaves_the_rows_to_the_next_start(p
             for _ in range(signals - 1):
                 running.process.send_signal(signal.SIGTERM)
                 running.read_log(lambda event: event["message"] == "draining")
-            assert service.terminate() == 0
+            running.process.send_signal(signal.SIGTERM)
+            left = running.read_log(lambda event: event["message"] == "rows are left to the next start")
+            assert left["journal_bytes"] > 0 and left["waited_s"] == (LOG_DRAIN_S if signals == 1 else HURRIED_S)
+            assert running.process.wait(START_S_MAX) == 0
         finally:
             place.postgres.resume()
+            service.kill()
     assert verdict(clients.ledger, place.rows()).lost > 0
     with service:
         service.drained()
