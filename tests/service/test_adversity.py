@@ -374,6 +374,8 @@ def test_a_terminal_that_closes_is_told_of_twice_and_drains(
     gate.touch()
     assert result(call.result())["result"] == "done"
     assert running.process.wait(SOON_S) == 0
+    with pytest.raises(AssertionError, match="no such event"):
+        running.read_log(lambda event: event["message"] == "ending at once")
 
 
 def test_a_service_under_nohup_outlives_its_terminal(serve: Serve) -> None:
